@@ -1,0 +1,551 @@
+//! Messages of the agent channel. Integers are little-endian; texts are a length byte and UTF-8.
+
+use super::frame::{FrameError, HEADER_LEN, MAX_PAYLOAD_LEN, seal};
+use super::varint;
+use thiserror::Error;
+
+/// Longest text (serial, name, error) in a message, in bytes.
+pub const MAX_TEXT_LEN: usize = 200;
+
+/// Why a frame's payload was not the message that its kind names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum MessageError {
+    /// No message has this kind.
+    #[error("message kind {0:#04x} is unknown to version {version} of the channel", version = super::VERSION)]
+    UnknownKind(u8),
+    /// The payload ends before the message does.
+    #[error("the message ends early")]
+    Short,
+    /// Bytes follow the message.
+    #[error("{0} bytes follow the message")]
+    Trailing(usize),
+    /// A text is no UTF-8 or is longer than [`MAX_TEXT_LEN`].
+    #[error("a text is not UTF-8 or longer than {MAX_TEXT_LEN} bytes")]
+    Text,
+    /// A field has a value that its type does not allow.
+    #[error("field `{0}` is out of bounds")]
+    OutOfBounds(&'static str),
+}
+
+mod kind {
+    pub(super) const HOST_HELLO: u8 = 0x01;
+    pub(super) const REPORT_START: u8 = 0x02;
+    pub(super) const REPORT_STOP: u8 = 0x03;
+    pub(super) const AGENT_HELLO: u8 = 0x81;
+    pub(super) const DISK: u8 = 0x82;
+    pub(super) const EPOCH_BEGIN: u8 = 0x83;
+    pub(super) const RANGES: u8 = 0x84;
+    pub(super) const EPOCH_END: u8 = 0x85;
+    pub(super) const TROUBLE: u8 = 0x86;
+}
+
+/// What the host says to the agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostMessage {
+    /// Opens a session; the agent forgets what an earlier host wanted.
+    Hello {
+        /// Lowest version of the channel that the host speaks.
+        oldest: u16,
+        /// Highest version of the channel that the host speaks.
+        newest: u16,
+        /// A number of the host's choice, returned by the agent, that tells sessions apart.
+        session: u64,
+    },
+    /// Asks for reports of the page cache until [`Self::ReportStop`].
+    ReportStart {
+        /// Pause between two reports, in milliseconds.
+        interval_ms: u32,
+        /// Share of one CPU that reporting may use on average, in thousandths (1 to 1000).
+        cpu_permille: u16,
+    },
+    /// Ends the reports.
+    ReportStop,
+}
+
+/// How the agent learns what the page cache holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum ReportSource {
+    /// The kernel module.
+    Module = 1,
+    /// User space: mincore, pagemap and FIEMAP. Slower, and it misses files that are open but unlinked.
+    UserSpace = 2,
+    /// The test guest's own memory.
+    BareMetal = 3,
+}
+
+/// What the agent says to the host. Texts and ranges borrow from the frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AgentMessage<'a> {
+    /// Answers [`HostMessage::Hello`].
+    Hello {
+        /// The version that the agent speaks from now on.
+        version: u16,
+        /// The host's number.
+        session: u64,
+        /// Where reports come from.
+        source: ReportSource,
+        /// Binary logarithm of the guest's page size; page frame numbers count in this unit.
+        page_shift: u8,
+        /// Name and version of the agent, for people.
+        agent: &'a str,
+    },
+    /// Names a disk before the first range that refers to it. Repeated in every epoch.
+    Disk {
+        /// The number that ranges use.
+        index: u16,
+        /// Size in sectors of 512 bytes.
+        sectors: u64,
+        /// The serial number that the hypervisor gave it; may be empty.
+        serial: &'a str,
+        /// The guest's name for it, for people.
+        name: &'a str,
+    },
+    /// A new report begins; what it lists replaces the report before when it ends.
+    EpochBegin {
+        /// Counts the reports of a session, from 1.
+        epoch: u32,
+    },
+    /// Part of a report.
+    Ranges(Ranges<'a>),
+    /// The report is whole.
+    EpochEnd {
+        /// The report's number.
+        epoch: u32,
+        /// Pages listed in it.
+        pages: u64,
+        /// CPU time that it took, in microseconds.
+        cpu_us: u64,
+    },
+    /// Something that a person should know.
+    Trouble {
+        /// The text.
+        text: &'a str,
+    },
+}
+
+/// Clean page cache: `pages` page frames from `pfn` on hold what the disk holds from `sector` on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Range {
+    /// First page frame number (guest-physical address divided by the page size).
+    pub pfn: u64,
+    /// First sector of 512 bytes on the whole disk.
+    pub sector: u64,
+    /// Length in pages; at least 1.
+    pub pages: u32,
+}
+
+/// The ranges of one message, all on one disk, decoded as they are iterated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ranges<'a> {
+    /// Number of the disk, as in [`AgentMessage::Disk`].
+    pub disk: u16,
+    body: &'a [u8],
+}
+
+/// An encoded frame's length in bytes.
+pub type Encoded = Result<usize, FrameError>;
+
+struct Writer<'a> {
+    out: &'a mut [u8],
+    at: usize,
+}
+
+impl<'a> Writer<'a> {
+    fn new(out: &'a mut [u8]) -> Self {
+        Self { out, at: HEADER_LEN }
+    }
+
+    fn bytes(mut self, bytes: &[u8]) -> Result<Self, FrameError> {
+        let end = self.at + bytes.len();
+        let room = self.out.len();
+        self.out
+            .get_mut(self.at..end)
+            .ok_or(FrameError::NoRoom { needed: end, room })?
+            .copy_from_slice(bytes);
+        self.at = end;
+        Ok(self)
+    }
+
+    /// Texts are for people: one that is too long is cut.
+    fn text(self, text: &str) -> Result<Self, FrameError> {
+        let mut end = text.len().min(MAX_TEXT_LEN);
+        while !text.is_char_boundary(end) {
+            end -= 1;
+        }
+        self.bytes(&[u8::try_from(end).unwrap_or(0)])?.bytes(&text.as_bytes()[..end])
+    }
+
+    fn seal(self, kind: u8) -> Encoded {
+        seal(self.out, kind, self.at - HEADER_LEN)
+    }
+}
+
+struct Reader<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, length: usize) -> Result<&'a [u8], MessageError> {
+        let (taken, rest) = self.rest.split_at_checked(length).ok_or(MessageError::Short)?;
+        self.rest = rest;
+        Ok(taken)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], MessageError> {
+        let mut array = [0; N];
+        array.copy_from_slice(self.take(N)?);
+        Ok(array)
+    }
+
+    fn u8(&mut self) -> Result<u8, MessageError> {
+        self.array().map(u8::from_le_bytes)
+    }
+
+    fn u16(&mut self) -> Result<u16, MessageError> {
+        self.array().map(u16::from_le_bytes)
+    }
+
+    fn u32(&mut self) -> Result<u32, MessageError> {
+        self.array().map(u32::from_le_bytes)
+    }
+
+    fn u64(&mut self) -> Result<u64, MessageError> {
+        self.array().map(u64::from_le_bytes)
+    }
+
+    fn text(&mut self) -> Result<&'a str, MessageError> {
+        let length = usize::from(self.u8()?);
+        if length > MAX_TEXT_LEN {
+            return Err(MessageError::Text);
+        }
+        core::str::from_utf8(self.take(length)?).map_err(|_| MessageError::Text)
+    }
+
+    fn end<T>(self, message: T) -> Result<T, MessageError> {
+        match self.rest.len() {
+            0 => Ok(message),
+            more => Err(MessageError::Trailing(more)),
+        }
+    }
+}
+
+impl HostMessage {
+    /// Encodes the message as one frame at the start of `out`.
+    pub fn encode(&self, out: &mut [u8]) -> Encoded {
+        let writer = Writer::new(out);
+        match *self {
+            Self::Hello { oldest, newest, session } => writer
+                .bytes(&oldest.to_le_bytes())?
+                .bytes(&newest.to_le_bytes())?
+                .bytes(&session.to_le_bytes())?
+                .seal(kind::HOST_HELLO),
+            Self::ReportStart { interval_ms, cpu_permille } => writer
+                .bytes(&interval_ms.to_le_bytes())?
+                .bytes(&cpu_permille.to_le_bytes())?
+                .seal(kind::REPORT_START),
+            Self::ReportStop => writer.seal(kind::REPORT_STOP),
+        }
+    }
+
+    /// Decodes the payload of a frame of this kind.
+    pub fn decode(kind: u8, payload: &[u8]) -> Result<Self, MessageError> {
+        let mut reader = Reader { rest: payload };
+        let message = match kind {
+            kind::HOST_HELLO => Self::Hello {
+                oldest: reader.u16()?,
+                newest: reader.u16()?,
+                session: reader.u64()?,
+            },
+            kind::REPORT_START => {
+                let interval_ms = reader.u32()?;
+                let cpu_permille = reader.u16()?;
+                if !(1..=1000).contains(&cpu_permille) {
+                    return Err(MessageError::OutOfBounds("cpu_permille"));
+                }
+                Self::ReportStart { interval_ms, cpu_permille }
+            }
+            kind::REPORT_STOP => Self::ReportStop,
+            other => return Err(MessageError::UnknownKind(other)),
+        };
+        reader.end(message)
+    }
+}
+
+impl<'a> AgentMessage<'a> {
+    /// Encodes the message as one frame at the start of `out`.
+    pub fn encode(&self, out: &mut [u8]) -> Encoded {
+        let writer = Writer::new(out);
+        match *self {
+            Self::Hello { version, session, source, page_shift, agent } => writer
+                .bytes(&version.to_le_bytes())?
+                .bytes(&session.to_le_bytes())?
+                .bytes(&[source as u8, page_shift])?
+                .text(agent)?
+                .seal(kind::AGENT_HELLO),
+            Self::Disk { index, sectors, serial, name } => writer
+                .bytes(&index.to_le_bytes())?
+                .bytes(&sectors.to_le_bytes())?
+                .text(serial)?
+                .text(name)?
+                .seal(kind::DISK),
+            Self::EpochBegin { epoch } => {
+                writer.bytes(&epoch.to_le_bytes())?.seal(kind::EPOCH_BEGIN)
+            }
+            Self::Ranges(Ranges { disk, body }) => {
+                writer.bytes(&disk.to_le_bytes())?.bytes(body)?.seal(kind::RANGES)
+            }
+            Self::EpochEnd { epoch, pages, cpu_us } => writer
+                .bytes(&epoch.to_le_bytes())?
+                .bytes(&pages.to_le_bytes())?
+                .bytes(&cpu_us.to_le_bytes())?
+                .seal(kind::EPOCH_END),
+            Self::Trouble { text } => writer.text(text)?.seal(kind::TROUBLE),
+        }
+    }
+
+    /// Decodes the payload of a frame of this kind. Ranges are checked as they are iterated.
+    pub fn decode(kind: u8, payload: &'a [u8]) -> Result<Self, MessageError> {
+        let mut reader = Reader { rest: payload };
+        let message = match kind {
+            kind::AGENT_HELLO => {
+                let version = reader.u16()?;
+                let session = reader.u64()?;
+                let source = match reader.u8()? {
+                    1 => ReportSource::Module,
+                    2 => ReportSource::UserSpace,
+                    3 => ReportSource::BareMetal,
+                    _ => return Err(MessageError::OutOfBounds("source")),
+                };
+                let page_shift = reader.u8()?;
+                if !(12..=30).contains(&page_shift) {
+                    return Err(MessageError::OutOfBounds("page_shift"));
+                }
+                Self::Hello { version, session, source, page_shift, agent: reader.text()? }
+            }
+            kind::DISK => Self::Disk {
+                index: reader.u16()?,
+                sectors: reader.u64()?,
+                serial: reader.text()?,
+                name: reader.text()?,
+            },
+            kind::EPOCH_BEGIN => Self::EpochBegin { epoch: reader.u32()? },
+            kind::RANGES => {
+                let disk = reader.u16()?;
+                return Ok(Self::Ranges(Ranges { disk, body: reader.rest }));
+            }
+            kind::EPOCH_END => Self::EpochEnd {
+                epoch: reader.u32()?,
+                pages: reader.u64()?,
+                cpu_us: reader.u64()?,
+            },
+            kind::TROUBLE => Self::Trouble { text: reader.text()? },
+            other => return Err(MessageError::UnknownKind(other)),
+        };
+        reader.end(message)
+    }
+}
+
+/// What differences are taken against: where the range before ended.
+#[derive(Debug, Clone, Copy, Default)]
+struct Position {
+    pfn: u64,
+    sector: u64,
+}
+
+/// Packs ranges of one disk into a [`AgentMessage::Ranges`] frame.
+///
+/// A range is three LEB128 integers: the zigzag differences of its page frame and of its sector to
+/// where the range before ended, and its length in pages; mostly 4 to 8 bytes.
+pub struct RangeEncoder<'a> {
+    out: &'a mut [u8],
+    at: usize,
+    last: Position,
+    sectors_per_page: u64,
+}
+
+impl<'a> RangeEncoder<'a> {
+    /// Starts a message in `out`; `sectors_per_page` is the page size divided by 512.
+    pub fn new(out: &'a mut [u8], disk: u16, sectors_per_page: u64) -> Result<Self, FrameError> {
+        let at = Writer::new(&mut *out).bytes(&disk.to_le_bytes())?.at;
+        Ok(Self { out, at, last: Position::default(), sectors_per_page })
+    }
+
+    /// Adds a range; `false` when the message is full and the range was not taken.
+    #[must_use]
+    pub fn add(&mut self, range: Range) -> bool {
+        let pfn = range.pfn.wrapping_sub(self.last.pfn).cast_signed();
+        let sector = range.sector.wrapping_sub(self.last.sector).cast_signed();
+        let end = self.out.len().min(HEADER_LEN + MAX_PAYLOAD_LEN);
+        let Some(out) = self.out.get_mut(..end) else { return false };
+        let put = varint::put(out, self.at, varint::zigzag(pfn))
+            .and_then(|at| varint::put(out, at, varint::zigzag(sector)))
+            .and_then(|at| varint::put(out, at, u64::from(range.pages)));
+        let Some(at) = put else { return false };
+        self.at = at;
+        self.last = after(range, self.sectors_per_page);
+        true
+    }
+
+    /// Whether no range was added.
+    pub fn is_empty(&self) -> bool {
+        self.at == HEADER_LEN + 2
+    }
+
+    /// Seals the frame and returns its length in bytes.
+    pub fn finish(self) -> Encoded {
+        seal(self.out, kind::RANGES, self.at - HEADER_LEN)
+    }
+}
+
+fn after(range: Range, sectors_per_page: u64) -> Position {
+    Position {
+        pfn: range.pfn.wrapping_add(u64::from(range.pages)),
+        sector: range
+            .sector
+            .wrapping_add(u64::from(range.pages).wrapping_mul(sectors_per_page)),
+    }
+}
+
+impl<'a> Ranges<'a> {
+    /// Iterates over the ranges; the first error ends the iteration.
+    /// `sectors_per_page` is the page size divided by 512.
+    pub fn iter(
+        &self,
+        sectors_per_page: u64,
+    ) -> impl Iterator<Item = Result<Range, MessageError>> + use<'a> {
+        let body = self.body;
+        let mut at = 0;
+        let mut last = Position::default();
+        core::iter::from_fn(move || {
+            if at >= body.len() {
+                return None;
+            }
+            let decoded = decode_range(body, at, last);
+            match decoded {
+                Ok((range, next)) => {
+                    at = next;
+                    last = after(range, sectors_per_page);
+                    Some(Ok(range))
+                }
+                Err(error) => {
+                    at = body.len();
+                    Some(Err(error))
+                }
+            }
+        })
+    }
+}
+
+fn decode_range(body: &[u8], at: usize, last: Position) -> Result<(Range, usize), MessageError> {
+    let (pfn, at) = varint::get(body, at).ok_or(MessageError::Short)?;
+    let (sector, at) = varint::get(body, at).ok_or(MessageError::Short)?;
+    let (pages, at) = varint::get(body, at).ok_or(MessageError::Short)?;
+    let range = Range {
+        pfn: last.pfn.wrapping_add_signed(varint::unzigzag(pfn)),
+        sector: last.sector.wrapping_add_signed(varint::unzigzag(sector)),
+        pages: u32::try_from(pages).map_err(|_| MessageError::OutOfBounds("pages"))?,
+    };
+    if range.pages == 0 {
+        return Err(MessageError::OutOfBounds("pages"));
+    }
+    Ok((range, at))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::frame::{Decoder, MAX_FRAME_LEN};
+    use super::*;
+    use proptest::prelude::*;
+
+    fn reframe(out: &[u8]) -> (u8, Vec<u8>) {
+        let mut decoder = Decoder::new();
+        assert_eq!(decoder.push(out), out.len());
+        let (kind, payload) = decoder.next_frame().expect("a whole frame");
+        (kind, payload.to_vec())
+    }
+
+    fn text() -> impl Strategy<Value = String> {
+        "[a-zA-Z0-9 /ä-]{0,60}"
+    }
+
+    proptest! {
+        #[test]
+        fn host_messages_round_trip(
+            oldest: u16, newest: u16, session: u64, interval_ms: u32, cpu_permille in 1_u16..=1000,
+        ) {
+            for message in [
+                HostMessage::Hello { oldest, newest, session },
+                HostMessage::ReportStart { interval_ms, cpu_permille },
+                HostMessage::ReportStop,
+            ] {
+                let mut out = [0; MAX_FRAME_LEN];
+                let length = message.encode(&mut out).unwrap();
+                let (kind, payload) = reframe(&out[..length]);
+                prop_assert_eq!(HostMessage::decode(kind, &payload), Ok(message));
+            }
+        }
+
+        #[test]
+        fn agent_messages_round_trip(
+            version: u16, session: u64, page_shift in 12_u8..=30, first in text(), second in text(),
+            index: u16, sectors: u64, epoch: u32, pages: u64, cpu_us: u64,
+        ) {
+            for message in [
+                AgentMessage::Hello {
+                    version, session, source: ReportSource::UserSpace, page_shift, agent: &first,
+                },
+                AgentMessage::Disk { index, sectors, serial: &first, name: &second },
+                AgentMessage::EpochBegin { epoch },
+                AgentMessage::EpochEnd { epoch, pages, cpu_us },
+                AgentMessage::Trouble { text: &second },
+            ] {
+                let mut out = [0; MAX_FRAME_LEN];
+                let length = message.encode(&mut out).unwrap();
+                let (kind, payload) = reframe(&out[..length]);
+                prop_assert_eq!(AgentMessage::decode(kind, &payload), Ok(message));
+            }
+        }
+
+        #[test]
+        fn ranges_round_trip(
+            disk: u16,
+            sent in prop::collection::vec((any::<u64>(), any::<u64>(), 1_u32..), 0..200),
+        ) {
+            let sent: Vec<Range> =
+                sent.into_iter().map(|(pfn, sector, pages)| Range { pfn, sector, pages }).collect();
+            let mut out = [0; MAX_FRAME_LEN];
+            let mut encoder = RangeEncoder::new(&mut out, disk, 8).unwrap();
+            for &range in &sent {
+                prop_assert!(encoder.add(range));
+            }
+            let length = encoder.finish().unwrap();
+            let (kind, payload) = reframe(&out[..length]);
+            let Ok(AgentMessage::Ranges(ranges)) = AgentMessage::decode(kind, &payload) else {
+                panic!("kind {kind}");
+            };
+            prop_assert_eq!(ranges.disk, disk);
+            let got: Result<Vec<Range>, _> = ranges.iter(8).collect();
+            prop_assert_eq!(got, Ok(sent));
+        }
+
+        #[test]
+        fn no_payload_panics(kind: u8, payload in prop::collection::vec(any::<u8>(), 0..400)) {
+            let _ = HostMessage::decode(kind, &payload);
+            if let Ok(AgentMessage::Ranges(ranges)) = AgentMessage::decode(kind, &payload) {
+                let _ = ranges.iter(8).count();
+            }
+        }
+    }
+
+    #[test]
+    fn a_full_message_refuses_the_next_range() {
+        let mut out = [0; HEADER_LEN + 2 + 7];
+        let mut encoder = RangeEncoder::new(&mut out, 0, 8).unwrap();
+        assert!(encoder.is_empty());
+        assert!(encoder.add(Range { pfn: 1, sector: 1, pages: 1 }));
+        assert!(!encoder.add(Range { pfn: 1 << 40, sector: 1 << 40, pages: 1 }));
+        assert!(encoder.add(Range { pfn: 2, sector: 9, pages: 1 }));
+        assert_eq!(encoder.finish(), Ok(HEADER_LEN + 2 + 6));
+    }
+}
