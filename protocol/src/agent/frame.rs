@@ -49,7 +49,9 @@ pub(super) fn seal(out: &mut [u8], kind: u8, payload_len: usize) -> Result<usize
     }
     let needed = HEADER_LEN + payload_len;
     let room = out.len();
-    let frame = out.get_mut(..needed).ok_or(FrameError::NoRoom { needed, room })?;
+    let frame = out
+        .get_mut(..needed)
+        .ok_or(FrameError::NoRoom { needed, room })?;
     let (head, payload) = frame.split_at_mut(HEADER_LEN);
     head[..4].copy_from_slice(&MAGIC);
     head[4] = kind;
@@ -93,7 +95,12 @@ impl Default for Decoder {
 impl Decoder {
     /// An empty decoder.
     pub const fn new() -> Self {
-        Self { buffer: [0; MAX_FRAME_LEN], filled: 0, used: 0, skipped: 0 }
+        Self {
+            buffer: [0; MAX_FRAME_LEN],
+            filled: 0,
+            used: 0,
+            skipped: 0,
+        }
     }
 
     /// Bytes thrown away so far because they belonged to no frame.

@@ -153,7 +153,10 @@ struct Writer<'a> {
 
 impl<'a> Writer<'a> {
     fn new(out: &'a mut [u8]) -> Self {
-        Self { out, at: HEADER_LEN }
+        Self {
+            out,
+            at: HEADER_LEN,
+        }
     }
 
     fn bytes(mut self, bytes: &[u8]) -> Result<Self, FrameError> {
@@ -173,7 +176,8 @@ impl<'a> Writer<'a> {
         while !text.is_char_boundary(end) {
             end -= 1;
         }
-        self.bytes(&[u8::try_from(end).unwrap_or(0)])?.bytes(&text.as_bytes()[..end])
+        self.bytes(&[u8::try_from(end).unwrap_or(0)])?
+            .bytes(&text.as_bytes()[..end])
     }
 
     fn seal(self, kind: u8) -> Encoded {
@@ -187,7 +191,10 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     fn take(&mut self, length: usize) -> Result<&'a [u8], MessageError> {
-        let (taken, rest) = self.rest.split_at_checked(length).ok_or(MessageError::Short)?;
+        let (taken, rest) = self
+            .rest
+            .split_at_checked(length)
+            .ok_or(MessageError::Short)?;
         self.rest = rest;
         Ok(taken)
     }
@@ -235,12 +242,19 @@ impl HostMessage {
     pub fn encode(&self, out: &mut [u8]) -> Encoded {
         let writer = Writer::new(out);
         match *self {
-            Self::Hello { oldest, newest, session } => writer
+            Self::Hello {
+                oldest,
+                newest,
+                session,
+            } => writer
                 .bytes(&oldest.to_le_bytes())?
                 .bytes(&newest.to_le_bytes())?
                 .bytes(&session.to_le_bytes())?
                 .seal(kind::HOST_HELLO),
-            Self::ReportStart { interval_ms, cpu_permille } => writer
+            Self::ReportStart {
+                interval_ms,
+                cpu_permille,
+            } => writer
                 .bytes(&interval_ms.to_le_bytes())?
                 .bytes(&cpu_permille.to_le_bytes())?
                 .seal(kind::REPORT_START),
@@ -263,7 +277,10 @@ impl HostMessage {
                 if !(1..=1000).contains(&cpu_permille) {
                     return Err(MessageError::OutOfBounds("cpu_permille"));
                 }
-                Self::ReportStart { interval_ms, cpu_permille }
+                Self::ReportStart {
+                    interval_ms,
+                    cpu_permille,
+                }
             }
             kind::REPORT_STOP => Self::ReportStop,
             other => return Err(MessageError::UnknownKind(other)),
@@ -277,13 +294,24 @@ impl<'a> AgentMessage<'a> {
     pub fn encode(&self, out: &mut [u8]) -> Encoded {
         let writer = Writer::new(out);
         match *self {
-            Self::Hello { version, session, source, page_shift, agent } => writer
+            Self::Hello {
+                version,
+                session,
+                source,
+                page_shift,
+                agent,
+            } => writer
                 .bytes(&version.to_le_bytes())?
                 .bytes(&session.to_le_bytes())?
                 .bytes(&[source as u8, page_shift])?
                 .text(agent)?
                 .seal(kind::AGENT_HELLO),
-            Self::Disk { index, sectors, serial, name } => writer
+            Self::Disk {
+                index,
+                sectors,
+                serial,
+                name,
+            } => writer
                 .bytes(&index.to_le_bytes())?
                 .bytes(&sectors.to_le_bytes())?
                 .text(serial)?
@@ -292,10 +320,15 @@ impl<'a> AgentMessage<'a> {
             Self::EpochBegin { epoch } => {
                 writer.bytes(&epoch.to_le_bytes())?.seal(kind::EPOCH_BEGIN)
             }
-            Self::Ranges(Ranges { disk, body }) => {
-                writer.bytes(&disk.to_le_bytes())?.bytes(body)?.seal(kind::RANGES)
-            }
-            Self::EpochEnd { epoch, pages, cpu_us } => writer
+            Self::Ranges(Ranges { disk, body }) => writer
+                .bytes(&disk.to_le_bytes())?
+                .bytes(body)?
+                .seal(kind::RANGES),
+            Self::EpochEnd {
+                epoch,
+                pages,
+                cpu_us,
+            } => writer
                 .bytes(&epoch.to_le_bytes())?
                 .bytes(&pages.to_le_bytes())?
                 .bytes(&cpu_us.to_le_bytes())?
@@ -321,7 +354,13 @@ impl<'a> AgentMessage<'a> {
                 if !(12..=30).contains(&page_shift) {
                     return Err(MessageError::OutOfBounds("page_shift"));
                 }
-                Self::Hello { version, session, source, page_shift, agent: reader.text()? }
+                Self::Hello {
+                    version,
+                    session,
+                    source,
+                    page_shift,
+                    agent: reader.text()?,
+                }
             }
             kind::DISK => Self::Disk {
                 index: reader.u16()?,
@@ -329,17 +368,24 @@ impl<'a> AgentMessage<'a> {
                 serial: reader.text()?,
                 name: reader.text()?,
             },
-            kind::EPOCH_BEGIN => Self::EpochBegin { epoch: reader.u32()? },
+            kind::EPOCH_BEGIN => Self::EpochBegin {
+                epoch: reader.u32()?,
+            },
             kind::RANGES => {
                 let disk = reader.u16()?;
-                return Ok(Self::Ranges(Ranges { disk, body: reader.rest }));
+                return Ok(Self::Ranges(Ranges {
+                    disk,
+                    body: reader.rest,
+                }));
             }
             kind::EPOCH_END => Self::EpochEnd {
                 epoch: reader.u32()?,
                 pages: reader.u64()?,
                 cpu_us: reader.u64()?,
             },
-            kind::TROUBLE => Self::Trouble { text: reader.text()? },
+            kind::TROUBLE => Self::Trouble {
+                text: reader.text()?,
+            },
             other => return Err(MessageError::UnknownKind(other)),
         };
         reader.end(message)
@@ -368,7 +414,12 @@ impl<'a> RangeEncoder<'a> {
     /// Starts a message in `out`; `sectors_per_page` is the page size divided by 512.
     pub fn new(out: &'a mut [u8], disk: u16, sectors_per_page: u64) -> Result<Self, FrameError> {
         let at = Writer::new(&mut *out).bytes(&disk.to_le_bytes())?.at;
-        Ok(Self { out, at, last: Position::default(), sectors_per_page })
+        Ok(Self {
+            out,
+            at,
+            last: Position::default(),
+            sectors_per_page,
+        })
     }
 
     /// Adds a range; `false` when the message is full and the range was not taken.
@@ -377,7 +428,9 @@ impl<'a> RangeEncoder<'a> {
         let pfn = range.pfn.wrapping_sub(self.last.pfn).cast_signed();
         let sector = range.sector.wrapping_sub(self.last.sector).cast_signed();
         let end = self.out.len().min(HEADER_LEN + MAX_PAYLOAD_LEN);
-        let Some(out) = self.out.get_mut(..end) else { return false };
+        let Some(out) = self.out.get_mut(..end) else {
+            return false;
+        };
         let put = varint::put(out, self.at, varint::zigzag(pfn))
             .and_then(|at| varint::put(out, at, varint::zigzag(sector)))
             .and_then(|at| varint::put(out, at, u64::from(range.pages)));
@@ -543,9 +596,21 @@ mod tests {
         let mut out = [0; HEADER_LEN + 2 + 7];
         let mut encoder = RangeEncoder::new(&mut out, 0, 8).unwrap();
         assert!(encoder.is_empty());
-        assert!(encoder.add(Range { pfn: 1, sector: 1, pages: 1 }));
-        assert!(!encoder.add(Range { pfn: 1 << 40, sector: 1 << 40, pages: 1 }));
-        assert!(encoder.add(Range { pfn: 2, sector: 9, pages: 1 }));
+        assert!(encoder.add(Range {
+            pfn: 1,
+            sector: 1,
+            pages: 1
+        }));
+        assert!(!encoder.add(Range {
+            pfn: 1 << 40,
+            sector: 1 << 40,
+            pages: 1
+        }));
+        assert!(encoder.add(Range {
+            pfn: 2,
+            sector: 9,
+            pages: 1
+        }));
         assert_eq!(encoder.finish(), Ok(HEADER_LEN + 2 + 6));
     }
 }

@@ -1,0 +1,5 @@
+//! Transhume's host side: the service `transhumed`, the command `transhume`, and the rooms they are
+//! made of. A room knows the rooms below it only:
+//! `control` → `relay` → `pages`, `guest`, `volume`, `link`, `hypervisor`.
+
+pub mod relay;

@@ -1,0 +1,222 @@
+//! What a migration tells of itself while it runs, and its summary.
+
+use serde::{Deserialize, Serialize};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Where a migration stands. The contract of each phase says who runs the VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// The daemons agree on versions, machine and disks. The source runs the VM; nothing was touched.
+    Negotiate,
+    /// The destination starts its QEMU, which waits for the stream. The source runs the VM.
+    Prepare,
+    /// Memory is copied while the source runs the VM.
+    PreCopy,
+    /// The VM is paused at the source; the rest of its memory and its devices' state move.
+    Switchover,
+    /// The whole state is at the destination; the source gives the VM up. From here on it belongs to
+    /// the destination.
+    Commit,
+    /// The destination runs the VM.
+    Completed,
+    /// The migration failed before the hand-over; the source runs the VM.
+    Failed,
+    /// The operator ended the migration; the source runs the VM.
+    Cancelled,
+    /// The peer fell silent after the commit was sent: an operator must look who has the VM.
+    Unresolved,
+}
+
+impl Phase {
+    /// Whether the migration has ended.
+    pub fn is_final(self) -> bool {
+        matches!(
+            self,
+            Self::Completed | Self::Failed | Self::Cancelled | Self::Unresolved
+        )
+    }
+}
+
+/// Pages and bytes by where they came from. Pages are of 4 KiB.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Traffic {
+    /// Pages that hold one repeated byte (all but always zero).
+    pub zero_pages: u64,
+    /// Pages that the destination read from a disk, verified by digest.
+    pub disk_pages: u64,
+    /// Pages sent over the link, the first time.
+    pub data_pages: u64,
+    /// Pages sent over the link because the guest wrote them again.
+    pub resent_pages: u64,
+    /// Pages sent over the link because what the disk held did not match, or could not be read.
+    pub mismatched_pages: u64,
+    /// Bytes that the link carried, both ways, framing included.
+    pub wire_bytes: u64,
+    /// Bytes of page content on the link after compression.
+    pub page_bytes: u64,
+    /// Bytes that the destination read from disks.
+    pub disk_bytes: u64,
+    /// Bytes read from QEMU's stream at the source.
+    pub stream_bytes: u64,
+}
+
+/// A moment of a running migration.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Snapshot {
+    /// Where it stands.
+    pub phase: Phase,
+    /// Since the command, in milliseconds.
+    pub elapsed_ms: u64,
+    /// What moved so far.
+    pub traffic: Traffic,
+    /// What the hypervisor believes is left, in bytes; absent before the first answer.
+    pub remaining_bytes: Option<u64>,
+    /// The guest's memory, in bytes.
+    pub total_bytes: u64,
+    /// Page frames that the guest's agent names as clean page cache.
+    pub hinted_pages: u64,
+}
+
+/// Downtime in its parts, in milliseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Downtime {
+    /// From the source's pause to the last page of memory on the link.
+    pub memory_ms: f64,
+    /// From there to the destination having loaded all devices.
+    pub devices_ms: f64,
+    /// From there to the VM running: the commit, its way over the link, and the disks taken over.
+    pub handover_ms: f64,
+    /// All of it.
+    pub total_ms: f64,
+}
+
+/// How a migration ended well.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Summary {
+    /// The VM.
+    pub vm: String,
+    /// The host that it left.
+    pub from: String,
+    /// The host that runs it now.
+    pub to: String,
+    /// From the command to the VM running there, in milliseconds.
+    pub total_ms: f64,
+    /// How long nobody ran it.
+    pub downtime: Downtime,
+    /// What moved.
+    pub traffic: Traffic,
+    /// Page frames that the guest's agent named as clean page cache, in its last report.
+    pub hinted_pages: u64,
+    /// What was less than it could have been, for people: no agent, no module, hints given up.
+    pub remarks: Vec<String>,
+}
+
+/// The counters of a running migration: written by the relay, read by whoever shows them.
+#[derive(Debug)]
+pub struct Progress {
+    started: Instant,
+    phase: Mutex<Phase>,
+    counters: [AtomicU64; COUNTERS],
+}
+
+/// The counters in [`Progress`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "they are the fields of Traffic and Snapshot")]
+pub enum Counter {
+    ZeroPages,
+    DiskPages,
+    DataPages,
+    ResentPages,
+    MismatchedPages,
+    WireBytes,
+    PageBytes,
+    DiskBytes,
+    StreamBytes,
+    /// Stored plus one, so that 0 means "not known".
+    RemainingBytes,
+    TotalBytes,
+    HintedPages,
+}
+
+const COUNTERS: usize = Counter::HintedPages as usize + 1;
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Progress {
+    /// Starts the clock, in phase [`Phase::Negotiate`].
+    pub fn new() -> Self {
+        Self {
+            started: Instant::now(),
+            phase: Mutex::new(Phase::Negotiate),
+            counters: [const { AtomicU64::new(0) }; COUNTERS],
+        }
+    }
+
+    /// Enters a phase.
+    pub fn enter(&self, phase: Phase) {
+        *self.phase.lock().unwrap_or_else(PoisonError::into_inner) = phase;
+    }
+
+    /// The phase.
+    pub fn phase(&self) -> Phase {
+        *self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Since the start.
+    pub fn elapsed(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Adds to a counter.
+    pub fn add(&self, counter: Counter, amount: u64) {
+        self.counters[counter as usize].fetch_add(amount, Ordering::Relaxed);
+    }
+
+    /// Sets a counter.
+    pub fn set(&self, counter: Counter, value: u64) {
+        self.counters[counter as usize].store(value, Ordering::Relaxed);
+    }
+
+    /// Reads a counter.
+    pub fn get(&self, counter: Counter) -> u64 {
+        self.counters[counter as usize].load(Ordering::Relaxed)
+    }
+
+    /// What moved so far.
+    pub fn traffic(&self) -> Traffic {
+        Traffic {
+            zero_pages: self.get(Counter::ZeroPages),
+            disk_pages: self.get(Counter::DiskPages),
+            data_pages: self.get(Counter::DataPages),
+            resent_pages: self.get(Counter::ResentPages),
+            mismatched_pages: self.get(Counter::MismatchedPages),
+            wire_bytes: self.get(Counter::WireBytes),
+            page_bytes: self.get(Counter::PageBytes),
+            disk_bytes: self.get(Counter::DiskBytes),
+            stream_bytes: self.get(Counter::StreamBytes),
+        }
+    }
+
+    /// The moment, for showing.
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot {
+            phase: self.phase(),
+            elapsed_ms: u64::try_from(self.elapsed().as_millis()).unwrap_or(u64::MAX),
+            traffic: self.traffic(),
+            remaining_bytes: self.get(Counter::RemainingBytes).checked_sub(1),
+            total_bytes: self.get(Counter::TotalBytes),
+            hinted_pages: self.get(Counter::HintedPages),
+        }
+    }
+}
