@@ -143,13 +143,13 @@ impl Bench {
     }
 
     fn say(&mut self, message: HostMessage) {
-        let mut out = [0; MAX_FRAME_LEN];
+        let mut out = vec![0; MAX_FRAME_LEN];
         let length = message.encode(&mut out).expect("room");
         self.session.receive(&out[..length]);
     }
 
     fn poll(&mut self) -> Result<Said, Action> {
-        let mut out = [0; MAX_FRAME_LEN];
+        let mut out = vec![0; MAX_FRAME_LEN];
         match self.session.poll(&mut self.cache, self.now, &mut out) {
             Action::Send(length) => Ok(understand(&out[..length])),
             other => Err(other),
