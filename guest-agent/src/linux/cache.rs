@@ -83,8 +83,7 @@ impl LinuxCache {
             && self.source != ReportSource::UserSpace
         {
             let notice = format!(
-                "{cause}; page cache is looked for from user space meanwhile, which is slower and \
-                 misses files that are open but unlinked"
+                "{cause}; until then user space reports, slowly and without unlinked files"
             );
             warn!("{notice}");
             self.notice = Some(notice);
