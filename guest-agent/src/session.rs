@@ -112,6 +112,18 @@ impl Session {
         self.trouble.clear();
     }
 
+    /// Gives up the walk that is under way, as when the host has not taken anything for long: a walk
+    /// may hold something of the guest's. The report begins anew with the next [`Self::poll`].
+    pub fn interrupt<C: PageCache>(&mut self, cache: &mut C) {
+        let was_reporting = self.is_reporting();
+        self.stop();
+        if was_reporting {
+            self.report = Report::Due(None);
+        }
+        self.abandoned = false;
+        cache.end();
+    }
+
     /// Whether the host wants reports.
     pub fn is_reporting(&self) -> bool {
         self.report != Report::Off

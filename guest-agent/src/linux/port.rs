@@ -19,6 +19,9 @@ use transhume_protocol::agent::{MAX_FRAME_LEN, PORT_NAME};
 /// Pause before a port that is missing or failed is tried again.
 const RETRY: Duration = Duration::from_secs(2);
 
+/// How long a walk is kept that the host takes nothing of.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// Which port leads to the host.
 #[derive(Debug, Clone)]
 pub enum PortPath {
@@ -99,9 +102,10 @@ fn speak(port: &OwnedFd, session: &mut Session, cache: &mut impl PageCache) -> R
         .map_err(Error::call("epoll_ctl"))?;
     let started = Instant::now();
     let mut link = Link::new(port.as_fd());
+    let mut is_interrupted = false;
     loop {
-        link.receive(session)?;
-        let timeout = if link.flush()? {
+        let wait = if link.receive(session)? && link.flush()? {
+            is_interrupted = false;
             match session.poll(cache, started.elapsed(), &mut link.frame) {
                 Action::Send(length) => {
                     link.to_send = 0..length;
@@ -111,11 +115,17 @@ fn speak(port: &OwnedFd, session: &mut Session, cache: &mut impl PageCache) -> R
                 Action::Wait(pause) => timeout(pause),
                 Action::Idle => EpollTimeout::NONE,
             }
-        } else {
-            // The host does not read: nothing to do until it does, and the walk waits too.
+        } else if is_interrupted {
             EpollTimeout::NONE
+        } else {
+            timeout(PATIENCE)
         };
-        match epoll.wait(&mut [EpollEvent::empty()], timeout) {
+        let is_stalled = !link.to_send.is_empty() || !link.is_connected;
+        match epoll.wait(&mut [EpollEvent::empty()], wait) {
+            Ok(0) if is_stalled => {
+                session.interrupt(cache);
+                is_interrupted = true;
+            }
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(Error::call("epoll_wait")(error)),
         }
@@ -148,8 +158,11 @@ impl<Fd: AsFd> Link<Fd> {
         }
     }
 
-    /// Reads all there is. A host that hangs up ends its session.
-    fn receive(&mut self, session: &mut Session) -> Result<(), Error> {
+    /// Reads all there is; `false` while no host is connected.
+    ///
+    /// A hang-up is no reason to forget the session: the kernel tells of it by another way than
+    /// data comes, so the next host's hello may be here before the news that the last one left.
+    fn receive(&mut self, session: &mut Session) -> Result<bool, Error> {
         loop {
             match nix::unistd::read(&self.port, &mut self.input) {
                 Ok(0) => {
@@ -157,15 +170,13 @@ impl<Fd: AsFd> Link<Fd> {
                         debug!("the host has hung up");
                     }
                     self.is_connected = false;
-                    session.reset();
-                    self.to_send = 0..0;
-                    return Ok(());
+                    return Ok(false);
                 }
-                Ok(read) => {
+                Ok(read) => session.receive(self.input.get(..read).unwrap_or_default()),
+                Err(Errno::EAGAIN) => {
                     self.is_connected = true;
-                    session.receive(self.input.get(..read).unwrap_or_default());
+                    return Ok(true);
                 }
-                Err(Errno::EAGAIN) => return Ok(()),
                 Err(Errno::EINTR) => {}
                 Err(error) => return Err(Error::Port(error)),
             }
@@ -184,5 +195,42 @@ impl<Fd: AsFd> Link<Fd> {
             }
         }
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn a_port_is_found_by_its_name_with_and_without_udev() {
+        let dir = tempfile::tempdir().unwrap();
+        let (sys, dev) = (dir.path().join("sys"), dir.path().join("dev"));
+        let find = || PortPath::Named.find(&sys, &dev);
+        assert!(matches!(find(), Err(Error::NoPort { .. })));
+        for (port, name) in [("vport1p1", "com.example\n"), ("vport2p1", PORT_NAME)] {
+            let at = sys.join("class/virtio-ports").join(port);
+            fs::create_dir_all(&at).unwrap();
+            fs::write(at.join("name"), name).unwrap();
+        }
+        assert_eq!(find().unwrap(), dev.join("vport2p1"));
+
+        let links = dev.join("virtio-ports");
+        fs::create_dir_all(&links).unwrap();
+        fs::write(dev.join("vport2p1"), "").unwrap();
+        symlink("../vport2p1", links.join(PORT_NAME)).unwrap();
+        assert_eq!(find().unwrap(), links.join(PORT_NAME));
+
+        let given = PortPath::At("/dev/hvc1".into());
+        assert_eq!(given.find(&sys, &dev).unwrap(), Path::new("/dev/hvc1"));
+    }
+
+    #[test]
+    fn a_wait_is_rounded_up_and_bounded() {
+        let ms = |pause| timeout(pause).as_millis();
+        assert_eq!(ms(Duration::from_micros(1)), Some(1));
+        assert_eq!(ms(Duration::from_millis(1500)), Some(1500));
+        assert!(ms(Duration::MAX) >= ms(Duration::from_secs(1)));
     }
 }

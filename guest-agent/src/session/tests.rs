@@ -339,6 +339,22 @@ fn a_stop_ends_the_walk_at_once() {
 }
 
 #[test]
+fn an_interrupted_report_begins_anew() {
+    let mut bench = Bench::open(small());
+    bench.say(START);
+    while bench.poll() != Ok(Said::Begin(1)) {}
+    bench.session.interrupt(&mut bench.cache);
+    assert!(!bench.cache.walking);
+    let (heard, _) = bench.heard();
+    assert_eq!(heard[2], Said::Begin(2));
+    assert_eq!(heard.len(), 7);
+    // Nothing is begun that the host did not want.
+    bench.say(HostMessage::ReportStop);
+    bench.session.interrupt(&mut bench.cache);
+    assert_eq!(bench.heard(), (vec![], Action::Idle));
+}
+
+#[test]
 fn a_new_hello_begins_anew() {
     let mut bench = Bench::open(small());
     bench.say(START);
