@@ -5,3 +5,6 @@
 #![cfg_attr(not(any(feature = "std", test)), no_std)]
 
 pub mod agent;
+#[cfg(feature = "std")]
+pub mod link;
+mod varint;
