@@ -2,4 +2,6 @@
 //! made of. A room knows the rooms below it only:
 //! `control` → `relay` → `pages`, `guest`, `volume`, `link`, `hypervisor`.
 
+pub mod link;
+pub mod pages;
 pub mod relay;

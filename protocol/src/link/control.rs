@@ -19,7 +19,7 @@ pub struct Offer {
     /// Size of each disk, as the guest sees it.
     pub disks: Vec<OfferedDisk>,
     /// Key of the page digests.
-    pub digest_key: [u8; 32],
+    pub digest_key: [u8; 16],
     /// Only look whether it would work.
     pub dry_run: bool,
 }
@@ -114,7 +114,7 @@ mod tests {
         fn offers_round_trip(
             from in ".{0,40}", job: u64, definition in ".{0,200}", machine in "[a-z0-9.-]{0,20}",
             disks in prop::collection::vec(("[a-z]{1,9}", any::<u64>()), 0..4), qemu: [u32; 3],
-            digest_key: [u8; 32], dry_run: bool,
+            digest_key: [u8; 16], dry_run: bool,
         ) {
             let disks = disks.into_iter().map(|(id, size)| OfferedDisk { id, size }).collect();
             let message = Control::Offer(Box::new(Offer {
