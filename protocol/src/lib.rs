@@ -5,3 +5,5 @@
 #![cfg_attr(not(any(feature = "std", test)), no_std)]
 
 pub mod agent;
+#[cfg(feature = "std")]
+pub mod qemu;
