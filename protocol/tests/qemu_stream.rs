@@ -170,8 +170,11 @@ fn put(encoder: &mut Encoder, blocks: &[Block], record: &Record, out: &mut Vec<u
     match *record {
         Record::Page { block, page, seed } => {
             let page = place(block, page);
-            let data: [u8; PAGE_SIZE] =
-                std::array::from_fn(|at| seed.wrapping_mul(31).wrapping_add((at % 251) as u8));
+            let mut byte = seed;
+            let data: [u8; PAGE_SIZE] = std::array::from_fn(|_| {
+                byte = byte.wrapping_mul(5).wrapping_add(1);
+                byte
+            });
             encoder.page(page, &data, out).unwrap();
             Seen::Page(page, data.to_vec())
         }

@@ -151,3 +151,81 @@ impl<'a> Message<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn encoded(message: &Message<'_>) -> Vec<u8> {
+        let mut out = Vec::new();
+        message.encode(&mut out);
+        out
+    }
+
+    proptest! {
+        #[test]
+        fn messages_survive_any_cut(
+            error: u32, number: u32, name in "[a-z0-9.:/@]{1,40}|x{255}", offset: u64, length: u32, value: u32,
+        ) {
+            let sent = [
+                Message::Pong { number },
+                Message::RequestPagesOf { block: &name, offset, length },
+                Message::RequestPages { offset, length },
+                Message::ResumeAck { value },
+                Message::SwitchoverAck,
+                Message::Shut { error },
+            ];
+            for message in sent {
+                let mut bytes = encoded(&message);
+                let whole = bytes.len();
+                prop_assert!(whole <= MAX_MESSAGE_LEN);
+                for cut in 0..whole {
+                    prop_assert_eq!(Message::decode(&bytes[..cut]), Ok(None));
+                }
+                bytes.extend_from_slice(&[0xff; 7]);
+                prop_assert_eq!(Message::decode(&bytes), Ok(Some((message, whole))));
+            }
+        }
+
+        #[test]
+        fn a_decoded_message_is_what_was_there(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+            let mut bytes = bytes;
+            // Mostly a type and a length that exist.
+            if let [_, kind, high, length, ..] = &mut bytes[..] {
+                *kind %= 9;
+                *high = 0;
+                *length = [0, 4, 12, 14, 30][usize::from(*length % 5)];
+            }
+            if let Some(first) = bytes.first_mut() {
+                *first = 0;
+            }
+            match Message::decode(&bytes) {
+                Ok(Some((message, used))) => prop_assert_eq!(&encoded(&message), &bytes[..used]),
+                Ok(None) => prop_assert!(bytes.len() < MAX_MESSAGE_LEN),
+                Err(_) => {}
+            }
+        }
+    }
+
+    #[test]
+    fn the_received_bitmap_is_refused() {
+        let message = [0, 5, 0, 7, 6, b'p', b'c', b'.', b'r', b'a', b'm'];
+        assert_eq!(Message::decode(&message), Err(Error::ReceivedBitmap));
+    }
+
+    #[test]
+    fn a_name_longer_than_its_message_is_refused() {
+        let mut bytes = encoded(&Message::RequestPagesOf {
+            block: "pc.ram",
+            offset: 0,
+            length: 4096,
+        });
+        bytes[16] += 1;
+        let wrong = Error::MessageLength {
+            kind: 3,
+            length: 19,
+        };
+        assert_eq!(Message::decode(&bytes), Err(wrong));
+    }
+}
