@@ -7,4 +7,6 @@
 pub mod agent;
 #[cfg(feature = "std")]
 pub mod link;
+#[cfg(feature = "std")]
+pub mod qemu;
 mod varint;
