@@ -63,14 +63,14 @@ pub enum Record<'a> {
     /// Bytes to pass on as they are; they contain no page.
     Raw(&'a [u8]),
     /// QEMU's table of RAM blocks: names and lengths in bytes. The set-up section's bytes go as `Raw`.
-    Blocks(Vec<(&'a [u8], u64)>),
-    /// A RAM section begins.
-    SectionOpen {
-        /// Which one.
-        kind: SectionKind,
-        /// QEMU's number of the section.
-        id: u32,
+    Blocks {
+        /// QEMU's number of the RAM section.
+        section: u32,
+        /// The table.
+        blocks: Vec<(&'a [u8], u64)>,
     },
+    /// A RAM section begins.
+    SectionOpen(SectionKind),
     /// The RAM section ends.
     SectionClose,
     /// Pages that hold one repeated byte.
@@ -214,9 +214,14 @@ impl BatchBuilder {
     }
 
     /// Records the table of RAM blocks. Names are at most 255 bytes long.
-    pub fn blocks<'b>(&mut self, blocks: impl ExactSizeIterator<Item = (&'b [u8], u64)>) {
+    pub fn blocks<'b>(
+        &mut self,
+        section: u32,
+        blocks: impl ExactSizeIterator<Item = (&'b [u8], u64)>,
+    ) {
         self.flush();
         self.records.push(tag::BLOCKS);
+        put(&mut self.records, u64::from(section));
         put(&mut self.records, blocks.len() as u64);
         for (name, length) in blocks {
             let name = &name[..name.len().min(255)];
@@ -227,10 +232,9 @@ impl BatchBuilder {
     }
 
     /// Records that a RAM section begins.
-    pub fn section_open(&mut self, kind: SectionKind, id: u32) {
+    pub fn section_open(&mut self, kind: SectionKind) {
         self.flush();
         self.records.extend_from_slice(&[tag::OPEN, kind as u8]);
-        put(&mut self.records, u64::from(id));
     }
 
     /// Records that the RAM section ends.
@@ -417,6 +421,7 @@ impl<'a> Records<'a> {
                 Record::Raw(self.bytes(length)?)
             }
             tag::BLOCKS => {
+                let section = self.small("number of a section")?;
                 let count = self.integer()?;
                 if count > MAX_BLOCKS as u64 {
                     return Err(LinkError::OutOfBounds("number of RAM blocks"));
@@ -430,7 +435,7 @@ impl<'a> Records<'a> {
                     let name = self.bytes(length)?;
                     blocks.push((name, self.integer()?));
                 }
-                Record::Blocks(blocks)
+                Record::Blocks { section, blocks }
             }
             tag::OPEN => {
                 let kind = match self.bytes(1)?[0] {
@@ -438,10 +443,7 @@ impl<'a> Records<'a> {
                     2 => SectionKind::End,
                     _ => return Err(LinkError::OutOfBounds("kind of a section")),
                 };
-                Record::SectionOpen {
-                    kind,
-                    id: self.small("number of a section")?,
-                }
+                Record::SectionOpen(kind)
             }
             tag::CLOSE => Record::SectionClose,
             tag::ZERO => {
@@ -508,7 +510,7 @@ mod tests {
     #[derive(Debug, Clone)]
     enum Step {
         Raw(Vec<u8>),
-        Open(u32),
+        Open,
         Close,
         Zero(u16, u64, u8),
         Data(u16, u64),
@@ -518,7 +520,7 @@ mod tests {
     fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
             prop::collection::vec(any::<u8>(), 0..40).prop_map(Step::Raw),
-            any::<u32>().prop_map(Step::Open),
+            Just(Step::Open),
             Just(Step::Close),
             (0_u16..3, 0_u64..6, 0_u8..2).prop_map(|(b, p, f)| Step::Zero(b, p, f)),
             (0_u16..3, 0_u64..6).prop_map(|(b, p)| Step::Data(b, p)),
@@ -533,8 +535,8 @@ mod tests {
         for record in records {
             match record? {
                 Record::Raw(bytes) => out.push(Step::Raw(bytes.to_vec())),
-                Record::Blocks(_) => {}
-                Record::SectionOpen { id, .. } => out.push(Step::Open(id)),
+                Record::Blocks { .. } => {}
+                Record::SectionOpen(_) => out.push(Step::Open),
                 Record::SectionClose => out.push(Step::Close),
                 Record::Zero {
                     block,
@@ -570,7 +572,7 @@ mod tests {
             for step in &sent {
                 match step {
                     Step::Raw(bytes) => builder.raw(bytes),
-                    Step::Open(id) => builder.section_open(SectionKind::End, *id),
+                    Step::Open => builder.section_open(SectionKind::End),
                     Step::Close => builder.section_close(),
                     Step::Zero(block, page, fill) => builder.zero(*block, *page, *fill),
                     Step::Data(block, page) => builder.data(*block, *page),
@@ -600,13 +602,16 @@ mod tests {
     fn block_tables_round_trip() {
         let table = [(&b"pc.ram"[..], 1_u64 << 31), (b"vga.vram", 1 << 24)];
         let mut builder = BatchBuilder::new();
-        builder.blocks(table.into_iter());
+        builder.blocks(3, table.into_iter());
         let (header, records) = builder.finish(0, BatchEncoding::Plain).unwrap();
         let payload = [&header.encode()[..], &records].concat();
         let reader = BatchReader::parse(&payload).unwrap();
         assert_eq!(
             reader.records().next(),
-            Some(Ok(Record::Blocks(table.to_vec())))
+            Some(Ok(Record::Blocks {
+                section: 3,
+                blocks: table.to_vec()
+            }))
         );
     }
 }

@@ -58,8 +58,6 @@ pub(super) enum Next {
     Fill { batch: u64, buffer: Arc<Buffer>, pages: Vec<Content> },
     Batch(Outgoing),
     Alive,
-    /// Everything was sent and nothing more will come.
-    Finished,
 }
 
 #[derive(Debug)]
@@ -84,7 +82,6 @@ struct State {
     settled: usize,
     limited: bool,
     looked: Instant,
-    stream_ended: bool,
     last_sent: Instant,
 }
 
@@ -134,7 +131,6 @@ impl Flow {
                 settled: 0,
                 limited: false,
                 looked: Instant::now(),
-                stream_ended: false,
                 last_sent: Instant::now(),
             }),
             changed: Condvar::new(),
@@ -233,12 +229,6 @@ impl Flow {
         if state.stopped { Err(RelayError::Stopped) } else { Ok(()) }
     }
 
-    /// No more batches will come.
-    pub(super) fn end_stream(&self) {
-        self.lock().stream_ended = true;
-        self.changed.notify_all();
-    }
-
     /// What is to be sent next; waits for it, at most `alive` long.
     pub(super) fn next(&self, alive: Duration) -> Result<Next, RelayError> {
         let mut state = self.lock();
@@ -259,18 +249,14 @@ impl Flow {
                 self.changed.notify_all();
                 return Ok(Next::Batch(outgoing));
             }
-            if state.queue.is_empty() {
-                if state.stream_ended {
-                    return Ok(Next::Finished);
-                }
-                // The disk works on the oldest references: the idle link takes the newest.
-                if state.last_sent.elapsed() >= IDLE
-                    && let Some(&batch) = state.retained.keys().max()
-                    && let Some(Retained { buffer, references, .. }) = state.retained.remove(&batch)
-                {
-                    state.last_sent = Instant::now();
-                    return Ok(Next::Fill { batch, buffer, pages: references });
-                }
+            // The disk works on the oldest references: the idle link takes the newest.
+            if state.queue.is_empty()
+                && state.last_sent.elapsed() >= IDLE
+                && let Some(&batch) = state.retained.keys().max()
+                && let Some(Retained { buffer, references, .. }) = state.retained.remove(&batch)
+            {
+                state.last_sent = Instant::now();
+                return Ok(Next::Fill { batch, buffer, pages: references });
             }
             let now = Instant::now();
             if now >= deadline {
