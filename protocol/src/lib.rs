@@ -5,3 +5,4 @@
 #![cfg_attr(not(any(feature = "std", test)), no_std)]
 
 pub mod agent;
+pub mod nbd;
