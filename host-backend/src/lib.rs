@@ -3,3 +3,4 @@
 //! `control` → `relay` → `pages`, `guest`, `volume`, `link`, `hypervisor`.
 
 pub mod relay;
+pub mod volume;
