@@ -5,3 +5,4 @@
 pub mod link;
 pub mod pages;
 pub mod relay;
+pub mod volume;
