@@ -2,4 +2,5 @@
 //! made of. A room knows the rooms below it only:
 //! `control` → `relay` → `pages`, `guest`, `volume`, `link`, `hypervisor`.
 
+pub mod hypervisor;
 pub mod relay;
