@@ -301,7 +301,7 @@ impl Definition {
                 format!("write a size from {MIN_MEMORY} to {MAX_MEMORY}"),
             ));
         }
-        if memory.bytes() % (1 << 20) != 0 {
+        if !memory.bytes().is_multiple_of(1 << 20) {
             return Err(Error::field(
                 "memory",
                 format!("is {memory}, which is no multiple of 1MiB"),
