@@ -6,4 +6,8 @@
 
 pub mod agent;
 #[cfg(feature = "std")]
+pub mod link;
+pub mod nbd;
+#[cfg(feature = "std")]
 pub mod qemu;
+mod varint;
