@@ -120,10 +120,10 @@ impl Collector {
             first.filter(|_| serial.is_empty() && same.next().is_none()).map(|(at, _)| at)
         });
         let ours = ours.and_then(|at| u16::try_from(at).ok());
-        match self.known.iter_mut().find(|(known, _)| *known == index) {
-            Some(known) => known.1 = ours,
-            None if self.known.len() < MAX_DISKS => self.known.push((index, ours)),
-            None => {}
+        if let Some(known) = self.known.iter_mut().find(|(known, _)| *known == index) {
+            known.1 = ours;
+        } else if self.known.len() < MAX_DISKS {
+            self.known.push((index, ours));
         }
     }
 }

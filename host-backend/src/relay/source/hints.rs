@@ -45,6 +45,13 @@ impl Hints {
         Arc::clone(&self.lock().table)
     }
 
+    /// Pages named in the last report.
+    pub(super) fn pages(&self) -> u64 {
+        let state = self.lock();
+        let waiting: u64 = state.ranges.iter().map(|range| u64::from(range.pages)).sum();
+        if waiting > 0 { waiting } else { state.table.pages() }
+    }
+
     /// Takes a report, which replaces the one before.
     pub(super) fn report(&self, ranges: Vec<GuestRange>) {
         let mut state = self.lock();
