@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use transhume_protocol::link::{Control, Offer, OfferedDisk};
 
-use crate::hypervisor::layout::{self, Region};
+use crate::hypervisor::layout::{Layout, Region};
 use crate::hypervisor::{Vm, inspect};
 use crate::link::{Connection, PATIENCE};
 use crate::pages::digest;
@@ -67,8 +67,7 @@ pub(super) async fn examine(vm: &Vm, from: &str, dry_run: bool) -> Result<Facts,
             vm.name()
         )));
     }
-    let text = qmp.hmp("info mtree -f").await.map_err(Error::refused)?;
-    let layout = layout::parse(&text).map_err(Error::refused)?;
+    let layout = Layout::read(qmp).await.map_err(Error::refused)?.regions().to_vec();
     let disks = inspect::disk_sizes(qmp, vm.definition()).await.map_err(Error::refused)?;
     let version = qmp.version();
     let capabilities = qmp.migrate_capabilities().await.map_err(Error::refused)?;
