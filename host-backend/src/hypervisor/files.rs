@@ -116,7 +116,7 @@ impl RunFiles {
     }
 
     /// The last lines of QEMU's log.
-    pub(super) fn log_tail(&self) -> String {
+    pub fn log_tail(&self) -> String {
         const BYTES: u64 = 2048;
         const LINES: usize = 12;
         use std::io::{Read, Seek, SeekFrom};

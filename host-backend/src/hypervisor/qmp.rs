@@ -2,7 +2,7 @@
 
 use super::lines::Lines;
 use super::{Error, Result};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
 use std::path::Path;
@@ -57,7 +57,7 @@ pub struct Event {
 }
 
 /// QEMU's version.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Version {
     /// As in 7.
     pub major: u32,
@@ -110,29 +110,6 @@ struct GreetingBody {
 #[derive(Deserialize)]
 struct GreetingVersion {
     qemu: Version,
-}
-
-impl<'de> Deserialize<'de> for Version {
-    fn deserialize<D: serde::Deserializer<'de>>(
-        deserializer: D,
-    ) -> std::result::Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        struct Parts {
-            major: u32,
-            minor: u32,
-            micro: u32,
-        }
-        let Parts {
-            major,
-            minor,
-            micro,
-        } = Parts::deserialize(deserializer)?;
-        Ok(Self {
-            major,
-            minor,
-            micro,
-        })
-    }
 }
 
 impl Qmp {

@@ -2,6 +2,7 @@
 
 use transhume_protocol::link::Offer;
 
+use crate::hypervisor::qmp::Version;
 use crate::hypervisor::{Definition, LaunchSettings, preflight};
 
 /// What was found to fit.
@@ -15,16 +16,31 @@ pub(super) struct Fit {
 }
 
 /// QEMU has `switchover-ack` from this version on.
-const SWITCHOVER_ACK_SINCE: [u32; 2] = [8, 1];
+const SWITCHOVER_ACK_SINCE: (u32, u32) = (8, 1);
 
 /// Looks whether the VM could run here; every reason against it is named.
 pub(super) async fn at(offer: &Offer, settings: &LaunchSettings) -> Result<Fit, Vec<String>> {
-    let mut definition =
-        Definition::parse(&offer.definition).map_err(|error| vec![error.to_string()])?;
-    definition.machine.clone_from(&offer.machine);
-    let disks: Vec<(String, u64)> =
-        offer.disks.iter().map(|disk| (disk.id.clone(), disk.size)).collect();
-    let version = preflight::check(&definition, &disks, offer.qemu, settings).await?;
-    let qemu = [version.major, version.minor, version.micro];
-    Ok(Fit { definition, qemu, switchover_ack: qemu[..2] >= SWITCHOVER_ACK_SINCE[..] })
+    let [major, minor, micro] = offer.qemu;
+    let judged = preflight::Offer {
+        definition: offer.definition.clone(),
+        version: Version { major, minor, micro },
+        disks: offer
+            .disks
+            .iter()
+            .map(|disk| preflight::OfferedDisk { id: disk.id.clone(), bytes: disk.size })
+            .collect(),
+        cpu_flags: offer.cpu_flags.clone(),
+    };
+    let definition = judged
+        .check(settings)
+        .await
+        .map_err(|refusals| refusals.iter().map(ToString::to_string).collect::<Vec<_>>())?;
+    let Some(version) = preflight::version_here(&definition, settings).await else {
+        return Err(vec![format!("QEMU on {} does not tell its version", settings.host)]);
+    };
+    Ok(Fit {
+        definition,
+        qemu: [version.major, version.minor, version.micro],
+        switchover_ack: (version.major, version.minor) >= SWITCHOVER_ACK_SINCE,
+    })
 }
