@@ -3,6 +3,10 @@
 //! Content comes in kinds, so that every path a page can take in a migration is walked: pages that
 //! are zero again after they were not, pages with a single byte set, pages that compress and pages
 //! that do not.
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "what is cast was taken modulo less"
+)]
 
 /// Bytes in a page.
 pub const PAGE_SIZE: usize = 4096;
@@ -48,7 +52,7 @@ fn kind(key: u64) -> Kind {
 }
 
 /// Passes words `from..from + count` of the content that `key` names to `each`.
-#[inline(always)]
+#[inline]
 fn visit(key: u64, from: usize, count: usize, mut each: impl FnMut(usize, u64)) {
     match kind(key) {
         Kind::Zero => (0..count).for_each(|at| each(at, 0)),
@@ -61,7 +65,7 @@ fn visit(key: u64, from: usize, count: usize, mut each: impl FnMut(usize, u64)) 
             let word = mix(key, 0);
             (0..count).for_each(|at| {
                 let place = from + at;
-                let noise = if place % 8 == 0 {
+                let noise = if place.is_multiple_of(8) {
                     key.rotate_left(place as u32)
                 } else {
                     0
@@ -129,7 +133,7 @@ pub fn is_disk(seed: u64, sector: u64, page: &Page) -> bool {
         let key = disk_key(seed, sector / SECTORS_PER_PAGE);
         let from = (sector % SECTORS_PER_PAGE) as usize * SECTOR_WORDS;
         visit(key, from, SECTOR_WORDS, |at, word| {
-            differs |= words[at] ^ word
+            differs |= words[at] ^ word;
         });
     }
     differs == 0
@@ -152,14 +156,14 @@ impl Random {
     }
 
     /// The next number.
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(1);
         mix(self.0, 0x5261_6e64)
     }
 
     /// The next number below `bound`, which must not be 0.
     pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
+        self.number() % bound
     }
 }
 

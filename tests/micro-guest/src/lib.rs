@@ -4,3 +4,7 @@
 #![cfg_attr(not(any(feature = "host", test)), no_std)]
 
 pub mod content;
+#[cfg(feature = "host")]
+pub mod control;
+#[cfg(feature = "host")]
+pub mod image;

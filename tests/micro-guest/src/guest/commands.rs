@@ -1,5 +1,6 @@
 //! The main loop, and the commands that come over COM1.
 
+use crate::agent::Agent;
 use crate::clock::{Clock, HZ};
 use crate::disk::VirtioDisk;
 use crate::interrupts;
@@ -21,6 +22,7 @@ pub(crate) struct Guest {
     turn: u64,
     memory: Memory,
     disk: VirtioDisk,
+    agent: Agent,
     data: Pace,
     cache: Pace,
     churn: Pace,
@@ -37,6 +39,7 @@ impl Guest {
         clock: Clock,
         memory: Memory,
         disk: VirtioDisk,
+        agent: Agent,
         parameters: &Parameters,
     ) -> Self {
         Self {
@@ -45,6 +48,7 @@ impl Guest {
             turn: 0,
             memory,
             disk,
+            agent,
             data: Pace::new(parameters.rate),
             cache: Pace::new(parameters.cache_rate),
             churn: Pace::new(parameters.churn),
@@ -85,6 +89,7 @@ impl Guest {
         }
         let mut busy = self.change_pages(elapsed);
         busy |= self.check_on();
+        busy |= self.agent.turn(&self.memory, &mut self.clock);
         if self.check.is_none()
             && let Some(line) = self.serial.next_line()
         {
@@ -117,9 +122,9 @@ impl Guest {
         }
         let Verdict { pages, bad, first } = verdict;
         match first {
-            None => self.serial.say(format_args!("ok pages={pages}")),
+            None => self.serial.answer(format_args!("ok pages={pages}")),
             Some((pfn, kind)) => {
-                self.serial.say(format_args!(
+                self.serial.answer(format_args!(
                     "bad page={pfn} kind={kind} count={bad} pages={pages}"
                 ));
             }
@@ -128,6 +133,9 @@ impl Guest {
     }
 
     fn obey(&mut self, line: &str) {
+        let tagged = line.starts_with('#').then(|| line.find(' ')).flatten();
+        let (tag, line) = line.split_at(tagged.map_or(0, |end| end + 1));
+        self.serial.set_tag(tag);
         let (command, argument) = line.split_once(' ').unwrap_or((line, ""));
         let pace = match command {
             "dirty" => Some(&mut self.data),
@@ -138,9 +146,9 @@ impl Guest {
         if let Some(pace) = pace {
             if let Some(rate) = size(argument) {
                 *pace = Pace::new(rate);
-                self.serial.say(format_args!("ok {command} {rate}"));
+                self.serial.answer(format_args!("ok {command} {rate}"));
             } else {
-                self.serial.say(format_args!(
+                self.serial.answer(format_args!(
                     "error `{argument}` is no rate: bytes per second, with K, M or G"
                 ));
             }
@@ -149,25 +157,25 @@ impl Guest {
         match (command, argument) {
             ("ping", _) => {
                 self.pongs += 1;
-                self.serial.say(format_args!("pong {}", self.pongs));
+                self.serial.answer(format_args!("pong {}", self.pongs));
             }
             ("check", _) => self.check = Some((0, Verdict::default())),
             ("stop", _) => {
                 for pace in [&mut self.data, &mut self.cache, &mut self.churn] {
                     *pace = Pace::new(0);
                 }
-                self.serial.say(format_args!("ok stopped"));
+                self.serial.answer(format_args!("ok stopped"));
             }
             ("heartbeat", "on") => {
                 self.heartbeat = Some(self.turn);
-                self.serial.say(format_args!("ok heartbeat on"));
+                self.serial.answer(format_args!("ok heartbeat on"));
             }
             ("heartbeat", "off") => {
                 self.heartbeat = None;
-                self.serial.say(format_args!("ok heartbeat off"));
+                self.serial.answer(format_args!("ok heartbeat off"));
             }
             ("corrupt", nth) => match nth.parse().ok().and_then(|nth| self.memory.corrupt(nth)) {
-                Some(pfn) => self.serial.say(format_args!("ok corrupted page={pfn}")),
+                Some(pfn) => self.serial.answer(format_args!("ok corrupted page={pfn}")),
                 None => self
                     .serial
                     .say(format_args!("error `{nth}` names no page that is checked")),
@@ -182,14 +190,15 @@ impl Guest {
     fn status(&mut self) {
         let ms = Clock::micros(self.clock.now()) / 1000;
         let counters = self.memory.counters;
-        self.serial.say(format_args!(
-            "status ms={ms} dirtied={} cache-dirtied={} churned={} read-errors={} heartbeats={} pongs={}",
+        self.serial.answer(format_args!(
+            "status ms={ms} dirtied={} cache-dirtied={} churned={} read-errors={} heartbeats={} pongs={} frames={}",
             counters.data,
             counters.cache,
             counters.churned,
             counters.read_errors,
             self.heartbeats,
             self.pongs,
+            self.agent.frames,
         ));
     }
 }

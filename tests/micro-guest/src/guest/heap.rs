@@ -1,4 +1,8 @@
 //! The allocator: blocks of powers of two, freed blocks kept in a list for each size.
+#![allow(
+    clippy::cast_ptr_alignment,
+    reason = "every block is aligned to 16 bytes at least"
+)]
 
 use core::alloc::{GlobalAlloc, Layout};
 use core::cell::UnsafeCell;

@@ -125,7 +125,7 @@ pub(crate) fn wait() {
             "hlt",
             "cli",
             "lea rsp, [rsp + 128]"
-        )
+        );
     };
 }
 

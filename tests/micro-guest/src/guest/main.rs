@@ -12,12 +12,15 @@
 
 extern crate alloc;
 
+mod agent;
 mod boot;
 mod clock;
 mod commands;
+mod console;
 mod disk;
 mod heap;
 mod interrupts;
+mod lies;
 mod memory;
 mod pace;
 mod paging;
@@ -28,9 +31,12 @@ mod runtime;
 mod serial;
 mod start_info;
 
+use crate::agent::{Agent, DiskName};
 use crate::clock::Clock;
 use crate::commands::Guest;
+use crate::console::Console;
 use crate::disk::VirtioDisk;
+use crate::lies::Liar;
 use crate::memory::Memory;
 use crate::parameters::Parameters;
 use crate::start_info::RamMap;
@@ -82,7 +88,13 @@ fn set_up(ram: &RamMap, floor: u64, command_line: &str) -> Result<Guest, String>
     let sectors = disk.sectors();
     // SAFETY: RAM that was just mapped, behind image and heap.
     let memory = unsafe { Memory::new(ranges, &parameters, sectors, &mut disk) }?;
-    Ok(Guest::new(clock, memory, disk, &parameters))
+    let name = DiskName {
+        sectors,
+        serial: disk.serial.clone(),
+    };
+    let liar = Liar::new(parameters.lie, parameters.seed);
+    let agent = Agent::new(Console::find(), name, liar);
+    Ok(Guest::new(clock, memory, disk, agent, &parameters))
 }
 
 /// Ends the guest: `failed` and the reason on COM1, then silence.

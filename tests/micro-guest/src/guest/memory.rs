@@ -11,8 +11,10 @@ use micro_guest::content::{self, PAGE_SIZE, Page, Random, SECTORS_PER_PAGE};
 
 /// Pages of the disk that lie next to each other in the order in which they are cached.
 const EXTENT: u64 = 64;
-/// Longest run of pages of one role.
+/// Binary logarithm of the longest run of pages that are dealt to one role at once.
 const MAX_RUN_ORDER: u64 = 9;
+/// Most pages that one range of a report names, and one read of the disk brings.
+const MAX_RUN: usize = 512;
 
 /// What a page holds.
 #[derive(Clone, Copy)]
@@ -175,8 +177,10 @@ impl Memory {
 
     fn fill(&mut self, disk: &mut dyn Disk) -> Result<(), &'static str> {
         let mut at = 0;
-        while let Some((next, run)) = self.next_run(at, false) {
+        while at < self.entries.len() {
+            let (next, run) = self.next_run(at, usize::MAX, false);
             at = next;
+            let Some(run) = run else { break };
             let address = core::ptr::with_exposed_provenance_mut(run.pfn as usize * PAGE_SIZE);
             // SAFETY: the run's pages are managed, hence ours, and follow each other.
             let out =
@@ -199,30 +203,36 @@ impl Memory {
         Ok(())
     }
 
-    /// The next run of cache pages from table index `from` on, and the index after it. Pages that
-    /// are dirty are left out, unless `dirty_too`.
-    pub(crate) fn next_run(&self, from: usize, dirty_too: bool) -> Option<(usize, Run)> {
+    /// Looks for a run of cache pages in up to `limit` entries of the table, from `from` on: the
+    /// index to go on from, and the run. Pages that are dirty are left out, unless `dirty_too`.
+    pub(crate) fn next_run(
+        &self,
+        from: usize,
+        limit: usize,
+        dirty_too: bool,
+    ) -> (usize, Option<Run>) {
         let wanted =
             |entry: &Entry| entry.disk_page < UNUSED && (dirty_too || entry.is_clean_cache());
-        let first = from + self.entries.get(from..)?.iter().position(wanted)?;
+        let stop = from.saturating_add(limit).min(self.entries.len());
+        let Some(skipped) = self.entries[from..stop].iter().position(wanted) else {
+            return (stop, None);
+        };
+        let first = from + skipped;
         let mut cursor = Cursor::default();
         let pfn = cursor.pfn(&self.ranges, first);
         let disk_page = self.entries[first].disk_page;
-        let contiguous = (cursor.end - first).min(EXTENT as usize * 8);
-        let pages = self.entries[first..first + contiguous]
+        let end = cursor.end.min(first + MAX_RUN);
+        let pages = self.entries[first..end]
             .iter()
             .zip(disk_page..)
             .take_while(|(entry, disk_page)| wanted(entry) && entry.disk_page == *disk_page)
             .count();
-        let sector = self.sector(disk_page);
-        Some((
-            first + pages,
-            Run {
-                pfn,
-                sector,
-                pages: pages as u32,
-            },
-        ))
+        let run = Run {
+            pfn,
+            sector: self.sector(disk_page),
+            pages: pages as u32,
+        };
+        (first + pages, Some(run))
     }
 
     /// Number of managed pages.

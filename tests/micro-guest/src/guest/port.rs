@@ -11,7 +11,7 @@ pub(crate) unsafe fn read_u8(port: u16) -> u8 {
     let value;
     // SAFETY: the caller vouches for the port.
     unsafe {
-        asm!("in al, dx", out("al") value, in("dx") port, options(nomem, nostack, preserves_flags))
+        asm!("in al, dx", out("al") value, in("dx") port, options(nomem, nostack, preserves_flags));
     };
     value
 }
@@ -24,7 +24,7 @@ pub(crate) unsafe fn read_u8(port: u16) -> u8 {
 pub(crate) unsafe fn write_u8(port: u16, value: u8) {
     // SAFETY: the caller vouches for the port.
     unsafe {
-        asm!("out dx, al", in("al") value, in("dx") port, options(nomem, nostack, preserves_flags))
+        asm!("out dx, al", in("al") value, in("dx") port, options(nomem, nostack, preserves_flags));
     };
 }
 
@@ -37,7 +37,7 @@ pub(crate) unsafe fn read_u32(port: u16) -> u32 {
     let value;
     // SAFETY: the caller vouches for the port.
     unsafe {
-        asm!("in eax, dx", out("eax") value, in("dx") port, options(nomem, nostack, preserves_flags))
+        asm!("in eax, dx", out("eax") value, in("dx") port, options(nomem, nostack, preserves_flags));
     };
     value
 }
@@ -50,6 +50,6 @@ pub(crate) unsafe fn read_u32(port: u16) -> u32 {
 pub(crate) unsafe fn write_u32(port: u16, value: u32) {
     // SAFETY: the caller vouches for the port.
     unsafe {
-        asm!("out dx, eax", in("eax") value, in("dx") port, options(nomem, nostack, preserves_flags))
+        asm!("out dx, eax", in("eax") value, in("dx") port, options(nomem, nostack, preserves_flags));
     };
 }

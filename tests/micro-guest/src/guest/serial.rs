@@ -19,6 +19,8 @@ pub(crate) struct Serial {
     output: VecDeque<u8>,
     line: String,
     line_too_long: bool,
+    /// The `#word` in front of the command that is being answered, with a space, or nothing.
+    tag: String,
 }
 
 impl Serial {
@@ -41,6 +43,7 @@ impl Serial {
             output: VecDeque::with_capacity(BACKLOG),
             line: String::with_capacity(MAX_LINE),
             line_too_long: false,
+            tag: String::new(),
         }
     }
 
@@ -53,14 +56,24 @@ impl Serial {
         self.poll();
     }
 
+    /// Sets what answers begin with.
+    pub(crate) fn set_tag(&mut self, tag: &str) {
+        self.tag.clear();
+        self.tag.push_str(tag);
+    }
+
+    /// Queues the answer to a command.
+    pub(crate) fn answer(&mut self, line: fmt::Arguments<'_>) {
+        let tag = core::mem::take(&mut self.tag);
+        self.say(format_args!("{tag}{line}"));
+        self.tag = tag;
+    }
+
     /// Sends what the port takes, without waiting.
     pub(crate) fn poll(&mut self) {
-        // SAFETY: COM1's registers.
-        while !self.output.is_empty()
-            && unsafe { port::read_u8(LINE_STATUS) } & TRANSMITTER_EMPTY != 0
-        {
+        while !self.output.is_empty() && line_status() & TRANSMITTER_EMPTY != 0 {
             for byte in self.output.drain(..self.output.len().min(FIFO_DEPTH)) {
-                // SAFETY: as above.
+                // SAFETY: COM1's register.
                 unsafe { port::write_u8(COM1, byte) };
             }
         }
@@ -68,9 +81,8 @@ impl Serial {
 
     /// The next whole line that came in, if any.
     pub(crate) fn next_line(&mut self) -> Option<String> {
-        // SAFETY: COM1's registers.
-        while unsafe { port::read_u8(LINE_STATUS) } & DATA_READY != 0 {
-            // SAFETY: as above.
+        while line_status() & DATA_READY != 0 {
+            // SAFETY: COM1's register; a byte is there.
             let byte = unsafe { port::read_u8(COM1) };
             match byte {
                 b'\n' if self.line_too_long => {
@@ -92,6 +104,11 @@ impl Serial {
     }
 }
 
+fn line_status() -> u8 {
+    // SAFETY: COM1's register; reading it clears error bits only.
+    unsafe { port::read_u8(LINE_STATUS) }
+}
+
 struct Queue<'a>(&'a mut VecDeque<u8>);
 
 impl Write for Queue<'_> {
@@ -110,11 +127,9 @@ pub(crate) struct LastWords;
 impl Write for LastWords {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         for byte in text.bytes() {
-            // SAFETY: COM1's registers.
-            unsafe {
-                while port::read_u8(LINE_STATUS) & TRANSMITTER_EMPTY == 0 {}
-                port::write_u8(COM1, byte);
-            }
+            while line_status() & TRANSMITTER_EMPTY == 0 {}
+            // SAFETY: COM1's register.
+            unsafe { port::write_u8(COM1, byte) };
         }
         Ok(())
     }
