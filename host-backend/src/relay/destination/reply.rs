@@ -1,7 +1,6 @@
 //! What the destination says to the source while memory moves.
 
-use std::sync::Arc;
-use std::sync::mpsc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 
 use transhume_protocol::link::{Control, FrameKind, Verdict, encode_ack};
 
@@ -20,25 +19,16 @@ pub(super) enum Reply {
     Stop,
 }
 
-/// Sends replies until it is told to stop; then gives the connection back.
-pub(super) fn run(
-    mut sender: Sender,
-    replies: &mpsc::Receiver<Reply>,
-    stop: &Arc<dyn Fn() + Send + Sync>,
-) -> Result<Sender, RelayError> {
-    let result = loop {
-        let sent = match replies.recv_timeout(ALIVE_INTERVAL) {
-            Ok(Reply::Verdict(verdict)) => sender.send(FrameKind::Verdict, &[&verdict.encode()]),
-            Ok(Reply::Ack(bytes)) => sender.send(FrameKind::Ack, &[&encode_ack(bytes)]),
-            Ok(Reply::ReturnPath(bytes)) => sender.send(FrameKind::ReturnPath, &[&bytes]),
-            Ok(Reply::Control(message)) => sender.send_control(&message),
-            Err(mpsc::RecvTimeoutError::Timeout) => sender.send(FrameKind::Alive, &[]),
-            Ok(Reply::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return Ok(sender),
-        };
-        if let Err(error) = sent {
-            break Err(error.into());
+/// Sends replies until it is told to stop.
+pub(super) fn run(mut sender: Sender, replies: &Receiver<Reply>) -> Result<(), RelayError> {
+    loop {
+        match replies.recv_timeout(ALIVE_INTERVAL) {
+            Ok(Reply::Verdict(verdict)) => sender.send(FrameKind::Verdict, &[&verdict.encode()])?,
+            Ok(Reply::Ack(bytes)) => sender.send(FrameKind::Ack, &[&encode_ack(bytes)])?,
+            Ok(Reply::ReturnPath(bytes)) => sender.send(FrameKind::ReturnPath, &[&bytes])?,
+            Ok(Reply::Control(message)) => sender.send_control(&message)?,
+            Err(RecvTimeoutError::Timeout) => sender.send(FrameKind::Alive, &[])?,
+            Ok(Reply::Stop) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
         }
-    };
-    stop();
-    result
+    }
 }
