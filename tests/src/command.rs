@@ -3,11 +3,13 @@
 use crate::cleanup::{self, Guard, Leftover};
 use crate::{Error, Result};
 use nix::errno::Errno;
+use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -60,6 +62,17 @@ impl Run {
     pub fn folder(mut self, path: impl AsRef<Path>) -> Self {
         self.command.current_dir(path);
         self
+    }
+
+    /// Runs it in a network namespace.
+    pub(crate) fn in_namespace(mut self, path: &Path) -> Result<Self> {
+        let namespace = File::open(path).map_err(Error::file("open", path))?;
+        // SAFETY: between fork and exec only setns is called, which is async-signal-safe.
+        unsafe {
+            self.command
+                .pre_exec(move || Ok(setns(&namespace, CloneFlags::CLONE_NEWNET)?));
+        }
+        Ok(self)
     }
 
     /// What a person can do when it fails; part of the error.

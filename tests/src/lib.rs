@@ -4,11 +4,15 @@
 //! It runs as root on Debian with Rust, needs no KVM, installs nothing but a few build tools, and
 //! keeps all that it makes under `target/testbed`.
 
+pub mod bench;
 pub mod cleanup;
 pub mod command;
 pub mod error;
+pub mod guest;
+pub mod hosts;
 pub mod layout;
 pub mod packages;
 pub mod progress;
+pub mod qemu;
 
 pub use error::{Error, Result};

@@ -7,7 +7,7 @@ use crate::layout::{Layout, write_whole};
 use crate::progress::{say, step};
 use crate::{Error, Result};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
@@ -42,7 +42,7 @@ impl Package {
 impl Apt {
     /// Writes the configuration.
     pub(super) fn prepare(layout: &Layout) -> Result<Self> {
-        if !std::path::Path::new(KEYRING).exists() {
+        if !Path::new(KEYRING).exists() {
             return Err(Error::machine(
                 format!("{KEYRING} is missing, so packages cannot be checked"),
                 "Install the package debian-archive-keyring; the test bed runs on Debian",
@@ -200,7 +200,11 @@ fn parse_uri_line(line: &str) -> Option<Package> {
     let uri = words.next()?;
     let archive = words.next()?;
     let size = words.next()?.parse().ok()?;
-    let named = uri.starts_with('\'') && archive.ends_with(".deb") && !archive.contains('/');
+    let named = uri.starts_with('\'')
+        && Path::new(archive)
+            .extension()
+            .is_some_and(|extension| extension == "deb")
+        && !archive.contains('/');
     named.then(|| Package {
         archive: archive.to_owned(),
         size,
