@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use transhume_protocol::link::{Control, Offer, OfferedDisk};
 
 use crate::hypervisor::layout::{Layout, Region};
-use crate::hypervisor::{Vm, inspect};
+use crate::hypervisor::{Vm, preflight};
 use crate::link::{Connection, PATIENCE};
 use crate::pages::digest;
 use crate::relay::Error;
@@ -67,27 +67,23 @@ pub(super) async fn examine(vm: &Vm, from: &str, dry_run: bool) -> Result<Facts,
             vm.name()
         )));
     }
-    let layout = Layout::read(qmp).await.map_err(Error::refused)?.regions().to_vec();
-    let disks = inspect::disk_sizes(qmp, vm.definition()).await.map_err(Error::refused)?;
-    let version = qmp.version();
+    let layout = Layout::read(qmp).await.map_err(Error::refused)?;
     let capabilities = qmp.migrate_capabilities().await.map_err(Error::refused)?;
+    let vm_offer = preflight::Offer::of(vm).await.map_err(Error::refused)?;
+    let version = vm_offer.version;
+    let disk = |disk: preflight::OfferedDisk| OfferedDisk { id: disk.id, size: disk.bytes };
     let offer = Offer {
         from: from.to_owned(),
         job: u64::from_le_bytes(random()?),
-        definition: vm.definition().to_toml().map_err(Error::refused)?,
-        machine: vm.machine_type().to_owned(),
+        definition: vm_offer.definition,
         qemu: [version.major, version.minor, version.micro],
-        disks: vm
-            .definition()
-            .disks
-            .iter()
-            .zip(disks)
-            .map(|(disk, size)| OfferedDisk { id: disk.id.clone(), size })
-            .collect(),
+        disks: vm_offer.disks.into_iter().map(disk).collect(),
+        cpu_flags: vm_offer.cpu_flags,
         digest_key: digest::random_key().map_err(Error::refused)?,
         dry_run,
     };
     let capabilities = capabilities.into_iter().map(|(name, _)| name).collect();
+    let layout = layout.regions().to_vec();
     Ok(Facts { offer, layout, capabilities, running: status.running })
 }
 

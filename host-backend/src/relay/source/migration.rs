@@ -135,7 +135,7 @@ fn plan(request: &Request, facts: &Facts, accepted: &Accepted) -> Plan {
         vm: request.vm.name().to_owned(),
         from: request.from.clone(),
         to: request.to.clone(),
-        machine: facts.offer.machine.clone(),
+        machine: request.vm.machine_type().to_owned(),
         qemu_from: version(facts.offer.qemu),
         qemu_to: version(accepted.qemu),
         memory_bytes: request.vm.definition().memory.bytes(),
