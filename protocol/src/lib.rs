@@ -5,3 +5,9 @@
 #![cfg_attr(not(any(feature = "std", test)), no_std)]
 
 pub mod agent;
+#[cfg(feature = "std")]
+pub mod link;
+pub mod nbd;
+#[cfg(feature = "std")]
+pub mod qemu;
+mod varint;

@@ -1,7 +1,7 @@
 //! Messages of the agent channel. Integers are little-endian; texts are a length byte and UTF-8.
 
 use super::frame::{FrameError, HEADER_LEN, MAX_PAYLOAD_LEN, seal};
-use super::varint;
+use crate::varint;
 use thiserror::Error;
 
 /// Longest text (serial, name, error) in a message, in bytes.

@@ -21,7 +21,6 @@
 
 mod frame;
 mod message;
-mod varint;
 
 pub use frame::{Decoder, FrameError, HEADER_LEN, MAX_FRAME_LEN, MAX_PAYLOAD_LEN, encode_frame};
 pub use message::{

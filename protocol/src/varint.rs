@@ -1,10 +1,10 @@
 //! LEB128 integers, and zigzag for signed differences.
 
 /// Longest encoding of a `u64`, in bytes.
-pub(super) const MAX_LEN: usize = 10;
+pub(crate) const MAX_LEN: usize = 10;
 
 /// Appends `value` at `at`; `None` when `out` is too short.
-pub(super) fn put(out: &mut [u8], at: usize, mut value: u64) -> Option<usize> {
+pub(crate) fn put(out: &mut [u8], at: usize, mut value: u64) -> Option<usize> {
     let mut at = at;
     loop {
         let byte = (value & 0x7f) as u8;
@@ -19,7 +19,7 @@ pub(super) fn put(out: &mut [u8], at: usize, mut value: u64) -> Option<usize> {
 
 /// Reads one integer at `at`: its value and the position after it.
 /// `None` when the input ends early or the value does not fit in 64 bits.
-pub(super) fn get(input: &[u8], at: usize) -> Option<(u64, usize)> {
+pub(crate) fn get(input: &[u8], at: usize) -> Option<(u64, usize)> {
     let mut value = 0_u64;
     for n in 0..MAX_LEN {
         let byte = *input.get(at + n)?;
@@ -36,11 +36,11 @@ pub(super) fn get(input: &[u8], at: usize) -> Option<(u64, usize)> {
 }
 
 /// Maps a signed difference to a small unsigned number.
-pub(super) fn zigzag(value: i64) -> u64 {
+pub(crate) fn zigzag(value: i64) -> u64 {
     ((value << 1) ^ (value >> 63)).cast_unsigned()
 }
 
 /// Inverse of [`zigzag`].
-pub(super) fn unzigzag(value: u64) -> i64 {
+pub(crate) fn unzigzag(value: u64) -> i64 {
     (value >> 1).cast_signed() ^ -(value & 1).cast_signed()
 }

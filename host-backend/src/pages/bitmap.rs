@@ -1,0 +1,82 @@
+//! One bit a page.
+
+/// A set of page numbers below a bound.
+#[derive(Debug, Clone)]
+pub struct Bitmap {
+    words: Vec<u64>,
+    bits: u64,
+}
+
+impl Bitmap {
+    /// An empty set of numbers below `bits`.
+    pub fn new(bits: u64) -> Self {
+        let words = usize::try_from(bits.div_ceil(64)).unwrap_or(usize::MAX);
+        Self {
+            words: vec![0; words],
+            bits,
+        }
+    }
+
+    fn place(&self, bit: u64) -> Option<(usize, u64)> {
+        (bit < self.bits).then(|| (usize::try_from(bit / 64).unwrap_or(0), 1 << (bit % 64)))
+    }
+
+    /// Whether the number is in the set; one out of bounds never is.
+    pub fn contains(&self, bit: u64) -> bool {
+        self.place(bit)
+            .is_some_and(|(word, mask)| self.words[word] & mask != 0)
+    }
+
+    /// Adds a number; `false` when it was there already or is out of bounds.
+    pub fn insert(&mut self, bit: u64) -> bool {
+        let Some((word, mask)) = self.place(bit) else {
+            return false;
+        };
+        let new = self.words[word] & mask == 0;
+        self.words[word] |= mask;
+        new
+    }
+
+    /// Takes a number out; `false` when it was not there.
+    pub fn remove(&mut self, bit: u64) -> bool {
+        let Some((word, mask)) = self.place(bit) else {
+            return false;
+        };
+        let there = self.words[word] & mask != 0;
+        self.words[word] &= !mask;
+        there
+    }
+
+    /// The bound.
+    pub fn len(&self) -> u64 {
+        self.bits
+    }
+
+    /// Whether no number can be in the set.
+    pub fn is_empty(&self) -> bool {
+        self.bits == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashSet;
+
+    proptest! {
+        #[test]
+        fn behaves_as_a_set(steps in prop::collection::vec((any::<bool>(), 0_u64..200), 0..200)) {
+            let mut bitmap = Bitmap::new(150);
+            let mut set = HashSet::new();
+            for (add, bit) in steps {
+                if add {
+                    prop_assert_eq!(bitmap.insert(bit), bit < 150 && set.insert(bit));
+                } else {
+                    prop_assert_eq!(bitmap.remove(bit), bit < 150 && set.remove(&bit));
+                }
+                prop_assert_eq!(bitmap.contains(bit), bit < 150 && set.contains(&bit));
+            }
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! The digest by which a page read from a disk is recognised as the one that the source has.
+//!
+//! POLYVAL (RFC 8452, section 3) under a key that is drawn for each migration and that the guest
+//! never learns: two different pages have the same digest with a probability of at most 2⁻¹²⁰,
+//! whatever the guest writes. See `docs/decisions/0004-page-digest.md`.
+
+use polyval::Polyval;
+use polyval::universal_hash::UniversalHash;
+use transhume_protocol::link::{DIGEST_LEN, Digest};
+
+use super::PAGE_SIZE;
+
+/// Length of a key, in bytes.
+pub const KEY_LEN: usize = 16;
+
+/// Takes digests of pages under one key.
+#[derive(Clone)]
+pub struct Digester(Polyval);
+
+impl Digester {
+    /// A digester for a key from [`random_key`].
+    pub fn new(key: &[u8; KEY_LEN]) -> Self {
+        Self(Polyval::new(&(*key).into()))
+    }
+
+    /// The digest of one page.
+    pub fn digest(&self, page: &[u8; PAGE_SIZE]) -> Digest {
+        let mut hash = self.0.clone();
+        hash.update_padded(page);
+        let mut digest = [0; DIGEST_LEN];
+        digest.copy_from_slice(&hash.finalize());
+        digest
+    }
+}
+
+/// Draws a key from the system's random numbers.
+pub fn random_key() -> std::io::Result<[u8; KEY_LEN]> {
+    let mut key = [0; KEY_LEN];
+    getrandom::fill(&mut key).map_err(std::io::Error::from)?;
+    Ok(key)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_changed_byte_changes_the_digest(key: [u8; KEY_LEN], at in 0..PAGE_SIZE, by in 1_u8..) {
+            prop_assume!(key != [0; KEY_LEN]);
+            let digester = Digester::new(&key);
+            let page = [0x5a; PAGE_SIZE];
+            let mut changed = page;
+            changed[at] ^= by;
+            prop_assert_ne!(digester.digest(&page), digester.digest(&changed));
+            prop_assert_eq!(digester.digest(&page), Digester::new(&key).digest(&page));
+        }
+    }
+
+    #[test]
+    fn keys_differ() {
+        assert_ne!(random_key().unwrap(), random_key().unwrap());
+    }
+}

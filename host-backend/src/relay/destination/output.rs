@@ -1,0 +1,214 @@
+//! What goes into the destination's QEMU: a bounded queue, and the thread that writes it out.
+//!
+//! The order of the queue is the order in QEMU's stream. Pages may be put in at any time between the
+//! set-up and the end of the last RAM section; where no section is open, the writer makes one.
+
+use std::collections::VecDeque;
+use std::io::IoSlice;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use transhume_protocol::link::SectionKind;
+use transhume_protocol::qemu::{Block, Encoder, Page};
+
+use crate::link::write_all_vectored;
+use crate::pages::{PAGE_SIZE, PageKey};
+use crate::relay::error::RelayError;
+
+/// Bytes of page data in the queue, at most.
+const QUEUE_LIMIT: usize = 24 << 20;
+
+/// Memory that holds pages: a received batch, or what was read from a disk.
+pub(super) type Contents = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// A piece of the stream.
+pub(super) enum Piece {
+    /// Bytes as they came.
+    Raw(Vec<u8>),
+    /// QEMU's RAM section and its blocks: needed before the first page.
+    Blocks { section: u32, blocks: Vec<Block> },
+    /// A RAM section begins.
+    Open(SectionKind),
+    /// It ends.
+    Close,
+    /// Pages that hold one repeated byte.
+    Zero { block: u16, page: u64, count: u32, fill: u8 },
+    /// Pages, and where each one lies in the memory.
+    Pages { contents: Contents, pages: Vec<(PageKey, u32)> },
+}
+
+struct Queue {
+    pieces: VecDeque<Piece>,
+    data: usize,
+    stopped: bool,
+}
+
+/// The queue.
+pub(super) struct Output {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+}
+
+impl Output {
+    pub(super) fn new() -> Self {
+        let queue = Queue { pieces: VecDeque::new(), data: 0, stopped: false };
+        Self { queue: Mutex::new(queue), changed: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends everyone's waiting with an error.
+    pub(super) fn stop(&self) {
+        self.lock().stopped = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until the queue has room for more page data.
+    pub(super) fn wait_for_room(&self) -> Result<(), RelayError> {
+        let mut queue = self.lock();
+        while !queue.stopped && queue.data >= QUEUE_LIMIT {
+            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+        if queue.stopped { Err(RelayError::Stopped) } else { Ok(()) }
+    }
+
+    /// Puts a piece into the queue, room or not: so that it can be done under the lock that decided the
+    /// order.
+    pub(super) fn push(&self, piece: Piece) {
+        let mut queue = self.lock();
+        if let Piece::Pages { pages, .. } = &piece {
+            queue.data += pages.len() * PAGE_SIZE;
+        }
+        queue.pieces.push_back(piece);
+        self.changed.notify_all();
+    }
+
+    fn take(&self) -> Result<Piece, RelayError> {
+        let mut queue = self.lock();
+        loop {
+            if queue.stopped {
+                return Err(RelayError::Stopped);
+            }
+            if let Some(piece) = queue.pieces.pop_front() {
+                if let Piece::Pages { pages, .. } = &piece {
+                    queue.data -= pages.len() * PAGE_SIZE;
+                    self.changed.notify_all();
+                }
+                return Ok(piece);
+            }
+            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// The writing thread.
+pub(super) struct Writer {
+    qemu: UnixStream,
+    output: Arc<Output>,
+    encoder: Option<Encoder>,
+    section: Option<SectionKind>,
+}
+
+impl Writer {
+    pub(super) fn new(qemu: UnixStream, output: Arc<Output>) -> Self {
+        Self { qemu, output, encoder: None, section: None }
+    }
+
+    /// Writes until the queue is stopped.
+    pub(super) fn run(mut self) -> Result<(), RelayError> {
+        let mut heads = Vec::new();
+        loop {
+            let piece = self.output.take()?;
+            heads.clear();
+            match piece {
+                Piece::Raw(bytes) => heads = bytes,
+                Piece::Blocks { section, blocks } => {
+                    self.encoder = Some(Encoder::new(section, blocks));
+                    continue;
+                }
+                Piece::Open(kind) => {
+                    let encoder = self.encoder()?;
+                    match kind {
+                        SectionKind::Part => encoder.part(&mut heads),
+                        SectionKind::End => encoder.end(&mut heads),
+                    }
+                    self.section = Some(kind);
+                }
+                Piece::Close => {
+                    self.section = None;
+                    close(self.encoder()?, &mut heads);
+                }
+                Piece::Zero { block, page, count, fill } => {
+                    let own = self.open_own(&mut heads)?;
+                    let encoder = self.encoder()?;
+                    for page in page..page.saturating_add(u64::from(count)) {
+                        let offset = page * PAGE_SIZE as u64;
+                        encoder.zero(Page { block, offset }, fill, &mut heads)?;
+                    }
+                    if own {
+                        close(encoder, &mut heads);
+                    }
+                }
+                Piece::Pages { contents, pages } => {
+                    self.pages((*contents).as_ref(), &pages, &mut heads)?;
+                    continue;
+                }
+            }
+            let mut slices = [IoSlice::new(&heads)];
+            write_all_vectored(&mut self.qemu, &mut slices).map_err(RelayError::Socket)?;
+        }
+    }
+
+    fn encoder(&mut self) -> Result<&mut Encoder, RelayError> {
+        self.encoder.as_mut().ok_or(RelayError::Misplaced("page before the table of RAM blocks"))
+    }
+
+    /// Begins a PART of our own where no section is open; says whether it did.
+    fn open_own(&mut self, heads: &mut Vec<u8>) -> Result<bool, RelayError> {
+        let own = self.section.is_none();
+        let encoder = self.encoder()?;
+        if own {
+            encoder.part(heads);
+        }
+        Ok(own)
+    }
+
+    /// Writes pages without copying them: heads and contents in turn.
+    fn pages(
+        &mut self,
+        contents: &[u8],
+        pages: &[(PageKey, u32)],
+        heads: &mut Vec<u8>,
+    ) -> Result<(), RelayError> {
+        let own = self.open_own(heads)?;
+        let encoder = self.encoder()?;
+        let mut ends = Vec::with_capacity(pages.len());
+        for (key, _) in pages {
+            let offset = key.page * PAGE_SIZE as u64;
+            encoder.page_header(Page { block: key.block, offset }, heads)?;
+            ends.push(heads.len());
+        }
+        if own {
+            close(encoder, heads);
+        }
+        let mut slices = Vec::with_capacity(2 * pages.len() + 1);
+        let mut begin = 0;
+        for (end, (_, offset)) in ends.into_iter().zip(pages) {
+            let offset = *offset as usize;
+            slices.push(IoSlice::new(&heads[begin..end]));
+            slices.push(IoSlice::new(&contents[offset..offset + PAGE_SIZE]));
+            begin = end;
+        }
+        if begin < heads.len() {
+            slices.push(IoSlice::new(&heads[begin..]));
+        }
+        write_all_vectored(&mut self.qemu, &mut slices).map_err(RelayError::Socket)
+    }
+}
+
+fn close(encoder: &Encoder, heads: &mut Vec<u8>) {
+    encoder.end_of_section(heads);
+    encoder.footer(heads);
+}

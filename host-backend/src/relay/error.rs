@@ -1,0 +1,116 @@
+//! What can end a migration.
+
+use thiserror::Error as ThisError;
+
+/// What an error means for the VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// Found out before the guest was touched.
+    Refused,
+    /// The VM runs on at the source.
+    Failed,
+    /// The operator's wish; the VM runs on at the source.
+    Cancelled,
+    /// An operator must look: it is not known which host has the VM, or its QEMU here has ended.
+    Unresolved,
+}
+
+/// Why a migration did not come to its end.
+#[derive(Debug, ThisError)]
+pub enum Error {
+    /// Something is missing, here or at the destination.
+    #[error("{}", reasons.join("\n"))]
+    Refused {
+        /// A line for each thing, with its cure.
+        reasons: Vec<String>,
+    },
+    /// The operator ended it.
+    #[error("the migration was cancelled; the VM runs on at {host}")]
+    Cancelled {
+        /// The source.
+        host: String,
+    },
+    /// It failed before the hand-over.
+    #[error("the migration failed: {cause}\nThe VM runs on at {host}; {cure}.")]
+    Failed {
+        /// What happened.
+        cause: String,
+        /// The source.
+        host: String,
+        /// What to do.
+        cure: String,
+    },
+    /// It failed before the hand-over, and the VM does not run here either: its QEMU ended or hangs.
+    #[error("the migration failed: {cause}\nThe VM does not run at {host}: {cure}.")]
+    Lost {
+        /// What happened.
+        cause: String,
+        /// The source.
+        host: String,
+        /// What to do.
+        cure: String,
+    },
+    /// The peer is silent after the commit.
+    #[error(
+        "the destination {to} fell silent while it took {vm} over ({cause}). {vm} is paused here and \
+         must not be resumed before you know that {to} does not run it.\nLook at {to} with `transhume vm \
+         show {vm}`. If it runs there: `transhume vm stop {vm} --force` here. If it does not, and \
+         cannot any more: `transhume vm resume {vm}` here."
+    )]
+    Unresolved {
+        /// The VM.
+        vm: String,
+        /// The destination.
+        to: String,
+        /// What happened.
+        cause: String,
+    },
+}
+
+impl Error {
+    /// What it means for the VM.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Refused { .. } => ErrorKind::Refused,
+            Self::Cancelled { .. } => ErrorKind::Cancelled,
+            Self::Failed { .. } => ErrorKind::Failed,
+            Self::Lost { .. } | Self::Unresolved { .. } => ErrorKind::Unresolved,
+        }
+    }
+
+    pub(super) fn refused(reason: impl ToString) -> Self {
+        Self::Refused { reasons: vec![reason.to_string()] }
+    }
+}
+
+/// Why a relay's thread stopped. The first one of a relay is what the migration failed of.
+#[derive(Debug, ThisError)]
+pub enum RelayError {
+    /// The link to the other host.
+    #[error(transparent)]
+    Link(#[from] crate::link::Error),
+    /// A frame of the other host.
+    #[error(transparent)]
+    Frame(#[from] transhume_protocol::link::LinkError),
+    /// QEMU's stream.
+    #[error("QEMU's migration stream cannot be relayed: {0}")]
+    Stream(#[from] transhume_protocol::qemu::Error),
+    /// QEMU's socket.
+    #[error("the migration socket of this host's QEMU failed: {0}")]
+    Socket(std::io::Error),
+    /// The stream ended before the VM's whole state was sent.
+    #[error("this host's QEMU ended its migration stream early")]
+    EarlyEnd,
+    /// The other side gave up.
+    #[error("the other host gave up: {0}")]
+    Aborted(String),
+    /// The other side sent something that makes no sense at this point.
+    #[error("the other host sent what does not belong here ({0})")]
+    Misplaced(&'static str),
+    /// A page's content could not be decompressed.
+    #[error("a batch of pages cannot be decompressed: {0}")]
+    Decompress(std::io::Error),
+    /// Another thread stopped first.
+    #[error("the relay was stopped")]
+    Stopped,
+}

@@ -1,0 +1,85 @@
+//! What the destination says while memory moves.
+
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use transhume_protocol::link::{Control, FrameKind, Verdict, decode_ack, decode_control};
+use transhume_protocol::qemu::return_path::Message;
+
+use super::shared::Shared;
+use crate::link::Receiver;
+use crate::relay::error::RelayError;
+use crate::relay::progress::Counter;
+
+/// Most bytes of an unfinished message of the return path.
+const PARTIAL_MOST: usize = transhume_protocol::qemu::return_path::MAX_MESSAGE_LEN;
+
+/// The receiving thread.
+pub(super) struct Answers {
+    receiver: Receiver,
+    shared: Arc<Shared>,
+    qemu: UnixStream,
+    partial: Vec<u8>,
+}
+
+impl Answers {
+    pub(super) fn new(receiver: Receiver, shared: Arc<Shared>, qemu: UnixStream) -> Self {
+        Self { receiver, shared, qemu, partial: Vec::new() }
+    }
+
+    /// Receives until the link ends or a control message closes the matter.
+    pub(super) fn run(mut self) -> Result<(), RelayError> {
+        let mut counted = self.receiver.bytes();
+        loop {
+            let frame = self.receiver.receive()?;
+            self.shared.progress.add(Counter::WireBytes, self.receiver.bytes() - counted);
+            counted = self.receiver.bytes();
+            match frame.kind {
+                FrameKind::Alive => {}
+                FrameKind::Ack => self.shared.flow.acknowledge(decode_ack(&frame.payload)?)?,
+                FrameKind::Verdict => {
+                    let verdict = Verdict::decode(&frame.payload)?;
+                    let (settled, wanted) = self.shared.flow.judge(&verdict)?;
+                    self.shared.progress.add(Counter::DiskPages, settled);
+                    self.shared.progress.add(Counter::MismatchedPages, wanted);
+                }
+                FrameKind::ReturnPath => self.return_path(&frame.payload)?,
+                FrameKind::Control => match decode_control(&frame.payload)? {
+                    Control::Running => {
+                        self.shared.answer(Ok(()));
+                        return Ok(());
+                    }
+                    Control::Abort { reason } => {
+                        self.shared.answer(Err(reason.clone()));
+                        return Err(RelayError::Aborted(reason));
+                    }
+                    _ => return Err(RelayError::Misplaced("control message")),
+                },
+                FrameKind::Batch | FrameKind::Hints | FrameKind::Fill => {
+                    return Err(RelayError::Misplaced("frame of a source"));
+                }
+            }
+        }
+    }
+
+    /// Passes messages on, but for the one that would let QEMU switch over: that one waits.
+    fn return_path(&mut self, bytes: &[u8]) -> Result<(), RelayError> {
+        self.partial.extend_from_slice(bytes);
+        let mut used = 0;
+        while let Some((message, length)) = Message::decode(&self.partial[used..])? {
+            let bytes = &self.partial[used..used + length];
+            if matches!(message, Message::SwitchoverAck) {
+                self.shared.hold_switchover(bytes);
+            } else {
+                (&self.qemu).write_all(bytes).map_err(RelayError::Socket)?;
+            }
+            used += length;
+        }
+        self.partial.drain(..used);
+        if self.partial.len() > PARTIAL_MOST {
+            return Err(RelayError::Misplaced("message of the return path"));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,334 @@
+//! What the source's threads share: what waits for the link, and the pages that the destination was
+//! referred to a disk for, kept until it has them.
+//!
+//! The balance between disk and link is made here, by two bounds. A page that a disk should hold is
+//! referred to while fewer than [`Flow::reference_room`] such pages are unsettled; else it goes over
+//! the link like any other. So a slow disk leaves its pages to the link, and a slow link holds up
+//! nothing but the pages that need it. Only when both are full does the reader wait, and with it
+//! QEMU, and then for whichever frees room first.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use transhume_protocol::link::{BatchHeader, PAGE_LEN, Verdict};
+
+use super::buffers::{BUFFER_LEN, Buffer};
+use crate::pages::PageKey;
+use crate::relay::error::RelayError;
+
+/// Bytes of page data that wait to be sent, at most.
+const QUEUE_LIMIT: usize = 4 << 20;
+/// Bytes of batches on their way: sent, but not yet worked off by the destination.
+const WINDOW: u64 = 32 << 20;
+/// Bytes of buffers kept for unsettled references, at most and at least.
+const RETAINED_MOST: usize = 64 << 20;
+const RETAINED_LEAST: usize = 4 << 20;
+/// References should be settled within this time: the bound on what is retained follows the rate at
+/// which they are.
+const SETTLE_TIME: Duration = Duration::from_millis(200);
+/// How often that bound is looked at.
+const SETTLE_INTERVAL: Duration = Duration::from_millis(100);
+/// A link that is idle for so long while references are unsettled carries their pages.
+const IDLE: Duration = Duration::from_millis(15);
+
+/// Where a page's content lies in a buffer of the stream.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Content {
+    pub(super) key: PageKey,
+    /// Offset in the buffer, in bytes.
+    pub(super) offset: u32,
+}
+
+/// A batch, ready to be sent.
+#[derive(Debug)]
+pub(super) struct Outgoing {
+    pub(super) header: BatchHeader,
+    pub(super) records: Vec<u8>,
+    pub(super) buffer: Option<Arc<Buffer>>,
+    /// Offsets of the data pages in the buffer.
+    pub(super) data: Vec<u32>,
+}
+
+/// Something to send.
+#[derive(Debug)]
+pub(super) enum Next {
+    Control(Vec<u8>),
+    Hints(Vec<u8>),
+    Fill { batch: u64, buffer: Arc<Buffer>, pages: Vec<Content> },
+    Batch(Outgoing),
+    Alive,
+}
+
+#[derive(Debug)]
+struct Retained {
+    buffer: Arc<Buffer>,
+    references: Vec<Content>,
+    unsettled: u32,
+}
+
+#[derive(Debug)]
+struct State {
+    stopped: bool,
+    urgent: VecDeque<Next>,
+    queue: VecDeque<Outgoing>,
+    queued_data: usize,
+    /// Payload bytes of batches sent, and of those worked off.
+    sent: u64,
+    acknowledged: u64,
+    retained: HashMap<u64, Retained>,
+    limit: usize,
+    /// Buffers' bytes settled since the bound was looked at, and whether the bound was met.
+    settled: usize,
+    limited: bool,
+    looked: Instant,
+    last_sent: Instant,
+}
+
+/// The shared state; see the module.
+#[derive(Debug)]
+pub(super) struct Flow {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl State {
+    fn retained_bytes(&self) -> usize {
+        self.retained.len() * BUFFER_LEN
+    }
+
+    fn adapt(&mut self) {
+        let elapsed = self.looked.elapsed();
+        if elapsed < SETTLE_INTERVAL {
+            return;
+        }
+        if self.limited {
+            // Twice what was settled in the time, so that a disk that could do more shows it.
+            let rate = self.settled as f64 / elapsed.as_secs_f64();
+            let limit = 2.0 * rate * SETTLE_TIME.as_secs_f64();
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped")]
+            let limit = limit.clamp(RETAINED_LEAST as f64, RETAINED_MOST as f64) as usize;
+            self.limit = limit;
+        }
+        self.settled = 0;
+        self.limited = false;
+        self.looked = Instant::now();
+    }
+}
+
+impl Flow {
+    pub(super) fn new() -> Self {
+        Self {
+            state: Mutex::new(State {
+                stopped: false,
+                urgent: VecDeque::new(),
+                queue: VecDeque::new(),
+                queued_data: 0,
+                sent: 0,
+                acknowledged: 0,
+                retained: HashMap::new(),
+                limit: RETAINED_MOST / 2,
+                settled: 0,
+                limited: false,
+                looked: Instant::now(),
+                last_sent: Instant::now(),
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends everyone's waiting with an error.
+    pub(super) fn stop(&self) {
+        self.lock().stopped = true;
+        self.changed.notify_all();
+    }
+
+    /// How many pages of the next batch may be references. Waits when neither a reference nor a page
+    /// on the link has room.
+    pub(super) fn reference_room(&self) -> Result<usize, RelayError> {
+        let mut state = self.lock();
+        loop {
+            if state.stopped {
+                return Err(RelayError::Stopped);
+            }
+            state.adapt();
+            if state.retained_bytes() + BUFFER_LEN <= state.limit {
+                return Ok(BUFFER_LEN / PAGE_LEN);
+            }
+            state.limited = true;
+            if state.queued_data < QUEUE_LIMIT {
+                return Ok(0);
+            }
+            state = self.wait(state);
+        }
+    }
+
+    /// Puts a batch into the queue; waits for room when it has page data. `references` are kept until
+    /// they are settled.
+    pub(super) fn push(
+        &self,
+        outgoing: Outgoing,
+        references: Vec<Content>,
+    ) -> Result<(), RelayError> {
+        let data = outgoing.header.data_len;
+        let mut state = self.lock();
+        while !state.stopped && data > 0 && state.queued_data >= QUEUE_LIMIT {
+            state = self.wait(state);
+        }
+        if state.stopped {
+            return Err(RelayError::Stopped);
+        }
+        if let (Some(buffer), Ok(unsettled @ 1..)) =
+            (&outgoing.buffer, u32::try_from(references.len()))
+        {
+            let buffer = Arc::clone(buffer);
+            state
+                .retained
+                .insert(outgoing.header.number, Retained { buffer, references, unsettled });
+        }
+        state.queued_data += data;
+        state.queue.push_back(outgoing);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Puts something ahead of all batches.
+    pub(super) fn push_urgent(&self, next: Next) {
+        self.lock().urgent.push_back(next);
+        self.changed.notify_all();
+    }
+
+    /// Sends the pages of every unsettled reference over the link, ahead of what follows in the stream.
+    pub(super) fn fill_all(&self) -> u64 {
+        let mut state = self.lock();
+        let mut pages = 0;
+        let retained = std::mem::take(&mut state.retained);
+        for (batch, Retained { buffer, references, .. }) in retained {
+            pages += references.len() as u64;
+            // Behind the batches that hold the references: the destination must know them first.
+            state.urgent.push_back(Next::Fill { batch, buffer, pages: references });
+        }
+        self.changed.notify_all();
+        pages
+    }
+
+    /// Waits until every batch and urgent frame before was handed to the link.
+    pub(super) fn drain(&self) -> Result<(), RelayError> {
+        let mut state = self.lock();
+        while !state.stopped && !(state.queue.is_empty() && state.urgent.is_empty()) {
+            state = self.wait(state);
+        }
+        if state.stopped { Err(RelayError::Stopped) } else { Ok(()) }
+    }
+
+    /// What is to be sent next; waits for it, at most `alive` long.
+    pub(super) fn next(&self, alive: Duration) -> Result<Next, RelayError> {
+        let mut state = self.lock();
+        let deadline = Instant::now() + alive;
+        loop {
+            if state.stopped {
+                return Err(RelayError::Stopped);
+            }
+            if let Some(next) = state.urgent.pop_front() {
+                state.last_sent = Instant::now();
+                self.changed.notify_all();
+                return Ok(next);
+            }
+            let room = state.sent.saturating_sub(state.acknowledged) < WINDOW;
+            if room && let Some(outgoing) = state.queue.pop_front() {
+                state.queued_data -= outgoing.header.data_len;
+                state.last_sent = Instant::now();
+                self.changed.notify_all();
+                return Ok(Next::Batch(outgoing));
+            }
+            // The disk works on the oldest references: the idle link takes the newest.
+            if state.queue.is_empty()
+                && state.last_sent.elapsed() >= IDLE
+                && let Some(&batch) = state.retained.keys().max()
+                && let Some(Retained { buffer, references, .. }) = state.retained.remove(&batch)
+            {
+                state.last_sent = Instant::now();
+                return Ok(Next::Fill { batch, buffer, pages: references });
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                return Ok(Next::Alive);
+            }
+            let pause = if state.retained.is_empty() { deadline - now } else { IDLE };
+            let (guard, _) = self
+                .changed
+                .wait_timeout(state, pause.min(deadline - now))
+                .unwrap_or_else(PoisonError::into_inner);
+            state = guard;
+        }
+    }
+
+    /// Counts a batch's payload that was sent.
+    pub(super) fn sent(&self, bytes: u64) {
+        self.lock().sent += bytes;
+    }
+
+    /// The destination has worked off so many bytes since the start.
+    pub(super) fn acknowledge(&self, bytes: u64) -> Result<(), RelayError> {
+        let mut state = self.lock();
+        if bytes > state.sent || bytes < state.acknowledged {
+            return Err(RelayError::Misplaced("acknowledgement of bytes that were not sent"));
+        }
+        state.acknowledged = bytes;
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Takes a verdict: forgets what is settled and sends what is wanted. Returns the number of pages
+    /// settled and of pages to be sent.
+    pub(super) fn judge(&self, verdict: &Verdict) -> Result<(u64, u64), RelayError> {
+        let mut state = self.lock();
+        let Some(retained) = state.retained.get_mut(&verdict.batch) else {
+            // Its pages were sent meanwhile.
+            return Ok((0, 0));
+        };
+        let wanted: Option<Vec<Content>> = verdict
+            .wanted
+            .iter()
+            .map(|&index| retained.references.get(index as usize).copied())
+            .collect();
+        let wanted = wanted.ok_or(RelayError::Misplaced("verdict on a reference that is none"))?;
+        let judged = u32::try_from(wanted.len())
+            .ok()
+            .and_then(|wanted| wanted.checked_add(verdict.settled))
+            .ok_or(RelayError::Misplaced("verdict on too many references"))?;
+        retained.unsettled = retained
+            .unsettled
+            .checked_sub(judged)
+            .ok_or(RelayError::Misplaced("verdict on too many references"))?;
+        let counts = (u64::from(verdict.settled), wanted.len() as u64);
+        let buffer = Arc::clone(&retained.buffer);
+        if retained.unsettled == 0 {
+            state.retained.remove(&verdict.batch);
+        }
+        state.settled += judged as usize * PAGE_LEN;
+        state.adapt();
+        if !wanted.is_empty() {
+            state.urgent.push_back(Next::Fill { batch: verdict.batch, buffer, pages: wanted });
+        }
+        self.changed.notify_all();
+        Ok(counts)
+    }
+
+    /// Whether the destination has nearly everything that QEMU sent so far: a switch-over now would
+    /// wait for little.
+    pub(super) fn owes_little(&self) -> bool {
+        let state = self.lock();
+        state.retained.is_empty()
+            && state.queued_data < QUEUE_LIMIT / 4
+            && state.sent.saturating_sub(state.acknowledged) < WINDOW / 16
+    }
+}

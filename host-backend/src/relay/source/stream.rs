@@ -1,0 +1,280 @@
+//! Reads QEMU's stream and decides what becomes of each page.
+
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use transhume_protocol::link::{BatchBuilder, BatchEncoding, MAX_BATCH_DATA, SectionKind};
+use transhume_protocol::qemu::{Decoder, Kind, Page};
+
+use super::shared::Shared;
+use super::buffers::{BUFFER_LEN, Buffer, Pool};
+use super::flow::{Content, Outgoing};
+use crate::pages::bitmap::Bitmap;
+use crate::pages::digest::Digester;
+use crate::pages::hints::HintTable;
+use crate::pages::{PAGE_SIZE, PageKey};
+use crate::relay::error::RelayError;
+use crate::relay::progress::Counter;
+
+/// With less room than this at its end, a buffer is full.
+const READ_LEAST: usize = 64 * 1024;
+/// Opaque bytes go on in pieces of this length.
+const RAW_MOST: usize = 64 * 1024;
+
+const _: () = assert!(BUFFER_LEN <= MAX_BATCH_DATA);
+const _: () = assert!(BUFFER_LEN - READ_LEAST > transhume_protocol::qemu::MAX_ITEM_LEN);
+
+/// The reader of one stream.
+pub(super) struct StreamReader {
+    socket: UnixStream,
+    shared: Arc<Shared>,
+    digester: Digester,
+    decoder: Decoder,
+    pool: Arc<Pool>,
+    /// Pages that QEMU sent at least once, a bitmap a block.
+    sent: Vec<Bitmap>,
+    table: Arc<HintTable>,
+    cursor: usize,
+    number: u64,
+    /// The VM is paused: whatever is sent now must be there at once.
+    final_section: bool,
+    batch: Batch,
+    opaque: bool,
+}
+
+/// What is collected for the next batch.
+#[derive(Default)]
+struct Batch {
+    builder: BatchBuilder,
+    data: Vec<u32>,
+    references: Vec<Content>,
+    /// References that may still be made.
+    room: usize,
+    zero: u64,
+    first: u64,
+    again: u64,
+}
+
+impl StreamReader {
+    pub(super) fn new(socket: UnixStream, shared: Arc<Shared>, digester: Digester) -> Self {
+        Self {
+            socket,
+            shared,
+            digester,
+            decoder: Decoder::new(),
+            pool: Arc::new(Pool::default()),
+            sent: Vec::new(),
+            table: Arc::default(),
+            cursor: 0,
+            number: 0,
+            final_section: false,
+            batch: Batch::default(),
+            opaque: false,
+        }
+    }
+
+    /// Reads to the end of the stream.
+    pub(super) fn run(mut self) -> Result<(), RelayError> {
+        let mut buffer = self.pool.take();
+        // `buffer[..read]` was read, of which `[..used]` is decoded.
+        let (mut read, mut used) = (0, 0);
+        self.begin_batch()?;
+        loop {
+            let more = self.socket.read(&mut buffer[read..]).map_err(RelayError::Socket)?;
+            if more == 0 {
+                return self.finish(buffer, read - used);
+            }
+            read += more;
+            self.shared.progress.add(Counter::StreamBytes, more as u64);
+            used = self.decode(&buffer, used, read)?;
+            let full = BUFFER_LEN - read < READ_LEAST;
+            if !full && self.more_is_waiting() {
+                continue;
+            }
+            if self.batch.data.is_empty() && self.batch.references.is_empty() {
+                // Nothing refers to the buffer: use it again.
+                self.dispatch(None)?;
+                buffer.copy_within(used..read, 0);
+            } else {
+                let mut fresh = self.pool.take();
+                fresh[..read - used].copy_from_slice(&buffer[used..read]);
+                self.dispatch(Some(Arc::new(buffer)))?;
+                buffer = fresh;
+            }
+            read -= used;
+            used = 0;
+            self.begin_batch()?;
+        }
+    }
+
+    fn finish(mut self, buffer: Buffer, left: usize) -> Result<(), RelayError> {
+        if left > 0 || !self.opaque {
+            return Err(RelayError::EarlyEnd);
+        }
+        self.dispatch(Some(Arc::new(buffer)))
+    }
+
+    fn more_is_waiting(&self) -> bool {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        use std::os::fd::AsFd;
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
+    fn begin_batch(&mut self) -> Result<(), RelayError> {
+        let room = if self.final_section { 0 } else { self.shared.flow.reference_room()? };
+        self.batch = Batch { room, ..Batch::default() };
+        let table = self.shared.hints.current();
+        if !Arc::ptr_eq(&table, &self.table) {
+            self.table = table;
+            self.cursor = 0;
+        }
+        Ok(())
+    }
+
+    fn dispatch(&mut self, buffer: Option<Arc<Buffer>>) -> Result<(), RelayError> {
+        let batch = std::mem::take(&mut self.batch);
+        if batch.builder.is_empty() {
+            return Ok(());
+        }
+        let progress = &self.shared.progress;
+        progress.add(Counter::ZeroPages, batch.zero);
+        progress.add(Counter::DataPages, batch.first);
+        progress.add(Counter::ResentPages, batch.again);
+        let (header, records) = batch.builder.finish(self.number, BatchEncoding::Plain)?;
+        self.number += 1;
+        let outgoing = Outgoing { header, records, buffer, data: batch.data };
+        self.shared.flow.push(outgoing, batch.references)
+    }
+
+    /// Decodes what is whole in `buffer[used..read]`; returns where the rest begins.
+    fn decode(&mut self, buffer: &Buffer, used: usize, read: usize) -> Result<usize, RelayError> {
+        let mut at = used;
+        while at < read {
+            let Some(item) = self.decoder.next(&buffer[at..read])? else { break };
+            let bytes = &buffer[at..at + item.length];
+            at += item.length;
+            let end = at;
+            match item.kind {
+                Kind::Page { page, data } => self.page(page, data, end - PAGE_SIZE),
+                Kind::Zero { page, fill } => {
+                    let key = key(page);
+                    self.mark_sent(key);
+                    self.batch.builder.zero(key.block, key.page, fill);
+                    self.batch.zero += 1;
+                }
+                Kind::SectionPart { .. } => self.batch.builder.section_open(SectionKind::Part),
+                Kind::SectionEnd { .. } => self.begin_final_section(),
+                Kind::EndOfSection if self.sent.is_empty() => {
+                    // The end of the set-up section, which goes as it is.
+                    self.batch.builder.raw(bytes);
+                }
+                Kind::EndOfSection => {}
+                Kind::Footer { .. } => {
+                    if self.sent.is_empty() {
+                        self.batch.builder.raw(bytes);
+                        self.announce_blocks();
+                    } else {
+                        self.end_section(buffer)?;
+                    }
+                }
+                Kind::Opaque | Kind::EndOfStream => {
+                    self.opaque = true;
+                    for piece in bytes.chunks(RAW_MOST) {
+                        self.batch.builder.raw(piece);
+                    }
+                }
+                Kind::Header
+                | Kind::Configuration(_)
+                | Kind::SectionStart { .. }
+                | Kind::RamBlocks
+                | Kind::Command(_)
+                | Kind::Package => self.batch.builder.raw(bytes),
+            }
+        }
+        Ok(at)
+    }
+
+    fn mark_sent(&mut self, key: PageKey) -> bool {
+        self.sent.get_mut(usize::from(key.block)).is_some_and(|sent| sent.insert(key.page))
+    }
+
+    fn page(&mut self, page: Page, data: &[u8; PAGE_SIZE], offset: usize) {
+        let key = key(page);
+        let first = self.mark_sent(key);
+        // The offset is below BUFFER_LEN.
+        let offset = u32::try_from(offset).unwrap_or(u32::MAX);
+        // A page that comes again was written after the guest named it.
+        if first && self.batch.references.len() < self.batch.room {
+            if let Some(place) = self.table.look_up(key, &mut self.cursor) {
+                let digest = self.digester.digest(data);
+                self.batch.builder.reference(
+                    key.block,
+                    key.page,
+                    place.disk,
+                    place.sector,
+                    &digest,
+                );
+                self.batch.references.push(Content { key, offset });
+                return;
+            }
+        }
+        self.batch.builder.data(key.block, key.page);
+        self.batch.data.push(offset);
+        if first {
+            self.batch.first += 1;
+        } else {
+            self.batch.again += 1;
+        }
+    }
+
+    fn announce_blocks(&mut self) {
+        let blocks = self.decoder.blocks();
+        self.sent =
+            blocks.iter().map(|block| Bitmap::new(block.length / PAGE_SIZE as u64)).collect();
+        let section = self.decoder.ram_section().unwrap_or_default();
+        self.batch.builder.blocks(
+            section,
+            blocks.iter().map(|block| (block.name.as_bytes(), block.length)),
+        );
+        self.shared.hints.set_blocks(blocks);
+    }
+
+    fn begin_final_section(&mut self) {
+        self.final_section = true;
+        self.batch.room = 0;
+        self.batch.builder.section_open(SectionKind::End);
+    }
+
+    /// A RAM section ends. Before the last one does, the destination must get all that it was only
+    /// referred to.
+    fn end_section(&mut self, buffer: &Buffer) -> Result<(), RelayError> {
+        if self.final_section {
+            self.flush_copy(buffer)?;
+            self.shared.flow.drain()?;
+            let filled = self.shared.flow.fill_all();
+            self.shared.progress.add(Counter::MismatchedPages, filled);
+            self.batch.builder.section_close();
+            self.dispatch(None)?;
+            self.batch = Batch::default();
+            self.shared.set_memory_sent();
+        } else {
+            self.batch.builder.section_close();
+        }
+        Ok(())
+    }
+
+    /// Sends off what was collected from a buffer that is still being decoded.
+    fn flush_copy(&mut self, buffer: &Buffer) -> Result<(), RelayError> {
+        let mut copy = self.pool.take();
+        copy.copy_from_slice(buffer);
+        self.dispatch(Some(Arc::new(copy)))?;
+        self.batch = Batch::default();
+        Ok(())
+    }
+}
+
+fn key(page: Page) -> PageKey {
+    PageKey { block: page.block, page: page.offset / PAGE_SIZE as u64 }
+}

@@ -1,0 +1,274 @@
+//! A read-only export of a qcow2 disk by QEMU's storage daemon.
+
+use super::nbd::{Client, printable};
+use super::{Error, Settings};
+use nix::errno::Errno;
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
+use nix::unistd::{getpid, getppid, mkdtemp};
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, ChildStderr, Command, Stdio};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use std::{fs, io, thread};
+
+const NAME: &str = "disk";
+const MAX_CONNECTIONS: usize = 64;
+/// The last bytes of what the storage daemon says are kept, so many.
+const TAIL: usize = 2048;
+/// How long a failed export is waited for, to hear its last words.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// A storage daemon that runs as long as this lives, and its export.
+pub(super) struct Export {
+    process: Process,
+    client: Client,
+}
+
+impl Export {
+    pub(super) fn start(path: &Path, settings: &Settings) -> Result<Self, Error> {
+        let connections = settings.connections.clamp(1, MAX_CONNECTIONS);
+        let (listener, streams) = sockets(&settings.run_directory, connections)?;
+        let mut command = Command::new(&settings.storage_daemon);
+        command
+            .args(arguments(path, connections)?)
+            .stdin(Stdio::from(OwnedFd::from(listener)))
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        let (process, ended) = Process::start(command).map_err(|source| Error::Start {
+            program: settings.storage_daemon.clone(),
+            source,
+        })?;
+        match Client::start(streams, NAME, settings.patience) {
+            Ok(client) => Ok(Self { process, client }),
+            Err(source) => Err(Error::Export {
+                path: path.to_owned(),
+                said: process.last_words(&ended),
+                source: Box::new(source),
+            }),
+        }
+    }
+
+    pub(super) fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// The last that the storage daemon said.
+    pub(super) fn said(&self) -> String {
+        self.process.said()
+    }
+
+    /// Id of the storage daemon's process.
+    #[cfg(test)]
+    pub(super) fn pid(&self) -> u32 {
+        lock(&self.process.shared.child)
+            .as_ref()
+            .map_or(0, Child::id)
+    }
+}
+
+/// A listening socket and connections that wait in its queue.
+///
+/// The storage daemon inherits the listening end, so that there is no moment to wait for, and the path
+/// is gone before it starts: nobody else can connect, and nothing is left behind by a kill -9.
+fn sockets(
+    run_directory: &Path,
+    connections: usize,
+) -> Result<(UnixListener, Vec<UnixStream>), Error> {
+    let failed = |source| Error::Socket {
+        path: run_directory.to_owned(),
+        source,
+    };
+    // Made with mode 0700.
+    let directory =
+        mkdtemp(&run_directory.join("export-XXXXXX")).map_err(|errno| failed(errno.into()))?;
+    let path = directory.join("nbd");
+    let made = UnixListener::bind(&path).and_then(|listener| {
+        let streams = (0..connections)
+            .map(|_| UnixStream::connect(&path))
+            .collect::<io::Result<_>>()?;
+        Ok((listener, streams))
+    });
+    // Should this fail, an empty directory stays.
+    let _ = fs::remove_dir_all(&directory);
+    made.map_err(failed)
+}
+
+/// The storage daemon's command line.
+fn arguments(path: &Path, connections: usize) -> Result<Vec<String>, Error> {
+    let failed = |source| Error::Open {
+        path: path.to_owned(),
+        source,
+    };
+    let kind = fs::metadata(path).map_err(failed)?.file_type();
+    let driver = if kind.is_block_device() {
+        "host_device"
+    } else if kind.is_file() {
+        "file"
+    } else {
+        return Err(Error::Kind(path.to_owned()));
+    };
+    let filename = path.to_str().ok_or_else(|| {
+        failed(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "its path is not UTF-8",
+        ))
+    })?;
+    // The source's QEMU holds the image's lock and goes on writing: this side takes no lock. Both nodes
+    // say cache.direct, as backing files take it from the upper one. Metadata that the source has
+    // written since is seen at the latest when the cache of tables was cleaned.
+    let file = serde_json::json!({
+        "node-name": "file", "driver": driver, "filename": filename, "read-only": true,
+        "locking": "off", "cache": {"direct": true},
+    });
+    let disk = serde_json::json!({
+        "node-name": NAME, "driver": "qcow2", "file": "file", "read-only": true,
+        "cache": {"direct": true}, "cache-clean-interval": 1,
+    });
+    Ok(vec![
+        "--blockdev".into(),
+        file.to_string(),
+        "--blockdev".into(),
+        disk.to_string(),
+        "--nbd-server".into(),
+        format!("addr.type=fd,addr.str=0,max-connections={connections}"),
+        "--export".into(),
+        format!("type=nbd,id=export,node-name={NAME},name={NAME},writable=off"),
+    ])
+}
+
+/// A child process that is killed with this value, and with our own process.
+struct Process {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    child: Mutex<Option<Child>>,
+    said: Mutex<Vec<u8>>,
+}
+
+impl Process {
+    /// Starts the child from a thread of its own, which stays until the child has ended: the kernel
+    /// sends the parent-death signal when the thread that started a child ends, not the process.
+    ///
+    /// Also returns what breaks when the child has said its last.
+    fn start(mut command: Command) -> io::Result<(Self, Receiver<()>)> {
+        let shared = Arc::new(Shared {
+            child: Mutex::new(None),
+            said: Mutex::new(Vec::new()),
+        });
+        let (started, answer) = mpsc::channel();
+        let (alive, ended) = mpsc::channel();
+        let parent = getpid();
+        // SAFETY: between fork and exec only prctl and getppid are called, which are safe to call
+        // there, and an error is made without allocating.
+        unsafe {
+            command.pre_exec(move || {
+                set_pdeathsig(Signal::SIGKILL)?;
+                // The parent may have died before the signal was asked for.
+                if getppid() == parent {
+                    Ok(())
+                } else {
+                    Err(Errno::ESRCH.into())
+                }
+            });
+        }
+        let owner = Arc::clone(&shared);
+        thread::Builder::new()
+            .name("volume-export".into())
+            .spawn(move || owner.own(command, &started, alive))?;
+        answer
+            .recv()
+            .unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))?;
+        Ok((Self { shared }, ended))
+    }
+
+    /// Ends the process and returns what it said.
+    fn last_words(&self, ended: &Receiver<()>) -> String {
+        self.shared.kill();
+        // A process that hangs in its storage cannot be killed; then there is nothing to hear.
+        let _ = ended.recv_timeout(LAST_WORDS);
+        self.said()
+    }
+
+    fn said(&self) -> String {
+        let said = printable(&lock(&self.shared.said));
+        if said.is_empty() {
+            "the storage daemon said nothing".into()
+        } else {
+            said
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Its owner waits for it; this thread need not.
+        self.shared.kill();
+    }
+}
+
+impl Shared {
+    fn own(&self, mut command: Command, started: &Sender<io::Result<()>>, alive: Sender<()>) {
+        let spawned = command.spawn();
+        // Closes our end of the listening socket, so that connections break if the child dies.
+        drop(command);
+        let stderr = match spawned {
+            Ok(mut child) => {
+                let stderr = child.stderr.take();
+                *lock(&self.child) = Some(child);
+                let _ = started.send(Ok(()));
+                stderr
+            }
+            Err(error) => {
+                let _ = started.send(Err(error));
+                return;
+            }
+        };
+        if let Some(stderr) = stderr {
+            self.listen(stderr);
+        }
+        drop(alive);
+        self.kill();
+        // Out of the lock: a child that cannot be killed must not hold up anyone but this thread.
+        let child = lock(&self.child).take();
+        if let Some(mut child) = child {
+            let _ = child.wait();
+        }
+    }
+
+    /// Keeps the tail of what the child says, until it is closed.
+    fn listen(&self, mut stderr: ChildStderr) {
+        let mut piece = [0; 512];
+        loop {
+            match stderr.read(&mut piece) {
+                Ok(0) => return,
+                Ok(count) => {
+                    let mut said = lock(&self.said);
+                    said.extend_from_slice(&piece[..count]);
+                    let excess = said.len().saturating_sub(TAIL);
+                    said.drain(..excess);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn kill(&self) {
+        if let Some(child) = lock(&self.child).as_mut() {
+            // It has nothing to write; an error means that it has ended.
+            let _ = child.kill();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

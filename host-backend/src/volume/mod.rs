@@ -1,0 +1,119 @@
+//! Reads the shared disks of a guest at the destination, while the source's QEMU still writes them.
+//!
+//! What is read may be stale (the source may hold newer data, or newer qcow2 metadata): the caller
+//! checks digests. What cannot be read is an [`Error`], and the caller asks the source for the data.
+//!
+//! Raw disks are read past the host's page cache ([`raw`]), qcow2 disks through a read-only export of
+//! QEMU's storage daemon ([`qcow2`], [`nbd`]), so that the image format is read by the code that
+//! wrote it.
+
+mod buffer;
+#[cfg(test)]
+mod disk_tests;
+mod error;
+mod export;
+mod nbd;
+mod qcow2;
+mod raw;
+
+pub use crate::hypervisor::definition::Format;
+pub use buffer::AlignedBuffer;
+pub use error::Error;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Offsets and lengths of reads are multiples of this, in bytes.
+pub const SECTOR: u64 = 512;
+
+/// What [`open`] needs to know of this host.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// QEMU's storage daemon; a bare name is looked for in `PATH`.
+    pub storage_daemon: PathBuf,
+    /// A directory of ours, in which an export has its socket for the moment of its start.
+    pub run_directory: PathBuf,
+    /// Reads of one qcow2 disk that may run at once; further ones wait.
+    pub connections: usize,
+    /// After this long without an answer, a read of a qcow2 disk fails.
+    pub patience: Duration,
+}
+
+impl Settings {
+    /// The usual settings, with this run directory.
+    pub fn new(run_directory: impl Into<PathBuf>) -> Self {
+        Self {
+            storage_daemon: PathBuf::from("qemu-storage-daemon"),
+            run_directory: run_directory.into(),
+            connections: 8,
+            patience: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Read access to a disk as the guest sees it. Blocking; several threads may read at once.
+pub trait Reader: Send + Sync {
+    /// Size of the disk in bytes, a multiple of [`SECTOR`].
+    fn size(&self) -> u64;
+
+    /// Fills `buffer` with what the disk holds from `offset` on. Both `offset` and the buffer's
+    /// length are multiples of [`SECTOR`], and the range lies within the disk.
+    ///
+    /// It is fastest if the buffer is an [`AlignedBuffer`] and offset and length are multiples of
+    /// [`AlignedBuffer::ALIGNMENT`]; then nothing is copied. After an error the buffer holds anything.
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Error>;
+}
+
+/// Opens the disk at `path` for reading.
+///
+/// For qcow2 this starts a process, which ends with the reader, and with this process.
+pub fn open(path: &Path, format: Format, settings: &Settings) -> Result<Box<dyn Reader>, Error> {
+    Ok(match format {
+        Format::Raw => Box::new(raw::RawReader::open(path)?),
+        Format::Qcow2 => Box::new(qcow2::Qcow2Reader::open(path, settings)?),
+    })
+}
+
+/// Refuses a range that is not of whole sectors, or not within a disk of `size` bytes.
+fn check_range(size: u64, offset: u64, length: usize) -> Result<(), Error> {
+    let length = length as u64;
+    if !offset.is_multiple_of(SECTOR) || !length.is_multiple_of(SECTOR) {
+        return Err(Error::Unaligned { offset, length });
+    }
+    if offset.checked_add(length).is_none_or(|end| end > size) {
+        return Err(Error::OutOfRange {
+            offset,
+            length,
+            size,
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_whole_sectors_within_the_disk_are_read() {
+        assert!(check_range(4096, 0, 4096).is_ok());
+        assert!(check_range(4096, 4096, 0).is_ok());
+        assert!(check_range(4096, 3584, 512).is_ok());
+        assert!(matches!(
+            check_range(4096, 1, 512),
+            Err(Error::Unaligned { .. })
+        ));
+        assert!(matches!(
+            check_range(4096, 0, 100),
+            Err(Error::Unaligned { .. })
+        ));
+        assert!(matches!(
+            check_range(4096, 3584, 1024),
+            Err(Error::OutOfRange { .. })
+        ));
+        assert!(matches!(
+            check_range(4096, u64::MAX - 511, 1024),
+            Err(Error::OutOfRange { .. })
+        ));
+    }
+}

@@ -1,0 +1,139 @@
+//! Control messages: rare, so serde and bincode encode them. This is the only file that uses bincode.
+
+use super::{LinkError, MAX_FRAME_PAYLOAD};
+use serde::{Deserialize, Serialize};
+
+/// What the source wants to move.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offer {
+    /// The source host's name.
+    pub from: String,
+    /// A number of the source's choice that names this migration.
+    pub job: u64,
+    /// The definition of the VM, as TOML, its machine type spelled out (`pc-q35-7.2`).
+    pub definition: String,
+    /// The source's QEMU version: major, minor, micro.
+    pub qemu: [u32; 3],
+    /// Size of each disk, as the guest sees it.
+    pub disks: Vec<OfferedDisk>,
+    /// The processor's features, if the guest sees those of its host.
+    pub cpu_flags: Vec<String>,
+    /// Key of the page digests.
+    pub digest_key: [u8; 16],
+    /// Only look whether it would work.
+    pub dry_run: bool,
+}
+
+/// A disk of the VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfferedDisk {
+    /// Its name in the definition.
+    pub id: String,
+    /// Its size in bytes, as the guest sees it.
+    pub size: u64,
+}
+
+/// Messages that drive a migration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Control {
+    /// Source: would you take this VM?
+    Offer(Box<Offer>),
+    /// Destination: yes. Names its QEMU version.
+    Accepted {
+        /// Major, minor, micro.
+        qemu: [u32; 3],
+        /// Whether its QEMU can hold the switchover back (`switchover-ack`).
+        switchover_ack: bool,
+    },
+    /// Destination: no, with a reason and its cure for each thing that is missing.
+    Refused {
+        /// For people.
+        reasons: Vec<String>,
+    },
+    /// Source: start your QEMU.
+    Prepare {
+        /// Whether `switchover-ack` is to be used.
+        switchover_ack: bool,
+    },
+    /// Destination: my QEMU waits for the stream.
+    Ready,
+    /// Source: the VM is paused here and its whole state is with you; it is yours.
+    Commit,
+    /// Destination: I run the VM.
+    Running,
+    /// Either side: the migration is over, for this reason. Before `Commit` the VM stays at the source;
+    /// as an answer to `Commit` it says that the destination ended its QEMU without running it.
+    Abort {
+        /// For people.
+        reason: String,
+    },
+    /// Source, on a new connection: what became of that migration?
+    Query {
+        /// The number of the offer.
+        job: u64,
+        /// The VM.
+        vm: String,
+    },
+    /// Destination's answer: whether it took the VM over. If not, it has ended its QEMU.
+    Outcome {
+        /// Whether it runs (or will run) the VM.
+        taken: bool,
+    },
+}
+
+fn configuration() -> impl bincode::config::Config {
+    bincode::config::standard().with_limit::<MAX_FRAME_PAYLOAD>()
+}
+
+/// Encodes a control message as a frame's payload.
+pub fn encode_control(message: &Control) -> Result<Vec<u8>, LinkError> {
+    bincode::serde::encode_to_vec(message, configuration())
+        .map_err(|error| LinkError::Control(error.to_string()))
+}
+
+/// Decodes a control message; bytes after it are an error.
+pub fn decode_control(payload: &[u8]) -> Result<Control, LinkError> {
+    let (message, used) = bincode::serde::decode_from_slice(payload, configuration())
+        .map_err(|error| LinkError::Control(error.to_string()))?;
+    if used != payload.len() {
+        return Err(LinkError::Control(format!(
+            "{} bytes follow it",
+            payload.len() - used
+        )));
+    }
+    Ok(message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn offers_round_trip(
+            from in ".{0,40}", job: u64, definition in ".{0,200}", cpu_flags in prop::collection::vec("[a-z0-9_]{1,9}", 0..4),
+            disks in prop::collection::vec(("[a-z]{1,9}", any::<u64>()), 0..4), qemu: [u32; 3],
+            digest_key: [u8; 16], dry_run: bool,
+        ) {
+            let disks = disks.into_iter().map(|(id, size)| OfferedDisk { id, size }).collect();
+            let message = Control::Offer(Box::new(Offer {
+                from, job, definition, qemu, disks, cpu_flags, digest_key, dry_run,
+            }));
+            let bytes = encode_control(&message).unwrap();
+            prop_assert_eq!(decode_control(&bytes), Ok(message));
+        }
+
+        #[test]
+        fn no_payload_panics(payload in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = decode_control(&payload);
+        }
+    }
+
+    #[test]
+    fn bytes_after_a_message_are_refused() {
+        let mut bytes = encode_control(&Control::Commit).unwrap();
+        bytes.push(0);
+        assert!(decode_control(&bytes).is_err());
+    }
+}

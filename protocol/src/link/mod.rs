@@ -1,0 +1,83 @@
+//! Host to host: what two daemons say to each other over one connection.
+//!
+//! Both sides send a [`Preamble`] first and go on with the highest version that both speak. Then
+//! [`frame`]s go both ways, each with a checksum:
+//!
+//! ```text
+//! source                                  destination
+//!  | Control: Offer                          |
+//!  |---------------------------------------->|  looks at machine, disks, memory
+//!  |                     Control: Accepted   |
+//!  |<----------------------------------------|
+//!  | Control: Prepare                        |  starts its QEMU
+//!  | Hints..                                 |  reads ahead
+//!  |                     Control: Ready      |
+//!  |<----------------------------------------|
+//!  | Batch..  (stream and pages, in order)   |
+//!  |---------------------------------------->|
+//!  |     Ack.. Verdict.. ReturnPath..        |
+//!  |<----------------------------------------|
+//!  | Fill..   (pages that no disk had)       |
+//!  |---------------------------------------->|
+//!  | Control: Commit                         |  the one point of the hand-over
+//!  |---------------------------------------->|
+//!  |                     Control: Running    |
+//!  |<----------------------------------------|
+//! ```
+
+mod batch;
+mod control;
+mod frame;
+mod small;
+
+pub use batch::{
+    BATCH_HEADER_LEN, BatchBuilder, BatchEncoding, BatchHeader, BatchReader, DIGEST_LEN, Digest,
+    MAX_BATCH_DATA, MAX_BLOCKS, PAGE_LEN, Record, Records, SectionKind,
+};
+pub use control::{Control, Offer, OfferedDisk, decode_control, encode_control};
+pub use frame::{
+    Checksum, FRAME_HEADER_LEN, FrameHeader, FrameKind, MAX_FRAME_PAYLOAD, PREAMBLE_LEN, Preamble,
+};
+pub use small::{HintRun, Verdict, decode_ack, decode_hints, encode_ack, encode_hint};
+
+use thiserror::Error;
+
+/// The one version of the link's protocol so far.
+pub const VERSION: u16 = 1;
+
+/// Why bytes from the other host were not what they should be.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum LinkError {
+    /// The other side is no Transhume daemon.
+    #[error("the peer does not speak Transhume's protocol; is the address that of a transhumed?")]
+    NotTranshume,
+    /// No version is common to both sides.
+    #[error(
+        "the peer speaks versions {oldest} to {newest} of the link's protocol, this host speaks \
+         {VERSION}; install the same release on both hosts"
+    )]
+    NoCommonVersion {
+        /// The peer's oldest version.
+        oldest: u16,
+        /// The peer's newest version.
+        newest: u16,
+    },
+    /// A frame of a kind that this version does not have.
+    #[error("frame kind {0:#04x} is unknown")]
+    UnknownKind(u8),
+    /// A frame is longer than a frame may be.
+    #[error("a frame claims {0} bytes of payload, {MAX_FRAME_PAYLOAD} are allowed")]
+    TooLong(u64),
+    /// Bytes changed on the way.
+    #[error("a frame's checksum is wrong: the connection or a host's memory damages data")]
+    Checksum,
+    /// The payload ends before its content does.
+    #[error("a frame's payload ends early ({0})")]
+    Short(&'static str),
+    /// A field's value is out of its bounds.
+    #[error("a frame's field is out of bounds ({0})")]
+    OutOfBounds(&'static str),
+    /// A control message that is none.
+    #[error("a control message cannot be decoded: {0}")]
+    Control(String),
+}
