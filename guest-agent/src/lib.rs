@@ -21,9 +21,11 @@
 //!     }
 //! }
 //! ```
-#![cfg_attr(not(any(feature = "linux", test)), no_std)]
+#![cfg_attr(not(any(feature = "linux", feature = "compare", test)), no_std)]
 
 mod cache;
+#[cfg(feature = "compare")]
+pub mod compare;
 #[cfg(feature = "linux")]
 pub mod linux;
 mod pace;

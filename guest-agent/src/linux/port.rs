@@ -201,7 +201,10 @@ impl<Fd: AsFd> Link<Fd> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::{Read as _, Write as _};
     use std::os::unix::fs::symlink;
+    use std::os::unix::net::UnixStream;
+    use transhume_protocol::agent::HostMessage;
 
     #[test]
     fn a_port_is_found_by_its_name_with_and_without_udev() {
@@ -232,5 +235,62 @@ mod tests {
         assert_eq!(ms(Duration::from_micros(1)), Some(1));
         assert_eq!(ms(Duration::from_millis(1500)), Some(1500));
         assert!(ms(Duration::MAX) >= ms(Duration::from_secs(1)));
+    }
+
+    fn hello() -> Vec<u8> {
+        let mut frame = vec![0; MAX_FRAME_LEN];
+        let message = HostMessage::Hello {
+            oldest: 1,
+            newest: 1,
+            session: 9,
+        };
+        let length = message.encode(&mut frame).unwrap();
+        frame.truncate(length);
+        frame
+    }
+
+    /// The agent's end of a channel, and the host's.
+    fn link() -> (Link<UnixStream>, UnixStream) {
+        let (ours, host) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        host.set_nonblocking(true).unwrap();
+        (Link::new(ours), host)
+    }
+
+    /// On a port, a new host's data can come before the news that the last host left.
+    #[test]
+    fn a_hello_before_a_hang_up_is_answered() {
+        let (mut link, mut host) = link();
+        let mut session = Session::new("test 0");
+        host.write_all(&hello()).unwrap();
+        host.shutdown(std::net::Shutdown::Write).unwrap();
+        assert!(!link.receive(&mut session).unwrap());
+        let mut cache = crate::linux::LinuxCache::new(crate::linux::Preference::UserSpace);
+        let action = session.poll(&mut cache, Duration::ZERO, &mut link.frame);
+        assert!(matches!(action, Action::Send(_)), "{action:?}");
+    }
+
+    #[test]
+    fn a_frame_that_the_host_takes_in_pieces_arrives_whole() {
+        let (mut link, mut host) = link();
+        let mut sent = Vec::new();
+        let mut got = vec![0; 2 << 20];
+        let mut taken = 0;
+        let mut stalls = 0;
+        for number in 0..64_u8 {
+            link.frame.fill(number);
+            link.to_send = 0..link.frame.len();
+            sent.extend_from_slice(&link.frame);
+            while !link.flush().unwrap() {
+                stalls += 1;
+                // Some, not all.
+                taken += host.read(&mut got[taken..][..5000]).unwrap();
+            }
+        }
+        while let Ok(read @ 1..) = host.read(&mut got[taken..]) {
+            taken += read;
+        }
+        assert!(stalls > 0, "the host was never slow");
+        assert!(got[..taken] == sent, "{taken} of {} bytes", sent.len());
     }
 }
