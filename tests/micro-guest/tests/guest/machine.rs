@@ -136,7 +136,7 @@ impl Setting {
             control,
         };
         machine.read();
-        machine.execute("qmp_capabilities", json!({}));
+        machine.execute("qmp_capabilities", &json!({}));
         if !incoming {
             machine
                 .control
@@ -167,7 +167,7 @@ impl Machine {
     }
 
     /// Executes a QMP command.
-    pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Value {
+    pub(crate) fn execute(&mut self, command: &str, arguments: &Value) -> Value {
         let request = json!({"execute": command, "arguments": arguments});
         let stream = self.qmp.get_mut();
         stream
@@ -186,12 +186,12 @@ impl Machine {
     pub(crate) fn migrate_to(&mut self, other: &Machine, bandwidth: u64) {
         self.execute(
             "migrate-set-parameters",
-            json!({"max-bandwidth": bandwidth, "downtime-limit": 500}),
+            &json!({"max-bandwidth": bandwidth, "downtime-limit": 500}),
         );
         let uri = format!("unix:{}", other.directory.path().join("incoming").display());
-        self.execute("migrate", json!({"uri": uri}));
+        self.execute("migrate", &json!({"uri": uri}));
         retry(|| {
-            let info = self.execute("query-migrate", json!({}));
+            let info = self.execute("query-migrate", &json!({}));
             assert_ne!(info["status"], "failed", "{info}");
             (info["status"] == "completed").then_some(())
         });
@@ -202,7 +202,7 @@ impl Machine {
         let path = self.directory.path().join("memory");
         self.execute(
             "pmemsave",
-            json!({"val": address, "size": size, "filename": path}),
+            &json!({"val": address, "size": size, "filename": path}),
         );
         std::fs::read(path).expect("QEMU saved the memory")
     }

@@ -2,6 +2,13 @@
 //!
 //! `QEMU` names another QEMU than the one in the path.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests are tests"
+)]
+
 mod agent;
 mod machine;
 
