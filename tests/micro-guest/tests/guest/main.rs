@@ -18,7 +18,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 fn boots(machine: &'static str) {
-    let setting = Setting::new(machine, "256M", "seed=3 cache=48M data=32M");
+    let setting = Setting::new(machine, "256M", "seed=3 cache=48M data=32M zero=rest");
     let mut guest = setting.start(false);
     let checked = guest.control.check(LONG).unwrap();
     assert!(
