@@ -1,15 +1,18 @@
 //! The host's end of the guest's control channel: COM1 as a unix socket.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::thread;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
-/// Longest line that the guest is believed to send.
-const MAX_LINE: usize = 4096;
-/// Most heartbeats that are kept unread.
-const MAX_HEARTBEATS: usize = 1 << 16;
+/// Longest line that the guest is believed to send, in bytes.
+const MAX_LINE: u64 = 4096;
+/// Most lines that are kept unread; an hour of heartbeats.
+const MAX_UNREAD: usize = 1 << 16;
 
 /// Why a command got no answer.
 #[derive(Debug, Error)]
@@ -104,13 +107,19 @@ pub struct Heartbeat {
     pub at: Instant,
 }
 
+/// A line and when it came, or why no more will come.
+type Incoming = Result<(Instant, String), ControlError>;
+
 /// A connection to one guest.
+///
+/// A thread reads all the time: the time of a heartbeat is when it came, and the guest's port never
+/// fills up. (What waits in a full port when the guest moves is sent by both sides.)
 pub struct Control {
     stream: UnixStream,
     /// Commands sent. Each carries a tag that its answer repeats, so that an answer that comes too
     /// late, or was meant for an earlier connection, is not taken for another's.
     sent: u64,
-    input: Vec<u8>,
+    lines: Receiver<Incoming>,
     heartbeats: Vec<Heartbeat>,
 }
 
@@ -121,16 +130,19 @@ impl Control {
             path: path.into(),
             source,
         })?;
-        Ok(Self::new(stream))
+        Self::new(stream)
     }
 
-    fn new(stream: UnixStream) -> Self {
-        Self {
+    fn new(stream: UnixStream) -> Result<Self, ControlError> {
+        let (sender, lines) = sync_channel(MAX_UNREAD);
+        let reader = stream.try_clone()?;
+        thread::spawn(move || read_lines(reader, &sender));
+        Ok(Self {
             stream,
             sent: 0,
-            input: Vec::new(),
+            lines,
             heartbeats: Vec::new(),
-        }
+        })
     }
 
     /// Waits until the guest answers, however far its boot is. Returns the number of the pong.
@@ -300,42 +312,51 @@ impl Control {
     /// The next line that is no heartbeat; `None` at the deadline.
     fn line(&mut self, deadline: Instant) -> Result<Option<String>, ControlError> {
         loop {
-            if let Some(end) = self.input.iter().position(|&byte| byte == b'\n') {
-                let line: Vec<u8> = self.input.drain(..=end).collect();
-                let line = String::from_utf8_lossy(&line).trim().to_owned();
-                if let Some(number) = line
-                    .strip_prefix("heartbeat ")
-                    .and_then(|text| text.parse().ok())
-                {
-                    if self.heartbeats.len() < MAX_HEARTBEATS {
-                        self.heartbeats.push(Heartbeat {
-                            number,
-                            at: Instant::now(),
-                        });
-                    }
-                } else if let Some(reason) = line.strip_prefix("failed ") {
-                    return Err(ControlError::Failed(reason.into()));
-                } else if !line.is_empty() {
-                    return Ok(Some(line));
-                }
-                continue;
-            }
-            if self.input.len() > MAX_LINE {
-                self.input.clear();
-            }
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Ok(None);
+            let (at, line) = match self.lines.recv_timeout(left) {
+                Ok(incoming) => incoming?,
+                Err(RecvTimeoutError::Timeout) => return Ok(None),
+                Err(RecvTimeoutError::Disconnected) => return Err(ControlError::Closed),
+            };
+            let beat = line
+                .strip_prefix("heartbeat ")
+                .and_then(|number| number.parse().ok());
+            if let Some(number) = beat {
+                if self.heartbeats.len() < MAX_UNREAD {
+                    self.heartbeats.push(Heartbeat { number, at });
+                }
+            } else if let Some(reason) = line.strip_prefix("failed ") {
+                return Err(ControlError::Failed(reason.into()));
+            } else if !line.is_empty() {
+                return Ok(Some(line));
             }
-            self.stream.set_read_timeout(Some(left))?;
-            let mut bytes = [0; 1024];
-            match self.stream.read(&mut bytes) {
-                Ok(0) => return Err(ControlError::Closed),
-                Ok(length) => self.input.extend_from_slice(&bytes[..length]),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error.into()),
-            }
+        }
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        // Ends the reader.
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+/// Passes lines on until the channel breaks or nobody wants more.
+fn read_lines(stream: UnixStream, sender: &SyncSender<Incoming>) {
+    let mut input = BufReader::new(stream);
+    loop {
+        let mut line = Vec::new();
+        let incoming = match input.by_ref().take(MAX_LINE).read_until(b'\n', &mut line) {
+            Ok(0) => Err(ControlError::Closed),
+            Ok(_) => Ok((
+                Instant::now(),
+                String::from_utf8_lossy(&line).trim().to_owned(),
+            )),
+            Err(error) => Err(ControlError::Io(error)),
+        };
+        let last = incoming.is_err();
+        if sender.send(incoming).is_err() || last {
+            return;
         }
     }
 }
@@ -353,8 +374,6 @@ fn field(line: &str, name: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{BufRead, BufReader};
-    use std::thread;
 
     const SECOND: Duration = Duration::from_secs(10);
 
@@ -374,7 +393,7 @@ mod tests {
             // Keeps the socket open until the control is gone.
             let _ = lines.next();
         });
-        Control::new(ours)
+        Control::new(ours).unwrap()
     }
 
     #[test]

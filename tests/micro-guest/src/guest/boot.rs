@@ -20,7 +20,7 @@ global_asm!(
 pvh_start:
     cli
     cld
-    movl $boot_stack_top, %esp
+    movl $stack_top, %esp
     movl %ebx, %edi         # the start info, later the first argument
     movl %cr4, %eax
     orl $0x620, %eax        # PAE, OSFXSR, OSXMMEXCPT
@@ -79,10 +79,8 @@ boot_directories:
     .set frame, frame + 1
     .endr
 
-    .section .bss.boot, "aw", @nobits
-    .balign 4096
-    .skip 256 * 1024
-boot_stack_top:
+    .section .stack, "aw", @nobits
+    .skip 128 * 1024
 "#,
     options(att_syntax)
 );

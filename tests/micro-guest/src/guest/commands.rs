@@ -8,21 +8,28 @@ use crate::memory::{Memory, Verdict};
 use crate::pace::Pace;
 use crate::parameters::{Parameters, size};
 use crate::serial::Serial;
+use crate::settle::Hot;
 
 /// Ticks between two heartbeats: 50 ms.
 const HEARTBEAT: u64 = HZ / 20;
 /// Pages that are checked in one turn of the main loop.
 const CHECK_STEP: usize = 256;
 
-/// Everything the guest has.
+/// What the guest is made of.
+pub(crate) struct Parts {
+    pub(crate) serial: Serial,
+    pub(crate) clock: Clock,
+    pub(crate) memory: Memory,
+    pub(crate) disk: VirtioDisk,
+    pub(crate) agent: Agent,
+    pub(crate) hot: Hot,
+}
+
+/// The guest at work.
 pub(crate) struct Guest {
-    serial: Serial,
-    clock: Clock,
+    parts: Parts,
     /// When the turn before began, in ticks.
     turn: u64,
-    memory: Memory,
-    disk: VirtioDisk,
-    agent: Agent,
     data: Pace,
     cache: Pace,
     churn: Pace,
@@ -35,20 +42,10 @@ pub(crate) struct Guest {
 
 impl Guest {
     /// A guest that is ready to run.
-    pub(crate) fn new(
-        clock: Clock,
-        memory: Memory,
-        disk: VirtioDisk,
-        agent: Agent,
-        parameters: &Parameters,
-    ) -> Self {
+    pub(crate) fn new(parts: Parts, parameters: &Parameters) -> Self {
         Self {
-            serial: Serial::new(),
-            clock,
+            parts,
             turn: 0,
-            memory,
-            disk,
-            agent,
             data: Pace::new(parameters.rate),
             cache: Pace::new(parameters.cache_rate),
             churn: Pace::new(parameters.churn),
@@ -61,13 +58,15 @@ impl Guest {
 
     /// The main loop.
     pub(crate) fn run(mut self) -> ! {
-        let (cache, data, zero) = self.memory.roles();
-        let ms = Clock::micros(self.clock.now()) / 1000;
-        self.serial.say(format_args!(
+        let (cache, data, zero) = self.parts.memory.roles();
+        let ms = Clock::micros(self.parts.clock.now()) / 1000;
+        self.parts.serial.say(format_args!(
             "ready cache={cache} data={data} zero={zero} ms={ms}"
         ));
         loop {
-            if !self.turn() {
+            let busy = self.turn();
+            self.parts.hot.settle();
+            if !busy {
                 interrupts::wait();
             }
         }
@@ -75,23 +74,27 @@ impl Guest {
 
     /// One turn; whether there is more to do at once.
     fn turn(&mut self) -> bool {
-        let now = self.clock.now();
+        let now = self.parts.clock.now();
         let elapsed = now - self.turn;
         self.turn = now;
-        self.serial.poll();
+        self.parts.serial.poll();
         if let Some(due) = self.heartbeat
             && now >= due
         {
             self.heartbeats += 1;
-            self.serial
+            self.parts
+                .serial
                 .say(format_args!("heartbeat {}", self.heartbeats));
             self.heartbeat = Some((due + HEARTBEAT).max(now));
         }
         let mut busy = self.change_pages(elapsed);
         busy |= self.check_on();
-        busy |= self.agent.turn(&self.memory, &mut self.clock);
+        busy |= self
+            .parts
+            .agent
+            .turn(&self.parts.memory, &mut self.parts.clock);
         if self.check.is_none()
-            && let Some(line) = self.serial.next_line()
+            && let Some(line) = self.parts.serial.next_line()
         {
             self.obey(&line);
             busy = true;
@@ -105,9 +108,9 @@ impl Guest {
             self.cache.due(elapsed),
             self.churn.due(elapsed),
         );
-        (0..data).for_each(|_| self.memory.dirty_data());
-        (0..cache).for_each(|_| self.memory.dirty_cache());
-        (0..churn).for_each(|_| self.memory.churn(&mut self.disk));
+        (0..data).for_each(|_| self.parts.memory.dirty_data());
+        (0..cache).for_each(|_| self.parts.memory.dirty_cache());
+        (0..churn).for_each(|_| self.parts.memory.churn(&mut self.parts.disk));
         data + cache + churn > 0
     }
 
@@ -115,16 +118,16 @@ impl Guest {
         let Some((at, mut verdict)) = self.check.take() else {
             return false;
         };
-        if at < self.memory.len() {
-            self.memory.check(at, CHECK_STEP, &mut verdict);
+        if at < self.parts.memory.len() {
+            self.parts.memory.check(at, CHECK_STEP, &mut verdict);
             self.check = Some((at + CHECK_STEP, verdict));
             return true;
         }
         let Verdict { pages, bad, first } = verdict;
         match first {
-            None => self.serial.answer(format_args!("ok pages={pages}")),
+            None => self.parts.serial.answer(format_args!("ok pages={pages}")),
             Some((pfn, kind)) => {
-                self.serial.answer(format_args!(
+                self.parts.serial.answer(format_args!(
                     "bad page={pfn} kind={kind} count={bad} pages={pages}"
                 ));
             }
@@ -135,7 +138,7 @@ impl Guest {
     fn obey(&mut self, line: &str) {
         let tagged = line.starts_with('#').then(|| line.find(' ')).flatten();
         let (tag, line) = line.split_at(tagged.map_or(0, |end| end + 1));
-        self.serial.set_tag(tag);
+        self.parts.serial.set_tag(tag);
         let (command, argument) = line.split_once(' ').unwrap_or((line, ""));
         let pace = match command {
             "dirty" => Some(&mut self.data),
@@ -146,9 +149,11 @@ impl Guest {
         if let Some(pace) = pace {
             if let Some(rate) = size(argument) {
                 *pace = Pace::new(rate);
-                self.serial.answer(format_args!("ok {command} {rate}"));
+                self.parts
+                    .serial
+                    .answer(format_args!("ok {command} {rate}"));
             } else {
-                self.serial.answer(format_args!(
+                self.parts.serial.answer(format_args!(
                     "error `{argument}` is no rate: bytes per second, with K, M or G"
                 ));
             }
@@ -157,40 +162,51 @@ impl Guest {
         match (command, argument) {
             ("ping", _) => {
                 self.pongs += 1;
-                self.serial.answer(format_args!("pong {}", self.pongs));
+                self.parts
+                    .serial
+                    .answer(format_args!("pong {}", self.pongs));
             }
             ("check", _) => self.check = Some((0, Verdict::default())),
             ("stop", _) => {
                 for pace in [&mut self.data, &mut self.cache, &mut self.churn] {
                     *pace = Pace::new(0);
                 }
-                self.serial.answer(format_args!("ok stopped"));
+                self.parts.serial.answer(format_args!("ok stopped"));
             }
             ("heartbeat", "on") => {
                 self.heartbeat = Some(self.turn);
-                self.serial.answer(format_args!("ok heartbeat on"));
+                self.parts.serial.answer(format_args!("ok heartbeat on"));
             }
             ("heartbeat", "off") => {
                 self.heartbeat = None;
-                self.serial.answer(format_args!("ok heartbeat off"));
+                self.parts.serial.answer(format_args!("ok heartbeat off"));
             }
-            ("corrupt", nth) => match nth.parse().ok().and_then(|nth| self.memory.corrupt(nth)) {
-                Some(pfn) => self.serial.answer(format_args!("ok corrupted page={pfn}")),
+            ("corrupt", nth) => match nth
+                .parse()
+                .ok()
+                .and_then(|nth| self.parts.memory.corrupt(nth))
+            {
+                Some(pfn) => self
+                    .parts
+                    .serial
+                    .answer(format_args!("ok corrupted page={pfn}")),
                 None => self
+                    .parts
                     .serial
                     .say(format_args!("error `{nth}` names no page that is checked")),
             },
             ("status", _) => self.status(),
             _ => self
+                .parts
                 .serial
                 .say(format_args!("error `{command}` is no command")),
         }
     }
 
     fn status(&mut self) {
-        let ms = Clock::micros(self.clock.now()) / 1000;
-        let counters = self.memory.counters;
-        self.serial.answer(format_args!(
+        let ms = Clock::micros(self.parts.clock.now()) / 1000;
+        let counters = self.parts.memory.counters;
+        self.parts.serial.answer(format_args!(
             "status ms={ms} dirtied={} cache-dirtied={} churned={} read-errors={} heartbeats={} pongs={} frames={}",
             counters.data,
             counters.cache,
@@ -198,7 +214,7 @@ impl Guest {
             counters.read_errors,
             self.heartbeats,
             self.pongs,
-            self.agent.frames,
+            self.parts.agent.frames,
         ));
     }
 }

@@ -29,16 +29,19 @@ mod pci;
 mod port;
 mod runtime;
 mod serial;
+mod settle;
 mod start_info;
 
 use crate::agent::{Agent, DiskName};
 use crate::clock::Clock;
-use crate::commands::Guest;
+use crate::commands::{Guest, Parts};
 use crate::console::Console;
 use crate::disk::VirtioDisk;
 use crate::lies::Liar;
 use crate::memory::Memory;
 use crate::parameters::Parameters;
+use crate::serial::Serial;
+use crate::settle::Hot;
 use crate::start_info::RamMap;
 use alloc::string::String;
 use core::arch::asm;
@@ -84,17 +87,31 @@ fn set_up(ram: &RamMap, floor: u64, command_line: &str) -> Result<Guest, String>
     for range in &ranges {
         paging::map_ram(range.clone());
     }
+    // What changes often comes first on the heap, so that it lies together.
+    let heap_start = heap::fresh();
     let mut disk = VirtioDisk::find();
     let sectors = disk.sectors();
-    // SAFETY: RAM that was just mapped, behind image and heap.
-    let memory = unsafe { Memory::new(ranges, &parameters, sectors, &mut disk) }?;
     let name = DiskName {
         sectors,
         serial: disk.serial.clone(),
     };
     let liar = Liar::new(parameters.lie, parameters.seed);
     let agent = Agent::new(Console::find(), name, liar);
-    Ok(Guest::new(clock, memory, disk, agent, &parameters))
+    let serial = Serial::new();
+    let hot = Hot::new(heap_start..heap::fresh());
+    // SAFETY: RAM that was just mapped, behind image and heap.
+    let memory = unsafe { Memory::new(ranges, &parameters, sectors, &mut disk) }?;
+    Ok(Guest::new(
+        Parts {
+            serial,
+            clock,
+            memory,
+            disk,
+            agent,
+            hot,
+        },
+        &parameters,
+    ))
 }
 
 /// Ends the guest: `failed` and the reason on COM1, then silence.

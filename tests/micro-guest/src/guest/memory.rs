@@ -5,6 +5,7 @@
 //! disk page or which generation of data it holds; from that its content can be computed.
 
 use crate::parameters::Parameters;
+use crate::settle;
 use alloc::vec::Vec;
 use core::ops::Range;
 use micro_guest::content::{self, PAGE_SIZE, Page, Random, SECTORS_PER_PAGE};
@@ -283,6 +284,14 @@ impl Memory {
         self.generation = self.generation.wrapping_add(1).max(1);
         content::fill_data(self.seed, pfn, self.generation.into(), page(pfn));
         self.entries[index].generation = self.generation;
+        self.settle(index, pfn);
+    }
+
+    /// After a change of a page and its entry.
+    fn settle(&self, index: usize, pfn: u64) {
+        settle::flush();
+        settle::touch(pfn as usize * PAGE_SIZE);
+        settle::touch((&raw const self.entries[index]).addr());
     }
 
     /// Reads another disk page into one cache page.
@@ -293,7 +302,8 @@ impl Memory {
         let nth = self.random.below(self.cache.len() as u64);
         let index = self.cache[nth as usize] as usize;
         let disk_page = self.random.below(self.disk_pages) as u32;
-        let page = page(self.pfn(index));
+        let pfn = self.pfn(index);
+        let page = page(pfn);
         // SAFETY: a page of words is a page of bytes.
         let bytes =
             unsafe { core::slice::from_raw_parts_mut(page.as_mut_ptr().cast::<u8>(), PAGE_SIZE) };
@@ -302,6 +312,7 @@ impl Memory {
                 disk_page,
                 generation: 0,
             };
+            self.settle(index, pfn);
             self.counters.churned += 1;
         } else {
             // Whatever the page holds now, it is made known content again.
@@ -318,6 +329,7 @@ impl Memory {
         let pfn = self.pfn(index);
         let word = index % content::PAGE_WORDS;
         page(pfn)[word] ^= 1 << (index % 64);
+        self.settle(index, pfn);
         Some(pfn)
     }
 

@@ -58,7 +58,7 @@ impl Parameters {
             disk_offset: 0,
             cache: 0,
             data: 32 << 20,
-            zero: u64::MAX,
+            zero: 64 << 20,
             rate: 0,
             cache_rate: 0,
             churn: 0,
