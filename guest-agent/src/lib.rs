@@ -24,6 +24,8 @@
 #![cfg_attr(not(any(feature = "linux", test)), no_std)]
 
 mod cache;
+#[cfg(feature = "linux")]
+pub mod linux;
 mod pace;
 mod session;
 mod text;

@@ -2,6 +2,8 @@
 //! made of. A room knows the rooms below it only:
 //! `control` → `relay` → `pages`, `guest`, `volume`, `link`, `hypervisor`.
 
+pub mod guest;
+pub mod hypervisor;
 pub mod link;
 pub mod pages;
 pub mod relay;

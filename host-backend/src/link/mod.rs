@@ -3,6 +3,17 @@
 //! The two halves of a [`Connection`] are used by one thread each. Silence for longer than
 //! [`PATIENCE`] counts as a broken link, so an idle side sends [`FrameKind::Alive`].
 
+pub mod window;
+#[cfg(test)]
+mod window_models;
+#[cfg(test)]
+mod window_tests;
+
+/// The primitives of [`window`], which its models replace by loom's.
+mod sync {
+    pub(super) use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+}
+
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::sync::Arc;

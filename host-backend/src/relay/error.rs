@@ -11,7 +11,7 @@ pub enum ErrorKind {
     Failed,
     /// The operator's wish; the VM runs on at the source.
     Cancelled,
-    /// It is not known which host has the VM; it is paused here.
+    /// An operator must look: it is not known which host has the VM, or its QEMU here has ended.
     Unresolved,
 }
 
@@ -33,6 +33,16 @@ pub enum Error {
     /// It failed before the hand-over.
     #[error("the migration failed: {cause}\nThe VM runs on at {host}; {cure}.")]
     Failed {
+        /// What happened.
+        cause: String,
+        /// The source.
+        host: String,
+        /// What to do.
+        cure: String,
+    },
+    /// It failed before the hand-over, and the VM does not run here either: its QEMU ended or hangs.
+    #[error("the migration failed: {cause}\nThe VM does not run at {host}: {cure}.")]
+    Lost {
         /// What happened.
         cause: String,
         /// The source.
@@ -64,7 +74,7 @@ impl Error {
             Self::Refused { .. } => ErrorKind::Refused,
             Self::Cancelled { .. } => ErrorKind::Cancelled,
             Self::Failed { .. } => ErrorKind::Failed,
-            Self::Unresolved { .. } => ErrorKind::Unresolved,
+            Self::Lost { .. } | Self::Unresolved { .. } => ErrorKind::Unresolved,
         }
     }
 

@@ -16,6 +16,7 @@ mod nbd;
 mod qcow2;
 mod raw;
 
+pub use crate::hypervisor::definition::Format;
 pub use buffer::AlignedBuffer;
 pub use error::Error;
 
@@ -24,15 +25,6 @@ use std::time::Duration;
 
 /// Offsets and lengths of reads are multiples of this, in bytes.
 pub const SECTOR: u64 = 512;
-
-/// How a disk's data is laid out in its file or device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Format {
-    /// The bytes of the disk, in order.
-    Raw,
-    /// QEMU's copy-on-write format, version 2 or 3, with its backing files.
-    Qcow2,
-}
 
 /// What [`open`] needs to know of this host.
 #[derive(Debug, Clone)]

@@ -10,14 +10,14 @@ pub struct Offer {
     pub from: String,
     /// A number of the source's choice that names this migration.
     pub job: u64,
-    /// The definition of the VM, as TOML.
+    /// The definition of the VM, as TOML, its machine type spelled out (`pc-q35-7.2`).
     pub definition: String,
-    /// The machine type that the VM runs with, its version spelled out (`pc-q35-7.2`).
-    pub machine: String,
     /// The source's QEMU version: major, minor, micro.
     pub qemu: [u32; 3],
     /// Size of each disk, as the guest sees it.
     pub disks: Vec<OfferedDisk>,
+    /// The processor's features, if the guest sees those of its host.
+    pub cpu_flags: Vec<String>,
     /// Key of the page digests.
     pub digest_key: [u8; 16],
     /// Only look whether it would work.
@@ -112,13 +112,13 @@ mod tests {
     proptest! {
         #[test]
         fn offers_round_trip(
-            from in ".{0,40}", job: u64, definition in ".{0,200}", machine in "[a-z0-9.-]{0,20}",
+            from in ".{0,40}", job: u64, definition in ".{0,200}", cpu_flags in prop::collection::vec("[a-z0-9_]{1,9}", 0..4),
             disks in prop::collection::vec(("[a-z]{1,9}", any::<u64>()), 0..4), qemu: [u32; 3],
             digest_key: [u8; 16], dry_run: bool,
         ) {
             let disks = disks.into_iter().map(|(id, size)| OfferedDisk { id, size }).collect();
             let message = Control::Offer(Box::new(Offer {
-                from, job, definition, machine, qemu, disks, digest_key, dry_run,
+                from, job, definition, qemu, disks, cpu_flags, digest_key, dry_run,
             }));
             let bytes = encode_control(&message).unwrap();
             prop_assert_eq!(decode_control(&bytes), Ok(message));

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use transhume_protocol::link::{Control, FrameKind, Verdict, decode_ack, decode_control};
 use transhume_protocol::qemu::return_path::Message;
 
-use super::Shared;
+use super::shared::Shared;
 use crate::link::Receiver;
 use crate::relay::error::RelayError;
 use crate::relay::progress::Counter;

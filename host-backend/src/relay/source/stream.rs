@@ -3,12 +3,11 @@
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Instant;
 
 use transhume_protocol::link::{BatchBuilder, BatchEncoding, MAX_BATCH_DATA, SectionKind};
 use transhume_protocol::qemu::{Decoder, Kind, Page};
 
-use super::Shared;
+use super::shared::Shared;
 use super::buffers::{BUFFER_LEN, Buffer, Pool};
 use super::flow::{Content, Outgoing};
 use crate::pages::bitmap::Bitmap;
@@ -259,7 +258,7 @@ impl StreamReader {
             self.batch.builder.section_close();
             self.dispatch(None)?;
             self.batch = Batch::default();
-            self.shared.set_memory_sent(Instant::now());
+            self.shared.set_memory_sent();
         } else {
             self.batch.builder.section_close();
         }

@@ -8,7 +8,7 @@ use transhume_protocol::link::{
 };
 use zstd::bulk::Compressor;
 
-use super::Shared;
+use super::shared::Shared;
 use super::buffers::Buffer;
 use super::flow::{Content, Next, Outgoing};
 use crate::link::{ALIVE_INTERVAL, Sender};
@@ -64,7 +64,7 @@ impl Transmitter {
         let payload = BATCH_HEADER_LEN + records.len() + header.data_len;
         self.send(FrameKind::Batch, header, &records, &pages)?;
         self.shared.flow.sent(payload as u64);
-        self.shared.rate.note(header.data_len, started);
+        self.shared.note_rate(header.data_len, started);
         Ok(())
     }
 

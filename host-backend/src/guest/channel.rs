@@ -1,0 +1,173 @@
+//! Talks to the agent over the socket of the VM's virtio-serial port.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use transhume_protocol::agent::{
+    AgentMessage, Decoder, HostMessage, MAX_FRAME_LEN, ReportSource, VERSION,
+};
+
+use super::report::{Collector, DiskName, Report};
+
+/// How often a waiting read looks whether it should end.
+const TICK: Duration = Duration::from_millis(100);
+
+/// What the agent said of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Greeting {
+    /// Its name and version.
+    pub agent: String,
+    /// Where its reports come from.
+    pub source: ReportSource,
+}
+
+/// A session with an agent.
+pub struct Agent {
+    stream: UnixStream,
+    decoder: Box<Decoder>,
+    session: u64,
+    collector: Collector,
+}
+
+/// Opens a session with the agent behind this socket. Blocks for `patience` at most.
+///
+/// An error is for people: it says why there will be no reports.
+pub fn connect(
+    socket: &Path,
+    disks: Vec<DiskName>,
+    session: u64,
+    patience: Duration,
+) -> Result<(Agent, Greeting), String> {
+    let io = |error: io::Error| format!("the agent's channel cannot be used: {error}");
+    let deadline = Instant::now() + patience;
+    let stream = UnixStream::connect(socket).map_err(io)?;
+    stream.set_read_timeout(Some(TICK)).map_err(io)?;
+    stream.set_write_timeout(Some(patience)).map_err(io)?;
+    let mut decoder = Box::new(Decoder::new());
+    send(&stream, &HostMessage::Hello { oldest: VERSION, newest: VERSION, session }).map_err(io)?;
+    let mut buffer = vec![0; MAX_FRAME_LEN];
+    loop {
+        if Instant::now() >= deadline {
+            return Err("the guest's agent does not answer; is it installed and running?".to_owned());
+        }
+        let read = match read(&stream, &mut buffer) {
+            Ok(Some(0)) => return Err("the agent's channel was closed".to_owned()),
+            Ok(Some(read)) => read,
+            Ok(None) => continue,
+            Err(error) => return Err(io(error)),
+        };
+        let mut rest = &buffer[..read];
+        while !rest.is_empty() {
+            let taken = decoder.push(rest);
+            rest = &rest[taken..];
+            while let Some((kind, payload)) = decoder.next_frame() {
+                match AgentMessage::decode(kind, payload) {
+                    Ok(AgentMessage::Hello {
+                        version,
+                        session: theirs,
+                        source,
+                        page_shift,
+                        agent,
+                    }) if theirs == session => {
+                        let greeting = Greeting { agent: agent.to_owned(), source };
+                        if version != VERSION {
+                            return Err(format!(
+                                "the guest's agent ({agent}) wants version {version} of the channel, \
+                                 which it was not offered; install the agent of this release"
+                            ));
+                        }
+                        let collector = Collector::new(disks, page_shift).ok_or_else(|| {
+                            format!("the guest's pages are of 2^{page_shift} bytes, not of 4 KiB")
+                        })?;
+                        return Ok((Agent { stream, decoder, session, collector }, greeting));
+                    }
+                    Ok(AgentMessage::Trouble { text }) => {
+                        return Err(format!("the guest's agent says: {}", printable(text)));
+                    }
+                    // What an earlier session left in the channel.
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
+/// A guest's text, made safe for terminals and logs.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
+fn send(mut stream: &UnixStream, message: &HostMessage) -> io::Result<()> {
+    let mut out = [0; 64];
+    let length = message.encode(&mut out).map_err(io::Error::other)?;
+    stream.write_all(&out[..length])
+}
+
+/// `None` when nothing came within the tick.
+fn read(mut stream: &UnixStream, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+    match stream.read(buffer) {
+        Ok(read) => Ok(Some(read)),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::WouldBlock
+                    | io::ErrorKind::TimedOut
+                    | io::ErrorKind::Interrupted
+            ) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+impl Agent {
+    /// Asks for reports, with a pause between them and a share of one CPU in thousandths.
+    pub fn start_reports(&mut self, interval: Duration, cpu_permille: u16) -> io::Result<()> {
+        let interval_ms = u32::try_from(interval.as_millis()).unwrap_or(u32::MAX);
+        send(&self.stream, &HostMessage::ReportStart { interval_ms, cpu_permille })
+    }
+
+    /// Ends the reports.
+    pub fn stop_reports(&mut self) -> io::Result<()> {
+        send(&self.stream, &HostMessage::ReportStop)
+    }
+
+    /// Reads what the agent sends for as long as `go_on` says, and hands each whole report to `report`
+    /// and each text for people to `trouble`. A channel that closes ends it, too.
+    pub fn listen(
+        &mut self,
+        go_on: impl Fn() -> bool,
+        mut report: impl FnMut(Report),
+        mut trouble: impl FnMut(String),
+    ) -> io::Result<()> {
+        let mut buffer = vec![0; 64 * 1024];
+        while go_on() {
+            let Some(read) = read(&self.stream, &mut buffer)? else { continue };
+            if read == 0 {
+                return Ok(());
+            }
+            let mut rest = &buffer[..read];
+            while !rest.is_empty() {
+                let taken = self.decoder.push(rest);
+                rest = &rest[taken..];
+                while let Some((kind, payload)) = self.decoder.next_frame() {
+                    match AgentMessage::decode(kind, payload) {
+                        Ok(AgentMessage::Trouble { text }) => trouble(printable(text)),
+                        Ok(message) => {
+                            if let Some(whole) = self.collector.take(&message) {
+                                report(whole);
+                            }
+                        }
+                        Err(error) => {
+                            tracing::debug!(session = self.session, %error, "agent's message");
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,251 @@
+//! QEMU's command line for a definition. Two hosts that are given the same definition must build the
+//! same machine, or the stream of the one does not load at the other: so nothing is left to QEMU's
+//! defaults that its binary or its order of arguments would decide, PCI slots above all.
+
+use super::definition::{AgentPort, Backend, Definition, Disk, Nic};
+use super::files::RunFiles;
+use std::path::Path;
+
+/// Slot 0 is the host bridge's; 1 (pc) and 31 (q35) are the south bridge's.
+const SLOT_SCREEN: usize = 0x2;
+const SLOT_AGENT: usize = 0x3;
+const SLOT_DISKS: usize = 0x4;
+const SLOT_NICS: usize = SLOT_DISKS + super::definition::MAX_DISKS;
+const _: () = assert!(SLOT_NICS + super::definition::MAX_NICS <= 31);
+
+/// The name of the guest's port to its host.
+pub const AGENT_PORT: &str = "org.transhume.agent.0";
+
+/// How a QEMU starts. Either way its vCPUs stand still until it is told to `cont`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// A VM that boots.
+    Running,
+    /// A VM whose state comes by `migrate-incoming`.
+    Incoming,
+}
+
+/// What a definition's machine has on its PCI bus beside what its machine type brings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct PciDevice {
+    pub(super) slot: usize,
+    pub(super) vendor: u16,
+    pub(super) device: u16,
+}
+
+/// The arguments for QEMU. `is_block_device` tells of a path on this host whether it is one.
+pub fn arguments(
+    definition: &Definition,
+    host: &str,
+    files: &RunFiles,
+    start: Start,
+    is_block_device: impl Fn(&Path) -> bool,
+) -> Vec<String> {
+    let bus = root_bus(&definition.machine);
+    let mut line = Line(Vec::new());
+    line.add("-name", format!("{},debug-threads=on", definition.name));
+    line.flag("-nodefaults");
+    line.flag("-no-user-config");
+    line.add("-display", "none");
+    line.add("-msg", "timestamp=on");
+    line.add("-pidfile", text(&files.pid()));
+    line.add("-machine", &definition.machine);
+    line.add("-accel", definition.accelerator.to_string());
+    line.add("-cpu", definition.cpu_model());
+    line.add("-m", format!("size={}M", definition.memory.bytes() >> 20));
+    let vcpus = definition.vcpus;
+    line.add(
+        "-smp",
+        format!("cpus={vcpus},sockets=1,cores={vcpus},threads=1"),
+    );
+    line.add("-chardev", socket("qmp", &files.qmp()));
+    line.add("-mon", "chardev=qmp,mode=control");
+    if let Some(boot) = &definition.boot {
+        line.add("-kernel", text(&boot.kernel));
+        if let Some(initrd) = &boot.initrd {
+            line.add("-initrd", text(initrd));
+        }
+        if let Some(append) = &boot.append {
+            line.add("-append", append);
+        }
+    }
+    if definition.console.serial {
+        let log = escape(&text(&files.serial_log()));
+        line.add(
+            "-chardev",
+            format!("{},logfile={log}", socket("serial0", &files.serial())),
+        );
+        line.add("-serial", "chardev:serial0");
+    }
+    if definition.console.vnc.is_some() {
+        line.add(
+            "-device",
+            format!("VGA,id=screen,bus={bus},addr={SLOT_SCREEN:#x}"),
+        );
+        line.add("-vnc", format!("unix:{}", escape(&text(&files.vnc()))));
+    }
+    add_agent(&mut line, definition.agent.port, bus, files);
+    for (index, disk) in definition.disks.iter().enumerate() {
+        let path = definition.disk_path(disk, host);
+        let boots = index == 0 && definition.boot.is_none();
+        add_disk(
+            &mut line,
+            disk,
+            path,
+            is_block_device(path),
+            bus,
+            SLOT_DISKS + index,
+            boots,
+        );
+    }
+    for (index, nic) in definition.nics.iter().enumerate() {
+        add_nic(&mut line, nic, index, bus);
+    }
+    line.flag("-S");
+    if start == Start::Incoming {
+        line.add("-incoming", "defer");
+    }
+    line.0
+}
+
+/// The PCI devices that [`arguments`] adds, by slot.
+pub(super) fn pci_devices(definition: &Definition) -> Vec<PciDevice> {
+    const RED_HAT: u16 = 0x1af4;
+    let device = |slot, vendor, device| PciDevice {
+        slot,
+        vendor,
+        device,
+    };
+    let mut devices = Vec::new();
+    if definition.console.vnc.is_some() {
+        devices.push(device(SLOT_SCREEN, 0x1234, 0x1111));
+    }
+    if definition.agent.port != AgentPort::None {
+        devices.push(device(SLOT_AGENT, RED_HAT, 0x1003));
+    }
+    let disks =
+        (0..definition.disks.len()).map(|index| device(SLOT_DISKS + index, RED_HAT, 0x1001));
+    devices.extend(disks);
+    let nics = (0..definition.nics.len()).map(|index| device(SLOT_NICS + index, RED_HAT, 0x1000));
+    devices.extend(nics);
+    devices
+}
+
+struct Line(Vec<String>);
+
+impl Line {
+    fn flag(&mut self, flag: &str) {
+        self.0.push(flag.to_owned());
+    }
+
+    fn add(&mut self, option: &str, value: impl Into<String>) {
+        self.flag(option);
+        self.0.push(value.into());
+    }
+}
+
+fn root_bus(machine: &str) -> &'static str {
+    // The i440FX machines: pc, pc-i440fx-7.2, and the ancient pc-1.0.
+    let old = machine == "pc"
+        || machine.starts_with("pc-i440fx-")
+        || machine
+            .strip_prefix("pc-")
+            .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
+    if old { "pci.0" } else { "pcie.0" }
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+/// QEMU ends a value at a comma; two of them stand for one.
+fn escape(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
+fn socket(id: &str, path: &Path) -> String {
+    format!(
+        "socket,id={id},path={},server=on,wait=off",
+        escape(&text(path))
+    )
+}
+
+fn add_agent(line: &mut Line, port: AgentPort, bus: &str, files: &RunFiles) {
+    let ports = match port {
+        AgentPort::None => return,
+        AgentPort::Serial => "",
+        // One port, or the guest would need the multiport feature to find it.
+        AgentPort::Console => ",max_ports=1",
+    };
+    line.add("-chardev", socket("agent", &files.agent()));
+    line.add(
+        "-device",
+        format!("virtio-serial-pci,id=agent-bus,bus={bus},addr={SLOT_AGENT:#x}{ports}"),
+    );
+    let device = match port {
+        AgentPort::Console => "virtconsole,id=agent-port,bus=agent-bus.0,chardev=agent".to_owned(),
+        _ => format!(
+            "virtserialport,id=agent-port,bus=agent-bus.0,nr=1,chardev=agent,name={AGENT_PORT}"
+        ),
+    };
+    line.add("-device", device);
+}
+
+fn add_disk(
+    line: &mut Line,
+    disk: &Disk,
+    path: &Path,
+    block_device: bool,
+    bus: &str,
+    slot: usize,
+    boots: bool,
+) {
+    let Disk { id, format, .. } = disk;
+    let driver = if block_device { "host_device" } else { "file" };
+    let read_only = if disk.read_only { "on" } else { "off" };
+    // Around the host's page cache: the other host would not see what it holds.
+    let shared = format!("cache.direct=on,read-only={read_only}");
+    let path = escape(&text(path));
+    line.add(
+        "-blockdev",
+        format!("driver={driver},node-name=file-{id},filename={path},aio=threads,{shared}"),
+    );
+    line.add(
+        "-blockdev",
+        format!("driver={format},node-name=disk-{id},file=file-{id},{shared}"),
+    );
+    let bootindex = if boots { ",bootindex=1" } else { "" };
+    line.add(
+        "-device",
+        format!(
+            "virtio-blk-pci,id=blk-{id},bus={bus},addr={slot:#x},drive=disk-{id},serial={id}{bootindex}"
+        ),
+    );
+}
+
+fn add_nic(line: &mut Line, nic: &Nic, index: usize, bus: &str) {
+    let name = |name: &Option<String>| escape(name.as_deref().unwrap_or_default());
+    let backend = match nic.backend {
+        Backend::Tap => format!(
+            "tap,id=net{index},ifname={},script=no,downscript=no",
+            name(&nic.ifname)
+        ),
+        Backend::Bridge => format!("bridge,id=net{index},br={}", name(&nic.bridge)),
+        Backend::User => format!("user,id=net{index}"),
+    };
+    line.add("-netdev", backend);
+    // Without its boot ROM: that is a block of memory in the stream, as large as the file of the
+    // host's package, and two packages with different files would not take each other's VMs.
+    line.add(
+        "-device",
+        format!(
+            "virtio-net-pci,id=nic{index},bus={bus},addr={:#x},netdev=net{index},mac={},romfile=",
+            SLOT_NICS + index,
+            nic.mac
+        ),
+    );
+}
+
+#[cfg(test)]
+#[path = "command_line_tests.rs"]
+mod tests;

@@ -1,0 +1,27 @@
+//! Drivers of hypervisors: start, find, watch and stop virtual machines. They know nothing of pages.
+
+pub mod command_line;
+pub mod definition;
+mod error;
+mod files;
+mod inspect;
+pub mod layout;
+pub mod lines;
+pub mod preflight;
+mod process;
+pub mod qmp;
+pub mod qmp_commands;
+mod size;
+mod vm;
+
+pub use command_line::Start;
+pub use definition::Definition;
+pub use error::Error;
+pub use files::{LaunchSettings, RunFiles};
+pub use layout::Layout;
+pub use qmp::Qmp;
+pub use size::Size;
+pub use vm::Vm;
+
+/// What this room's functions return.
+pub type Result<T> = std::result::Result<T, Error>;

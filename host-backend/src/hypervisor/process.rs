@@ -1,0 +1,200 @@
+//! QEMU as a process: started so that it outlives us, watched and ended without mistaking another.
+
+use super::{Error, Result};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+use tokio::process::Command;
+use tokio::sync::{oneshot, watch};
+
+/// How often a process that is no child of ours is looked at while somebody waits for its end.
+const GLANCE: Duration = Duration::from_millis(50);
+
+/// A process, told apart from a later one of the same id by the time of its start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Process {
+    id: u32,
+    /// In ticks since the host's boot.
+    started: u64,
+}
+
+impl Process {
+    /// The process that has this id now.
+    pub(super) fn find(id: u32) -> Option<Self> {
+        let started = start_time(id)?;
+        Some(Self { id, started })
+    }
+
+    pub(super) fn id(&self) -> u32 {
+        self.id
+    }
+
+    fn is_alive(&self) -> bool {
+        start_time(self.id) == Some(self.started)
+    }
+
+    pub(super) async fn gone(&self) {
+        while self.is_alive() {
+            tokio::time::sleep(GLANCE).await;
+        }
+    }
+
+    pub(super) fn kill(&self) {
+        if let Ok(id) = i32::try_from(self.id)
+            && self.is_alive()
+        {
+            // A failure shows in the process staying alive, which our caller watches.
+            let _ = kill(Pid::from_raw(id), Signal::SIGKILL);
+        }
+    }
+}
+
+/// When a process that is not a zombie started, by field 22 of its `stat`.
+fn start_time(id: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
+    // The name in field 2 may hold spaces and brackets.
+    let (_, rest) = stat.rsplit_once(") ")?;
+    let mut fields = rest.split(' ');
+    let state = fields.next()?;
+    let started = fields.nth(18)?.parse().ok()?;
+    (state != "Z" && state != "X").then_some(started)
+}
+
+/// A process that we started; dropped before [`Child::detach`], it is killed.
+pub(super) struct Child {
+    id: u32,
+    kill: Option<oneshot::Sender<()>>,
+    status: watch::Receiver<Option<String>>,
+}
+
+impl Child {
+    /// Starts `binary` away from our terminal and our process group, its output going to `log`.
+    pub(super) fn spawn(binary: &Path, arguments: &[String], log: &Path) -> Result<Self> {
+        let log_file =
+            std::fs::File::create(log).map_err(|error| Error::file("create", log, error))?;
+        let log_twin = log_file
+            .try_clone()
+            .map_err(|error| Error::file("open", log, error))?;
+        let mut child = Command::new(binary)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(log_file)
+            .stderr(log_twin)
+            .process_group(0)
+            .kill_on_drop(false)
+            .spawn()
+            .map_err(|source| Error::Binary {
+                path: binary.to_owned(),
+                source,
+            })?;
+        let id = child.id().unwrap_or_default();
+        let (kill, killed) = oneshot::channel();
+        let (exit, status) = watch::channel(None);
+        tokio::spawn(async move {
+            let waited = tokio::select! {
+                waited = child.wait() => waited,
+                Ok(()) = killed => {
+                    // It may just have ended by itself.
+                    let _ = child.start_kill();
+                    child.wait().await
+                }
+            };
+            let words = match waited {
+                Ok(status) => status.to_string(),
+                Err(error) => format!("its exit status is lost: {error}"),
+            };
+            tracing::debug!(pid = id, status = words, "QEMU ended");
+            exit.send_replace(Some(words));
+        });
+        Ok(Self {
+            id,
+            kill: Some(kill),
+            status,
+        })
+    }
+
+    /// Waits for its end; its exit status in words.
+    pub(super) async fn exited(&mut self) -> String {
+        let status = self.status.wait_for(Option::is_some).await;
+        status
+            .ok()
+            .and_then(|status| status.clone())
+            .unwrap_or_default()
+    }
+
+    /// Lets it live on without us.
+    pub(super) fn detach(mut self) -> Process {
+        self.kill = None;
+        let id = self.id;
+        // One that has ended meanwhile is "gone" at the first look.
+        Process::find(id).unwrap_or(Process { id, started: 0 })
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if let Some(kill) = self.kill.take() {
+            // Nobody listens if it has ended.
+            let _ = kill.send(());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spawn(folder: &Path, script: &str) -> Child {
+        let arguments = ["-c".to_owned(), script.to_owned()];
+        Child::spawn(Path::new("/bin/sh"), &arguments, &folder.join("log")).expect("a shell")
+    }
+
+    #[tokio::test]
+    async fn tells_how_it_ended_and_keeps_its_words() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut child = spawn(folder.path(), "echo no such disk >&2; exit 3");
+        assert_eq!(child.exited().await, "exit status: 3");
+        let log = std::fs::read_to_string(folder.path().join("log")).expect("the log");
+        assert_eq!(log, "no such disk\n");
+        let process = child.detach();
+        assert!(!process.is_alive());
+        process.gone().await;
+    }
+
+    #[tokio::test]
+    async fn a_dropped_child_is_killed_and_a_detached_one_lives() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let child = spawn(folder.path(), "exec sleep 600");
+        let dropped = Process::find(child.id).expect("it runs");
+        drop(child);
+        dropped.gone().await;
+
+        let kept = spawn(folder.path(), "exec sleep 600").detach();
+        assert!(kept.is_alive());
+        kept.kill();
+        kept.gone().await;
+    }
+
+    #[tokio::test]
+    async fn another_process_of_the_same_id_is_not_it() {
+        let me = Process::find(std::process::id()).expect("we run");
+        assert!(me.is_alive());
+        let before_me = Process {
+            started: me.started + 1,
+            ..me
+        };
+        assert!(!before_me.is_alive());
+        before_me.kill();
+        before_me.gone().await;
+    }
+
+    #[tokio::test]
+    async fn a_binary_that_is_not_there_has_a_cure() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let error = Child::spawn(&folder.path().join("qemu"), &[], &folder.path().join("log"));
+        let error = error.err().expect("no such binary").to_string();
+        assert!(error.contains("apt install qemu-system-x86"), "{error}");
+    }
+}

@@ -1,0 +1,179 @@
+//! The QMP commands that Transhume uses, with types.
+
+use super::Result;
+use super::qmp::{Machine, Qmp, Status};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+/// `query-migrate`, as far as it is used. What a QEMU does not tell is `None`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Migration {
+    /// `setup`, `active`, `device`, `completed`, `failed`, `cancelled`, …; `None` before the first.
+    pub status: Option<String>,
+    /// Memory's progress, in bytes.
+    pub ram: Option<MigrationRam>,
+    /// QEMU's reason for a failure.
+    pub error_desc: Option<String>,
+    /// Since the start, in milliseconds.
+    pub total_time: Option<u64>,
+    /// The pause, in milliseconds, when it is over.
+    pub downtime: Option<u64>,
+    /// What QEMU expects of the pause, in milliseconds.
+    pub expected_downtime: Option<u64>,
+}
+
+/// Memory's progress, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MigrationRam {
+    /// Written to the stream.
+    #[serde(default)]
+    pub transferred: u64,
+    /// Still to send.
+    #[serde(default)]
+    pub remaining: u64,
+    /// The guest's memory.
+    #[serde(default)]
+    pub total: u64,
+    /// Pages that the guest writes per second.
+    #[serde(default)]
+    pub dirty_pages_rate: u64,
+    /// Times that the dirty bitmap was taken.
+    #[serde(default)]
+    pub dirty_sync_count: u64,
+}
+
+impl Qmp {
+    /// Whether the VM runs.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`]; so for every command here.
+    pub async fn status(&self) -> Result<Status> {
+        self.query("query-status", Value::Null).await
+    }
+
+    /// The machine types that this QEMU knows.
+    pub async fn machines(&self) -> Result<Vec<Machine>> {
+        self.query("query-machines", Value::Null).await
+    }
+
+    /// Pauses the VM.
+    pub async fn stop(&self) -> Result<()> {
+        self.execute("stop", Value::Null).await.map(drop)
+    }
+
+    /// Runs the VM.
+    pub async fn cont(&self) -> Result<()> {
+        self.execute("cont", Value::Null).await.map(drop)
+    }
+
+    /// Ends QEMU. A connection that closes instead of an answer is a success.
+    pub async fn quit(&self) -> Result<()> {
+        match self.execute("quit", Value::Null).await {
+            Err(super::Error::Lost(_)) | Ok(_) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Asks the guest to shut down, as its power button would.
+    pub async fn system_powerdown(&self) -> Result<()> {
+        self.execute("system_powerdown", Value::Null)
+            .await
+            .map(drop)
+    }
+
+    /// Names of the migration capabilities that this QEMU knows, each with its state.
+    pub async fn migrate_capabilities(&self) -> Result<Vec<(String, bool)>> {
+        #[derive(Deserialize)]
+        struct Capability {
+            capability: String,
+            state: bool,
+        }
+        let all: Vec<Capability> = self
+            .query("query-migrate-capabilities", Value::Null)
+            .await?;
+        Ok(all
+            .into_iter()
+            .map(|one| (one.capability, one.state))
+            .collect())
+    }
+
+    /// Switches migration capabilities.
+    pub async fn migrate_set_capabilities(&self, capabilities: &[(&str, bool)]) -> Result<()> {
+        let capabilities: Vec<Value> = capabilities
+            .iter()
+            .map(|(capability, state)| json!({ "capability": capability, "state": state }))
+            .collect();
+        let arguments = json!({ "capabilities": capabilities });
+        self.execute("migrate-set-capabilities", arguments)
+            .await
+            .map(drop)
+    }
+
+    /// Sets migration parameters: an object of QEMU's `MigrateSetParameters`.
+    pub async fn migrate_set_parameters(&self, parameters: Value) -> Result<()> {
+        self.execute("migrate-set-parameters", parameters)
+            .await
+            .map(drop)
+    }
+
+    /// Starts a migration to `uri`, as in `unix:/run/x.sock`; it goes on in the background.
+    pub async fn migrate(&self, uri: &str) -> Result<()> {
+        self.execute("migrate", json!({ "uri": uri }))
+            .await
+            .map(drop)
+    }
+
+    /// Lets a QEMU that was started with `-incoming defer` listen at `uri`.
+    pub async fn migrate_incoming(&self, uri: &str) -> Result<()> {
+        self.execute("migrate-incoming", json!({ "uri": uri }))
+            .await
+            .map(drop)
+    }
+
+    /// Ends a migration; the VM runs on here.
+    pub async fn migrate_cancel(&self) -> Result<()> {
+        self.execute("migrate_cancel", Value::Null).await.map(drop)
+    }
+
+    /// Where a migration stands.
+    pub async fn query_migrate(&self) -> Result<Migration> {
+        self.query("query-migrate", Value::Null).await
+    }
+
+    /// A command of QEMU's human monitor, for what QMP has none for.
+    pub async fn hmp(&self, command_line: &str) -> Result<String> {
+        self.query(
+            "human-monitor-command",
+            json!({ "command-line": command_line }),
+        )
+        .await
+    }
+
+    /// A property of an object in QEMU's tree.
+    pub async fn qom_get(&self, path: &str, property: &str) -> Result<Value> {
+        self.execute("qom-get", json!({ "path": path, "property": property }))
+            .await
+    }
+
+    /// The names and types of an object's properties, children among them.
+    pub async fn qom_list(&self, path: &str) -> Result<Vec<(String, String)>> {
+        #[derive(Deserialize)]
+        struct Property {
+            name: String,
+            #[serde(rename = "type")]
+            kind: String,
+        }
+        let all: Vec<Property> = self.query("qom-list", json!({ "path": path })).await?;
+        Ok(all.into_iter().map(|one| (one.name, one.kind)).collect())
+    }
+
+    /// The machine type that runs, in full: `pc-q35-7.2` where `q35` was asked for.
+    pub async fn machine_type(&self) -> Result<String> {
+        let name: String = self
+            .query("qom-get", json!({ "path": "/machine", "property": "type" }))
+            .await?;
+        Ok(name.strip_suffix("-machine").unwrap_or(&name).to_owned())
+    }
+}

@@ -1,0 +1,266 @@
+//! A running VM: started here, or found running.
+
+use super::command_line::{self, Start};
+use super::files::{LaunchSettings, RunFiles};
+use super::process::{Child, Process};
+use super::{Definition, Error, Qmp, Result, inspect};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long a QEMU may take to answer QMP after its start, and how long to greet a client.
+const START_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a found QEMU may take to greet.
+const GREETING_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a guest may take to shut down.
+const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(60);
+/// How long QEMU may take to end when told so.
+const QUIT_PATIENCE: Duration = Duration::from_secs(10);
+
+/// A VM whose QEMU runs on this host. It goes on when this is dropped.
+#[derive(Debug)]
+pub struct Vm {
+    definition: Definition,
+    machine: String,
+    qmp: Qmp,
+    qmp_path: PathBuf,
+    files: RunFiles,
+    agent: Option<PathBuf>,
+    process: Option<Process>,
+}
+
+impl Vm {
+    /// Starts a VM as a process that outlives ours, and waits until its QEMU answers. With
+    /// [`Start::Incoming`] it then waits for `migrate-incoming`, and stands still after its state has
+    /// come until it is told to `cont`.
+    ///
+    /// # Errors
+    /// [`Error::Exited`] with QEMU's own words if it ends at once; nothing is left running.
+    pub async fn launch(
+        definition: &Definition,
+        settings: &LaunchSettings,
+        start: Start,
+    ) -> Result<Self> {
+        definition.validate()?;
+        definition.check_host(&settings.host)?;
+        let files = settings.files(&definition.name);
+        refuse_running(&files, &definition.name).await?;
+        files.prepare()?;
+        let arguments =
+            command_line::arguments(definition, &settings.host, &files, start, is_block_device);
+        let binary = settings.binary(definition);
+        tracing::debug!(vm = definition.name, qemu = %binary.display(), ?arguments, "starting QEMU");
+        let mut child = Child::spawn(binary, &arguments, &files.qemu_log())?;
+        let qmp_path = files.qmp();
+        let qmp = tokio::select! {
+            qmp = connect_to_new(&qmp_path) => qmp?,
+            status = child.exited() => return Err(Error::Exited { status, log: files.log_tail() }),
+        };
+        let machine = qmp.machine_type().await?;
+        if start == Start::Running {
+            qmp.cont().await?;
+        }
+        let process = child.detach();
+        tracing::info!(
+            vm = definition.name,
+            pid = process.id(),
+            machine,
+            ?start,
+            "QEMU started"
+        );
+        let port = definition.agent.port;
+        Ok(Self {
+            definition: definition.clone(),
+            machine,
+            qmp,
+            qmp_path,
+            agent: (port != super::definition::AgentPort::None).then(|| files.agent()),
+            files,
+            process: Some(process),
+        })
+    }
+
+    /// Takes over a QEMU that runs already, after checking that it is what the definition says.
+    ///
+    /// # Errors
+    /// [`Error::Differs`] with what differs; the QEMU is left as it was.
+    pub async fn adopt(
+        definition: &Definition,
+        qmp_path: &Path,
+        settings: &LaunchSettings,
+    ) -> Result<Self> {
+        definition.validate()?;
+        definition.check_host(&settings.host)?;
+        let qmp = Qmp::connect(qmp_path, GREETING_PATIENCE).await?;
+        let machine = inspect::check(&qmp, definition, &settings.host).await?;
+        let agent = inspect::agent_socket(&qmp, definition.agent.port).await?;
+        let process = qmp.pid().and_then(Process::find);
+        Ok(Self {
+            definition: definition.clone(),
+            machine,
+            qmp,
+            qmp_path: qmp_path.to_owned(),
+            files: settings.files(&definition.name),
+            agent,
+            process,
+        })
+    }
+
+    /// What it is made of, as its operator wrote it.
+    pub fn definition(&self) -> &Definition {
+        &self.definition
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.definition.name
+    }
+
+    /// The machine type in full: `pc-q35-7.2` where the definition says `q35`.
+    pub fn machine_type(&self) -> &str {
+        &self.machine
+    }
+
+    /// The connection to its QEMU.
+    pub fn qmp(&self) -> &Qmp {
+        &self.qmp
+    }
+
+    /// The socket that [`Vm::qmp`] is connected to.
+    pub fn qmp_path(&self) -> &Path {
+        &self.qmp_path
+    }
+
+    /// The socket of the channel to the guest's agent, which QEMU serves to one client at a time.
+    pub fn agent_socket(&self) -> Option<&Path> {
+        self.agent.as_deref()
+    }
+
+    /// The folder with its sockets and logs. A VM that was adopted may not have one.
+    pub fn files(&self) -> &RunFiles {
+        &self.files
+    }
+
+    /// QEMU's process, if it is known.
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Process::id)
+    }
+
+    /// Ends the VM: asks the guest to shut down and waits a minute for it, or, by `force`, ends QEMU as if
+    /// power were cut.
+    ///
+    /// # Errors
+    /// [`Error::Unfit`] if the guest does not shut down: it then runs on.
+    pub async fn stop(&self, force: bool) -> Result<()> {
+        if force {
+            return self.kill().await;
+        }
+        let force = format!(
+            "`transhume vm stop {} --force` ends it as if power were cut",
+            self.name()
+        );
+        let status = self.qmp.status().await?;
+        if !status.running {
+            return Err(Error::Unfit {
+                cause: format!(
+                    "the VM does not run (QEMU says \"{}\"), so it cannot shut down",
+                    status.status
+                ),
+                cure: force,
+            });
+        }
+        self.qmp.system_powerdown().await?;
+        match tokio::time::timeout(SHUTDOWN_PATIENCE, self.gone()).await {
+            Ok(()) => Ok(()),
+            Err(_) => Err(Error::Unfit {
+                cause: format!(
+                    "the guest did not shut down within {} s of its power button being pressed (an ACPI-aware \
+                     guest would); it runs on",
+                    SHUTDOWN_PATIENCE.as_secs()
+                ),
+                cure: force,
+            }),
+        }
+    }
+
+    /// Ends QEMU without asking the guest: by `quit`, and if it does not listen by a signal.
+    ///
+    /// # Errors
+    /// If its process is not known, or outlives SIGKILL.
+    pub async fn kill(&self) -> Result<()> {
+        let asked = tokio::time::timeout(QUIT_PATIENCE, async {
+            self.qmp.quit().await?;
+            self.gone().await;
+            Ok::<(), Error>(())
+        });
+        if let Ok(Ok(())) = asked.await {
+            return Ok(());
+        }
+        let Some(process) = &self.process else {
+            return Err(Error::Unfit {
+                cause: "QEMU does not listen to `quit`, and its process is not known".to_owned(),
+                cure: "find it (ps ax | grep qemu) and end it by hand".to_owned(),
+            });
+        };
+        tracing::warn!(
+            vm = self.name(),
+            pid = process.id(),
+            "QEMU does not listen to `quit`: SIGKILL"
+        );
+        process.kill();
+        match tokio::time::timeout(QUIT_PATIENCE, process.gone()).await {
+            Ok(()) => Ok(()),
+            Err(_) => Err(Error::Unfit {
+                cause: format!("QEMU (process {}) outlives SIGKILL", process.id()),
+                cure: "it hangs in the kernel, most likely on storage: see `dmesg`".to_owned(),
+            }),
+        }
+    }
+
+    /// Waits until its QEMU has ended. A lost QMP connection is not enough.
+    pub async fn gone(&self) {
+        match &self.process {
+            Some(process) => process.gone().await,
+            None => drop(self.qmp.closed().await),
+        }
+    }
+}
+
+/// Two QEMUs in one run directory would take each other's sockets.
+async fn refuse_running(files: &RunFiles, name: &str) -> Result<()> {
+    if tokio::net::UnixStream::connect(files.qmp()).await.is_err() {
+        return Ok(());
+    }
+    Err(Error::Unfit {
+        cause: format!(
+            "a QEMU for \"{name}\" runs already: it listens at {}",
+            files.qmp().display()
+        ),
+        cure: format!(
+            "see `transhume vm show {name}`; `transhume vm adopt` takes over one that is not listed"
+        ),
+    })
+}
+
+async fn connect_to_new(path: &Path) -> Result<Qmp> {
+    let connect = async {
+        loop {
+            match Qmp::connect(path, START_PATIENCE).await {
+                // QEMU has not made its socket yet.
+                Err(Error::Connect { .. }) => tokio::time::sleep(Duration::from_millis(10)).await,
+                result => return result,
+            }
+        }
+    };
+    match tokio::time::timeout(START_PATIENCE, connect).await {
+        Ok(result) => result,
+        Err(_) => Err(Error::Timeout {
+            command: "qmp_capabilities".to_owned(),
+            waited: START_PATIENCE,
+        }),
+    }
+}
+
+fn is_block_device(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
+}

@@ -1,0 +1,95 @@
+//! The threads that read the shared disks.
+
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use transhume_protocol::link::Digest;
+
+use super::placement::Placement;
+use super::reads::{READ_PAGES, Read};
+use crate::pages::digest::Digester;
+use crate::pages::{PAGE_SIZE, SECTORS_PER_PAGE};
+use crate::relay::error::RelayError;
+use crate::relay::progress::{Counter, Progress};
+use crate::volume::{self, AlignedBuffer};
+
+/// Reads under way at once: enough for network storage to work on, and 8 MiB of memory.
+pub(super) const THREADS: usize = 8;
+/// Bytes in a sector of the agent's reports.
+const SECTOR: u64 = PAGE_SIZE as u64 / SECTORS_PER_PAGE;
+
+/// Buffers that no page in the output refers to any more.
+#[derive(Default)]
+pub(super) struct Pool {
+    free: Mutex<Vec<AlignedBuffer>>,
+}
+
+/// A buffer that goes back to its pool.
+struct Pooled {
+    buffer: Option<AlignedBuffer>,
+    pool: Arc<Pool>,
+}
+
+impl AsRef<[u8]> for Pooled {
+    fn as_ref(&self) -> &[u8] {
+        self.buffer.as_deref().unwrap_or_default()
+    }
+}
+
+impl Drop for Pooled {
+    fn drop(&mut self) {
+        if let Some(buffer) = self.buffer.take() {
+            let mut free = self.pool.free.lock().unwrap_or_else(PoisonError::into_inner);
+            if free.len() < THREADS {
+                free.push(buffer);
+            }
+        }
+    }
+}
+
+/// What a disk reader needs.
+pub(super) struct DiskReader {
+    pub(super) placement: Arc<Placement>,
+    pub(super) volumes: Arc<Vec<Box<dyn volume::Reader>>>,
+    pub(super) digester: Digester,
+    pub(super) pool: Arc<Pool>,
+    pub(super) progress: Arc<Progress>,
+}
+
+impl DiskReader {
+    /// Reads until the placement is stopped.
+    pub(super) fn run(self) -> Result<(), RelayError> {
+        loop {
+            let read = self.placement.next_read()?;
+            self.placement.output.wait_for_room()?;
+            let found = self.read(&read);
+            self.placement.found(&read, found)?;
+        }
+    }
+
+    fn read(&self, read: &Read) -> Option<(super::output::Contents, Vec<Digest>)> {
+        let free = self.pool.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut buffer = match free {
+            Some(buffer) => buffer,
+            None => AlignedBuffer::allocate(READ_PAGES * PAGE_SIZE).ok()?,
+        };
+        let length = read.pages * PAGE_SIZE;
+        let volume = self.volumes.get(usize::from(read.place.disk))?;
+        let offset = read.place.sector.checked_mul(SECTOR)?;
+        let result = volume.read_at(offset, buffer.get_mut(..length)?);
+        if let Err(error) = result {
+            // The guest may have named a place that is none: its pages come over the link.
+            tracing::debug!(disk = read.place.disk, offset, length, %error, "read ahead failed");
+            return None;
+        }
+        self.progress.add(Counter::DiskBytes, length as u64);
+        let (pages, _) = buffer.deref().as_chunks::<PAGE_SIZE>();
+        let digests = read
+            .targets
+            .iter()
+            .map(|&(_, index)| pages.get(index).map(|page| self.digester.digest(page)))
+            .collect::<Option<_>>()?;
+        let contents = Pooled { buffer: Some(buffer), pool: Arc::clone(&self.pool) };
+        Some((Arc::new(contents), digests))
+    }
+}

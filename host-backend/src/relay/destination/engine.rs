@@ -1,0 +1,190 @@
+//! The destination's threads, started and ended together.
+
+use std::io::Read;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread;
+
+use tokio::sync::Notify;
+use transhume_protocol::link::Control;
+
+use super::disks::{self, DiskReader};
+use super::output::{Output, Writer};
+use super::placement::Placement;
+use super::receive::Intake;
+use super::reply::{self, Reply};
+use crate::link::{Closer, Receiver, Sender};
+use crate::pages::digest::Digester;
+use crate::relay::error::RelayError;
+use crate::relay::progress::Progress;
+use crate::volume;
+
+/// Bytes read from QEMU's return path at once.
+const RETURN_PATH_LEN: usize = 4096;
+
+#[derive(Default)]
+struct State {
+    failure: Option<RelayError>,
+    committed: bool,
+}
+
+/// The running threads.
+pub(super) struct Engine {
+    placement: Arc<Placement>,
+    output: Arc<Output>,
+    replies: mpsc::Sender<Reply>,
+    qemu: UnixStream,
+    closer: Closer,
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+impl Engine {
+    /// Starts the threads between a link and the socket of a QEMU that waits for its stream.
+    pub(super) fn start(
+        sender: Sender,
+        receiver: Receiver,
+        closer: Closer,
+        qemu: UnixStream,
+        volumes: Vec<Box<dyn volume::Reader>>,
+        digester: &Digester,
+    ) -> Result<Arc<Self>, RelayError> {
+        let (replies, queue) = mpsc::channel();
+        let output = Arc::new(Output::new());
+        let placement =
+            Arc::new(Placement::new(Arc::clone(&output), replies.clone(), volumes.len()));
+        let socket = || qemu.try_clone().map_err(RelayError::Socket);
+        let (write_half, read_half) = (socket()?, socket()?);
+        let engine = Arc::new(Self {
+            placement: Arc::clone(&placement),
+            output: Arc::clone(&output),
+            replies: replies.clone(),
+            qemu,
+            closer,
+            state: Mutex::default(),
+            changed: Notify::new(),
+        });
+        let intake = Intake::new(receiver, Arc::clone(&placement), replies.clone())?;
+        let writer = Writer::new(write_half, output);
+        let this = Arc::clone(&engine);
+        engine.spawn("relay-link-in", move || {
+            intake.run()?;
+            this.commit();
+            Ok(())
+        })?;
+        engine.spawn("relay-stream", move || writer.run())?;
+        engine.spawn("relay-link-out", move || reply::run(sender, &queue))?;
+        engine.spawn("relay-return", move || return_path(read_half, &replies))?;
+        let volumes = Arc::new(volumes);
+        let pool = Arc::default();
+        let progress = Arc::new(Progress::new());
+        for _ in 0..disks::THREADS {
+            let reader = DiskReader {
+                placement: Arc::clone(&placement),
+                volumes: Arc::clone(&volumes),
+                digester: digester.clone(),
+                pool: Arc::clone(&pool),
+                progress: Arc::clone(&progress),
+            };
+            engine.spawn("relay-disk", move || reader.run())?;
+        }
+        Ok(engine)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn spawn(
+        self: &Arc<Self>,
+        name: &str,
+        run: impl FnOnce() -> Result<(), RelayError> + Send + 'static,
+    ) -> Result<(), RelayError> {
+        let engine = Arc::clone(self);
+        let span = tracing::Span::current();
+        thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || {
+                let _entered = span.entered();
+                if let Err(error) = run() {
+                    engine.stop(error);
+                }
+            })
+            .map(drop)
+            .map_err(RelayError::Socket)
+    }
+
+    /// Sends a control message behind all replies before it.
+    pub(super) fn send(&self, message: Control) {
+        // The receiver ends only when the engine does.
+        let _ = self.replies.send(Reply::Control(message));
+    }
+
+    /// Ends the sending thread when everything before is sent.
+    pub(super) fn finish(&self) {
+        let _ = self.replies.send(Reply::Stop);
+    }
+
+    fn commit(&self) {
+        self.lock().committed = true;
+        self.changed.notify_waiters();
+    }
+
+    /// Waits for the source's commit, or for the first error.
+    pub(super) async fn committed(&self) -> Result<(), RelayError> {
+        loop {
+            let changed = self.changed.notified();
+            {
+                let mut state = self.lock();
+                // A commit that came counts, whatever happened to the link behind it.
+                if state.committed {
+                    return Ok(());
+                }
+                if let Some(error) = state.failure.take() {
+                    return Err(error);
+                }
+            }
+            changed.await;
+        }
+    }
+
+    /// Ends all threads.
+    pub(super) fn stop(&self, error: RelayError) {
+        let mut state = self.lock();
+        if state.failure.is_none() {
+            state.failure = Some(error);
+        }
+        drop(state);
+        self.placement.stop();
+        self.output.stop();
+        self.closer.close();
+        // Fails only when QEMU has closed it already.
+        let _ = self.qemu.shutdown(Shutdown::Both);
+        self.finish();
+        self.changed.notify_waiters();
+    }
+
+    /// Ends the threads that read disks and write the stream: the memory is in place. The link stays.
+    pub(super) fn end_memory(&self) {
+        self.placement.stop();
+        self.output.stop();
+    }
+}
+
+/// Carries what QEMU says to the link, until QEMU closes its socket, as it does when it has loaded the VM.
+fn return_path(mut qemu: UnixStream, replies: &mpsc::Sender<Reply>) -> Result<(), RelayError> {
+    let mut buffer = [0; RETURN_PATH_LEN];
+    loop {
+        match qemu.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(read) => {
+                if replies.send(Reply::ReturnPath(buffer[..read].to_vec())).is_err() {
+                    return Ok(());
+                }
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(RelayError::Socket(error)),
+        }
+    }
+}

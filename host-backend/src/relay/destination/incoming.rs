@@ -1,0 +1,293 @@
+//! Takes one VM in.
+
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{broadcast, watch};
+use tokio::time::timeout;
+use transhume_protocol::link::{Control, Offer};
+
+use super::engine::Engine;
+use super::look::{self, Fit};
+use super::recovery::{self, Mark};
+use super::{Host, Outcomes, send};
+use crate::hypervisor::command_line::Start;
+use crate::hypervisor::qmp::Event;
+use crate::hypervisor::{LaunchSettings, Vm};
+use crate::link::{Connection, PATIENCE, START_PATIENCE};
+use crate::pages::digest::Digester;
+use crate::relay::error::RelayError;
+use crate::volume;
+
+/// How long QEMU may take to run the VM when told so.
+const RUN_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the last words to the source may take.
+const FAREWELL: Duration = Duration::from_millis(500);
+
+/// Keeps a name until the VM has arrived.
+struct Reservation {
+    host: Arc<dyn Host>,
+    vm: String,
+    kept: bool,
+}
+
+impl Reservation {
+    fn make(host: &Arc<dyn Host>, vm: &str) -> Result<Self, String> {
+        host.reserve(vm)?;
+        Ok(Self { host: Arc::clone(host), vm: vm.to_owned(), kept: false })
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if !self.kept {
+            self.host.release(&self.vm);
+        }
+    }
+}
+
+/// Answers an offer, and takes the VM if it comes.
+pub(super) async fn take(
+    mut connection: Connection,
+    offer: Offer,
+    host: Arc<dyn Host>,
+    outcomes: &Outcomes,
+) -> Result<(), String> {
+    let settings = host.launch_settings();
+    let fit = match look::at(&offer, &settings).await {
+        Ok(fit) => fit,
+        Err(reasons) => return send(&mut connection, &Control::Refused { reasons }),
+    };
+    let name = fit.definition.name.clone();
+    let mut reservation = match Reservation::make(&host, &name) {
+        Ok(reservation) => reservation,
+        Err(reason) => {
+            return send(&mut connection, &Control::Refused { reasons: vec![reason] });
+        }
+    };
+    let accepted = Control::Accepted { qemu: fit.qemu, switchover_ack: fit.switchover_ack };
+    send(&mut connection, &accepted)?;
+    if offer.dry_run {
+        return Ok(());
+    }
+    let received = tokio::task::spawn_blocking(move || {
+        let message = connection.receive(PATIENCE);
+        (connection, message)
+    });
+    let (mut connection, message) = received.await.map_err(|error| error.to_string())?;
+    let switchover_ack = match message {
+        Ok(Control::Prepare { switchover_ack }) => switchover_ack,
+        Ok(_) => return Err("something else came where the migration should begin".to_owned()),
+        Err(error) => return Err(error.to_string()),
+    };
+    tracing::info!(vm = name, from = offer.from, job = offer.job, "migration arrives");
+    let outcome = outcomes.begin(offer.job);
+    let prepared = Prepared::new(&fit, &settings, &offer, switchover_ack).await;
+    let prepared = match prepared {
+        Ok(prepared) => prepared,
+        Err(reason) => {
+            tracing::warn!(vm = name, reason, "QEMU cannot be prepared");
+            return send(&mut connection, &Control::Abort { reason });
+        }
+    };
+    let vm = Arc::new(prepared.vm);
+    let folder = vm.files().folder().to_owned();
+    let events = vm.qmp().events();
+    let received = async {
+        send(&mut connection, &Control::Ready)?;
+        let (sender, receiver, closer) = connection.split();
+        let digester = Digester::new(&offer.digest_key);
+        Engine::start(sender, receiver, closer, prepared.stream, prepared.volumes, &digester)
+            .map_err(|error| error.to_string())
+    };
+    let engine = match received.await {
+        Ok(engine) => engine,
+        Err(reason) => {
+            abandon(&vm, &folder, &outcome).await;
+            return Err(reason);
+        }
+    };
+    if let Err(reason) = receive(&engine, &vm, events).await {
+        tracing::warn!(vm = name, reason, "migration ends before the hand-over; QEMU ends");
+        abandon(&vm, &folder, &outcome).await;
+        engine.send(Control::Abort { reason });
+        tokio::time::sleep(FAREWELL).await;
+        engine.stop(RelayError::Stopped);
+        return Ok(());
+    }
+    match run(&vm, &folder, offer.job).await {
+        Ok(()) => {
+            reservation.kept = true;
+            host.arrived(Arc::clone(&vm));
+            let _ = outcome.send(Some(true));
+            engine.send(Control::Running);
+            if let Err(error) = recovery::settle(&folder, offer.job) {
+                tracing::warn!(vm = name, %error, "mark of the arrived VM");
+            }
+            tracing::info!(vm = name, "runs here");
+        }
+        Err(reason) => {
+            tracing::error!(vm = name, reason, "the VM cannot run here; it goes back");
+            abandon(&vm, &folder, &outcome).await;
+            engine.send(Control::Abort { reason });
+        }
+    }
+    // The source closes the link when it has the answer.
+    tokio::time::sleep(FAREWELL).await;
+    engine.stop(RelayError::Stopped);
+    Ok(())
+}
+
+/// Waits for the source's commit, and for QEMU's or the relay's failure.
+async fn receive(
+    engine: &Engine,
+    vm: &Vm,
+    mut events: broadcast::Receiver<Event>,
+) -> Result<(), String> {
+    loop {
+        tokio::select! {
+            biased;
+            committed = engine.committed() => return committed.map_err(|error| error.to_string()),
+            event = events.recv() => match event {
+                Ok(event) => {
+                    let status = event.data.get("status").and_then(|status| status.as_str());
+                    if event.name == "MIGRATION" && status == Some("failed") {
+                        return Err(format!("QEMU there: {}", vm.files().log_tail()));
+                    }
+                }
+                Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => {
+                    return Err(format!("QEMU there ended: {}", vm.files().log_tail()));
+                }
+            },
+            () = vm.gone() => return Err(format!("QEMU there ended: {}", vm.files().log_tail())),
+        }
+    }
+}
+
+/// Ends a QEMU that never ran the VM.
+async fn abandon(vm: &Vm, folder: &Path, outcome: &watch::Sender<Option<bool>>) {
+    match vm.kill().await {
+        Ok(()) => {
+            if let Err(error) = recovery::clear(folder) {
+                tracing::warn!(%error, "mark of an arriving VM");
+            }
+            let _ = outcome.send(Some(false));
+        }
+        // Without a word the source must not run it either.
+        Err(error) => tracing::error!(vm = vm.name(), %error, "QEMU cannot be ended"),
+    }
+}
+
+/// The source gave the VM up: it runs here from now on.
+async fn run(vm: &Vm, folder: &Path, job: u64) -> Result<(), String> {
+    recovery::mark(folder, Mark::Committed, job).map_err(|error| error.to_string())?;
+    let mut events = vm.qmp().events();
+    vm.qmp().cont().await.map_err(|error| error.to_string())?;
+    let resumed = async {
+        loop {
+            match events.recv().await {
+                Ok(event) if event.name == "RESUME" => return Ok(()),
+                Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => return Err("QEMU ended".to_owned()),
+            }
+        }
+    };
+    match timeout(RUN_PATIENCE, resumed).await {
+        Ok(result) => result,
+        Err(_) => match vm.qmp().status().await {
+            Ok(status) if status.running => Ok(()),
+            Ok(status) => Err(format!("QEMU stays in state \"{}\"", status.status)),
+            Err(error) => Err(error.to_string()),
+        },
+    }
+}
+
+/// A QEMU that waits for its stream, and the disks to read.
+struct Prepared {
+    vm: Vm,
+    stream: UnixStream,
+    volumes: Vec<Box<dyn volume::Reader>>,
+}
+
+impl Prepared {
+    async fn new(
+        fit: &Fit,
+        settings: &LaunchSettings,
+        offer: &Offer,
+        switchover_ack: bool,
+    ) -> Result<Self, String> {
+        let volumes = open_volumes(fit, settings);
+        let files = settings.files(&fit.definition.name);
+        let folder = files.folder();
+        let text = fit.definition.to_toml().map_err(|error| error.to_string())?;
+        std::fs::create_dir_all(folder)
+            .and_then(|()| std::fs::write(folder.join("definition.toml"), text))
+            .and_then(|()| recovery::mark(folder, Mark::Waiting, offer.job))
+            .map_err(|error| format!("{}: {error}", folder.display()))?;
+        let launched = timeout(START_PATIENCE, Vm::launch(&fit.definition, settings, Start::Incoming));
+        let vm = match launched.await {
+            Ok(Ok(vm)) => vm,
+            Ok(Err(error)) => {
+                let _ = recovery::clear(folder);
+                return Err(error.to_string());
+            }
+            Err(_) => return Err("QEMU did not start in time".to_owned()),
+        };
+        let stream = listen(&vm, folder, switchover_ack).await;
+        match (stream, volumes.await) {
+            (Ok(stream), Ok(volumes)) => Ok(Self { vm, stream, volumes }),
+            (Err(reason), _) | (_, Err(reason)) => {
+                if vm.kill().await.is_ok() {
+                    let _ = recovery::clear(folder);
+                }
+                Err(reason)
+            }
+        }
+    }
+}
+
+/// Opens the disks for reading, away from the event loop, as soon as it is called.
+async fn open_volumes(
+    fit: &Fit,
+    settings: &LaunchSettings,
+) -> Result<Vec<Box<dyn volume::Reader>>, String> {
+    let run = volume::Settings::new(settings.run_directory.clone());
+    let disks: Vec<_> = fit
+        .definition
+        .disks
+        .iter()
+        .map(|disk| {
+            let format = match disk.format {
+                crate::hypervisor::definition::Format::Raw => volume::Format::Raw,
+                crate::hypervisor::definition::Format::Qcow2 => volume::Format::Qcow2,
+            };
+            (fit.definition.disk_path(disk, &settings.host).to_owned(), format)
+        })
+        .collect();
+    let opened = tokio::task::spawn_blocking(move || {
+        disks
+            .iter()
+            .map(|(path, format)| volume::open(path, *format, &run))
+            .collect::<Result<Vec<_>, _>>()
+    });
+    opened.await.map_err(|error| error.to_string())?.map_err(|error| error.to_string())
+}
+
+/// Lets QEMU wait for the stream on a socket of ours, and connects to it.
+async fn listen(vm: &Vm, folder: &Path, switchover_ack: bool) -> Result<UnixStream, String> {
+    let text = |error: crate::hypervisor::Error| error.to_string();
+    let mut capabilities = vec![("return-path", true), ("events", true)];
+    if switchover_ack {
+        capabilities.push(("switchover-ack", true));
+    }
+    vm.qmp().migrate_set_capabilities(&capabilities).await.map_err(text)?;
+    let path = folder.join("incoming.sock");
+    let _ = std::fs::remove_file(&path);
+    vm.qmp().migrate_incoming(&format!("unix:{}", path.display())).await.map_err(text)?;
+    let stream = UnixStream::connect(&path).map_err(|error| error.to_string());
+    let _ = std::fs::remove_file(&path);
+    stream
+}

@@ -1,0 +1,157 @@
+//! The destination's end: looks at an offer, prepares a QEMU, takes memory in, takes the VM over.
+//!
+//! Contract: this host runs the VM only after the source's commit. Until then every end of a migration,
+//! also that of this process, ends in the QEMU being killed that was prepared for it.
+
+mod disks;
+mod engine;
+mod incoming;
+mod look;
+mod output;
+mod placement;
+mod reads;
+mod receive;
+mod recovery;
+mod reply;
+
+pub use recovery::recover;
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, watch};
+use tracing::Instrument;
+use transhume_protocol::link::Control;
+
+use crate::hypervisor::{LaunchSettings, Vm};
+use crate::link::{Connection, PATIENCE};
+
+/// Connections served at once; further ones wait.
+const CONNECTIONS: usize = 32;
+/// Migrations whose end is remembered.
+const REMEMBERED: usize = 256;
+/// How long a query waits for a migration that is being decided.
+const DECISION_PATIENCE: Duration = Duration::from_secs(8);
+
+/// The daemon, as far as arriving VMs need it.
+pub trait Host: Send + Sync + 'static {
+    /// This host's name.
+    fn name(&self) -> &str;
+    /// How VMs are started here.
+    fn launch_settings(&self) -> LaunchSettings;
+    /// Keeps the name for an arriving VM.
+    ///
+    /// # Errors
+    /// Why the name cannot be had, for people.
+    fn reserve(&self, vm: &str) -> Result<(), String>;
+    /// Gives the name back: the VM did not come.
+    fn release(&self, vm: &str);
+    /// The VM belongs to this host now.
+    fn arrived(&self, vm: Arc<Vm>);
+}
+
+/// What became of the last migrations, for a source that asks.
+#[derive(Default)]
+struct Outcomes {
+    known: Mutex<VecDeque<(u64, watch::Receiver<Option<bool>>)>>,
+}
+
+impl Outcomes {
+    /// Begins to remember a migration; `true` is sent when the VM was taken, `false` when not.
+    fn begin(&self, job: u64) -> watch::Sender<Option<bool>> {
+        let (sender, receiver) = watch::channel(None);
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= REMEMBERED {
+            known.pop_front();
+        }
+        known.push_back((job, receiver));
+        sender
+    }
+
+    /// Whether the VM was taken; waits for a migration that is being decided. `None` when it is still
+    /// not, or unknown.
+    async fn of(&self, job: u64) -> Option<bool> {
+        let receiver = {
+            let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            known.iter().rev().find(|(known, _)| *known == job).map(|(_, outcome)| outcome.clone())
+        };
+        let mut receiver = receiver?;
+        let decided = tokio::time::timeout(
+            DECISION_PATIENCE,
+            receiver.wait_for(Option::is_some),
+        )
+        .await;
+        match decided {
+            Ok(Ok(outcome)) => *outcome,
+            // Its task ended without a decision: it never took the VM.
+            Ok(Err(_)) => Some(false),
+            Err(_) => None,
+        }
+    }
+}
+
+/// Serves other hosts' daemons. Returns only if the listener fails.
+pub async fn serve(listener: TcpListener, host: Arc<dyn Host>) {
+    let outcomes = Arc::new(Outcomes::default());
+    let permits = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of descriptors, most likely: wait for some to be closed.
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                continue;
+            }
+        };
+        let (host, outcomes) = (Arc::clone(&host), Arc::clone(&outcomes));
+        let span = tracing::info_span!("peer", %peer);
+        tokio::spawn(
+            async move {
+                if let Err(reason) = greet(stream, host, &outcomes).await {
+                    tracing::warn!(reason, "connection dropped");
+                }
+                drop(permit);
+            }
+            .instrument(span),
+        );
+    }
+}
+
+async fn greet(
+    stream: tokio::net::TcpStream,
+    host: Arc<dyn Host>,
+    outcomes: &Outcomes,
+) -> Result<(), String> {
+    let stream = stream.into_std().map_err(|error| error.to_string())?;
+    let greeted = tokio::task::spawn_blocking(move || {
+        let mut connection = Connection::accept(stream)?;
+        let first = connection.receive(PATIENCE)?;
+        Ok::<_, crate::link::Error>((connection, first))
+    });
+    let (mut connection, first) = match greeted.await {
+        Ok(result) => result.map_err(|error| error.to_string())?,
+        Err(error) => return Err(error.to_string()),
+    };
+    match first {
+        Control::Offer(offer) => incoming::take(connection, *offer, host, outcomes).await,
+        Control::Query { job, vm } => {
+            let taken = match outcomes.of(job).await {
+                // A daemon that was restarted knows its VMs, not its jobs: one that is unknown here
+                // can be waiting for nothing any more.
+                None => recovery::owns(&*host, &vm, job),
+                known => known,
+            };
+            let Some(taken) = taken else { return Ok(()) };
+            send(&mut connection, &Control::Outcome { taken })
+        }
+        _ => Err("it began with neither an offer nor a query".to_owned()),
+    }
+}
+
+fn send(connection: &mut Connection, message: &Control) -> Result<(), String> {
+    connection.send(message).map_err(|error| error.to_string())
+}

@@ -1,0 +1,430 @@
+//! Which pages are in place at the destination, which are awaited from a disk, and which were read
+//! ahead of the source.
+//!
+//! Three rules keep every page right, whatever the guest reported:
+//! 1. What the source says last about a page wins: a record replaces what was awaited before it.
+//! 2. A page that was read ahead goes into memory only before the source has said anything about
+//!    it, and counts only if the digest that the source gives later matches.
+//! 3. Before the last RAM section ends nothing is awaited any more: the source sees to that by sending
+//!    every page that is still open.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::mpsc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use transhume_protocol::link::{Digest, HintRun, SectionKind, Verdict};
+use transhume_protocol::qemu::Block;
+
+use super::output::{Contents, Output, Piece};
+use super::reads::{Plan, Read, join};
+use super::reply::Reply;
+use crate::pages::bitmap::Bitmap;
+use crate::pages::hints::Place;
+use crate::pages::{PAGE_SIZE, PageKey, SECTORS_PER_PAGE};
+use crate::relay::error::RelayError;
+
+/// Pages read ahead whose digests the source has not given yet, at most: 512 MiB of memory.
+const AHEAD_MOST: usize = 128 * 1024;
+/// Zero pages written out at once.
+const ZERO_PAGES: u32 = 4096;
+
+#[derive(Debug, Clone, Copy)]
+struct Awaited {
+    batch: u64,
+    index: u32,
+    digest: Digest,
+    /// The source was asked for it, so that its verdict is given.
+    asked: bool,
+}
+
+#[derive(Debug)]
+struct BlockState {
+    /// Pages that the source has said something about.
+    spoken: Bitmap,
+    /// Pages that a disk reader is at.
+    reading: Bitmap,
+}
+
+struct State {
+    stopped: bool,
+    blocks: Vec<BlockState>,
+    /// Pages read ahead and put into memory, with what they hold.
+    ahead: HashMap<PageKey, Digest>,
+    awaited: HashMap<PageKey, Awaited>,
+    plan: Plan,
+    /// How far the source's first scan has come.
+    position: PageKey,
+    /// Reading ahead has its place: after the set-up and before the last section.
+    may_read_ahead: bool,
+    section: Option<SectionKind>,
+    ended: bool,
+}
+
+/// The shared state; see the module.
+pub(super) struct Placement {
+    state: Mutex<State>,
+    changed: Condvar,
+    pub(super) output: Arc<Output>,
+    replies: mpsc::Sender<Reply>,
+    disks: usize,
+}
+
+/// Collects what becomes of references, a verdict a batch.
+#[derive(Default)]
+struct Verdicts(Vec<Verdict>);
+
+impl Verdicts {
+    fn of(&mut self, batch: u64) -> &mut Verdict {
+        let index = self.0.iter().rposition(|verdict| verdict.batch == batch);
+        let index = index.unwrap_or_else(|| {
+            self.0.push(Verdict { batch, ..Verdict::default() });
+            self.0.len() - 1
+        });
+        &mut self.0[index]
+    }
+
+    fn settle(&mut self, awaited: Awaited) {
+        if !awaited.asked {
+            self.of(awaited.batch).settled += 1;
+        }
+    }
+
+    fn want(&mut self, awaited: &mut Awaited) {
+        if !awaited.asked {
+            awaited.asked = true;
+            self.of(awaited.batch).wanted.push(awaited.index);
+        }
+    }
+}
+
+impl State {
+    fn block(&mut self, key: PageKey) -> Result<&mut BlockState, RelayError> {
+        self.blocks
+            .get_mut(usize::from(key.block))
+            .filter(|block| key.page < block.spoken.len())
+            .ok_or(RelayError::Misplaced("page outside of the VM's memory"))
+    }
+
+    /// Notes that the source has spoken of a page and returns what was awaited for it.
+    fn replace(&mut self, key: PageKey) -> Result<Option<Awaited>, RelayError> {
+        if self.block(key)?.spoken.insert(key.page) {
+            self.ahead.remove(&key);
+            if key > self.position {
+                self.position = key;
+            }
+            Ok(None)
+        } else {
+            Ok(self.awaited.remove(&key))
+        }
+    }
+
+    fn in_section(&self) -> Result<(), RelayError> {
+        self.section.map(|_| ()).ok_or(RelayError::Misplaced("page outside of a RAM section"))
+    }
+}
+
+impl Placement {
+    pub(super) fn new(output: Arc<Output>, replies: mpsc::Sender<Reply>, disks: usize) -> Self {
+        let state = State {
+            stopped: false,
+            blocks: Vec::new(),
+            ahead: HashMap::new(),
+            awaited: HashMap::new(),
+            plan: Plan::default(),
+            position: PageKey { block: 0, page: 0 },
+            may_read_ahead: false,
+            section: None,
+            ended: false,
+        };
+        Self { state: Mutex::new(state), changed: Condvar::new(), output, replies, disks }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn reply(&self, verdicts: Verdicts) {
+        for verdict in verdicts.0 {
+            // The receiver ends only when the relay does.
+            let _ = self.replies.send(Reply::Verdict(verdict));
+        }
+    }
+
+    /// Ends everyone's waiting with an error.
+    pub(super) fn stop(&self) {
+        self.lock().stopped = true;
+        self.changed.notify_all();
+    }
+
+    /// Takes QEMU's table of RAM blocks. The set-up section is complete.
+    pub(super) fn set_blocks(&self, section: u32, blocks: Vec<Block>) -> Result<(), RelayError> {
+        let mut state = self.lock();
+        if !state.blocks.is_empty() {
+            return Err(RelayError::Misplaced("second table of RAM blocks"));
+        }
+        state.blocks = blocks
+            .iter()
+            .map(|block| {
+                let pages = block.length / PAGE_SIZE as u64;
+                BlockState { spoken: Bitmap::new(pages), reading: Bitmap::new(pages) }
+            })
+            .collect();
+        state.may_read_ahead = true;
+        self.output.push(Piece::Blocks { section, blocks });
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Takes part of the guest's report. What lies outside of memory or disks is left out.
+    pub(super) fn hint(&self, run: HintRun) {
+        let mut state = self.lock();
+        let inside = state.blocks.get(usize::from(run.block)).is_some_and(|block| {
+            run.page.checked_add(u64::from(run.pages)).is_some_and(|end| end <= block.spoken.len())
+        });
+        if inside && usize::from(run.disk) < self.disks {
+            state.plan.add_hint(run);
+            self.changed.notify_all();
+        }
+    }
+
+    /// Passes bytes of the stream on.
+    pub(super) fn raw(&self, bytes: Vec<u8>) -> Result<(), RelayError> {
+        if self.lock().section.is_some() {
+            return Err(RelayError::Misplaced("other bytes inside a RAM section"));
+        }
+        self.output.push(Piece::Raw(bytes));
+        Ok(())
+    }
+
+    /// A RAM section begins.
+    pub(super) fn open(&self, kind: SectionKind) -> Result<(), RelayError> {
+        let mut state = self.lock();
+        if state.section.is_some() || state.ended || state.blocks.is_empty() {
+            return Err(RelayError::Misplaced("RAM section"));
+        }
+        state.section = Some(kind);
+        if kind == SectionKind::End {
+            state.may_read_ahead = false;
+        }
+        self.output.push(Piece::Open(kind));
+        Ok(())
+    }
+
+    /// The RAM section ends.
+    pub(super) fn close(&self) -> Result<(), RelayError> {
+        let mut state = self.lock();
+        match state.section.take() {
+            None => return Err(RelayError::Misplaced("end of a RAM section")),
+            Some(SectionKind::Part) => {}
+            Some(SectionKind::End) => {
+                if !state.awaited.is_empty() {
+                    return Err(RelayError::Misplaced("end of memory while pages are awaited"));
+                }
+                state.ended = true;
+            }
+        }
+        self.output.push(Piece::Close);
+        Ok(())
+    }
+
+    /// The source has pages of one repeated byte.
+    pub(super) fn zero(
+        &self,
+        block: u16,
+        page: u64,
+        count: u32,
+        fill: u8,
+    ) -> Result<(), RelayError> {
+        let mut verdicts = Verdicts::default();
+        let mut state = self.lock();
+        state.in_section()?;
+        let end = page.saturating_add(u64::from(count));
+        state.block(PageKey { block, page: end.saturating_sub(1) })?;
+        for page in page..end {
+            if let Some(awaited) = state.replace(PageKey { block, page })? {
+                verdicts.settle(awaited);
+            }
+        }
+        let mut page = page;
+        while page < end {
+            let count = u32::try_from(end - page).unwrap_or(u32::MAX).min(ZERO_PAGES);
+            self.output.push(Piece::Zero { block, page, count, fill });
+            page += u64::from(count);
+        }
+        drop(state);
+        self.reply(verdicts);
+        Ok(())
+    }
+
+    /// The source has sent pages. The caller has waited for room in the output.
+    pub(super) fn data(
+        &self,
+        contents: Contents,
+        pages: Vec<(PageKey, u32)>,
+    ) -> Result<(), RelayError> {
+        let mut verdicts = Verdicts::default();
+        let mut state = self.lock();
+        state.in_section()?;
+        for &(key, _) in &pages {
+            if let Some(awaited) = state.replace(key)? {
+                verdicts.settle(awaited);
+            }
+        }
+        self.output.push(Piece::Pages { contents, pages });
+        drop(state);
+        self.reply(verdicts);
+        Ok(())
+    }
+
+    /// The source has sent pages that a batch only referred to. Those that came otherwise meanwhile
+    /// are left out.
+    pub(super) fn fill(
+        &self,
+        batch: u64,
+        contents: Contents,
+        mut pages: Vec<(PageKey, u32)>,
+    ) -> Result<(), RelayError> {
+        let mut state = self.lock();
+        if state.ended {
+            return Err(RelayError::Misplaced("page after the end of memory"));
+        }
+        pages.retain(|(key, _)| match state.awaited.entry(*key) {
+            Entry::Occupied(awaited) if awaited.get().batch == batch => {
+                awaited.remove();
+                true
+            }
+            _ => false,
+        });
+        if !pages.is_empty() {
+            self.output.push(Piece::Pages { contents, pages });
+        }
+        Ok(())
+    }
+
+    /// The source refers to a disk for pages of one batch, numbered from `index` on. Returns the reads
+    /// that are needed for them in `needed`.
+    pub(super) fn references(
+        &self,
+        batch: u64,
+        index: &mut u32,
+        first: PageKey,
+        place: Place,
+        digests: &[Digest],
+        needed: &mut Vec<(Place, PageKey)>,
+    ) -> Result<(), RelayError> {
+        let mut verdicts = Verdicts::default();
+        let mut state = self.lock();
+        state.in_section()?;
+        for (n, digest) in (0_u64..).zip(digests) {
+            let key = PageKey { block: first.block, page: first.page.saturating_add(n) };
+            let known = state.ahead.get(&key).copied();
+            if let Some(before) = state.replace(key)? {
+                verdicts.settle(before);
+            }
+            let mut awaited = Awaited { batch, index: *index, digest: *digest, asked: false };
+            *index += 1;
+            let sector = n
+                .checked_mul(SECTORS_PER_PAGE)
+                .and_then(|sectors| place.sector.checked_add(sectors));
+            match (known, sector) {
+                (Some(known), _) if known == *digest => verdicts.settle(awaited),
+                (None, Some(sector)) if usize::from(place.disk) < self.disks => {
+                    state.awaited.insert(key, awaited);
+                    if !state.block(key)?.reading.contains(key.page) {
+                        state.block(key)?.reading.insert(key.page);
+                        needed.push((Place { disk: place.disk, sector }, key));
+                    }
+                }
+                _ => {
+                    // The disk had something else, or the place is none.
+                    verdicts.want(&mut awaited);
+                    state.awaited.insert(key, awaited);
+                }
+            }
+        }
+        drop(state);
+        self.reply(verdicts);
+        Ok(())
+    }
+
+    /// Hands the reads for a batch's references to the disk readers.
+    pub(super) fn demand(&self, needed: &mut Vec<(Place, PageKey)>) {
+        if needed.is_empty() {
+            return;
+        }
+        let reads = join(needed);
+        needed.clear();
+        self.lock().plan.demand(reads);
+        self.changed.notify_all();
+    }
+
+    /// What a disk reader should read next; waits for it.
+    pub(super) fn next_read(&self) -> Result<Read, RelayError> {
+        let mut state = self.lock();
+        loop {
+            if state.stopped {
+                return Err(RelayError::Stopped);
+            }
+            if let Some(read) = state.plan.next_demand() {
+                return Ok(read);
+            }
+            if state.may_read_ahead && state.ahead.len() < AHEAD_MOST {
+                let State { plan, blocks, position, ahead, .. } = &mut *state;
+                let wanted = |key: PageKey| {
+                    blocks.get(usize::from(key.block)).is_some_and(|block| {
+                        !block.spoken.contains(key.page) && !block.reading.contains(key.page)
+                    }) && !ahead.contains_key(&key)
+                };
+                if let Some(read) = plan.next_ahead(*position, wanted) {
+                    for &(key, _) in &read.targets {
+                        state.block(key)?.reading.insert(key.page);
+                    }
+                    return Ok(read);
+                }
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Takes what a disk reader found: the memory and a digest a target, or nothing when the read
+    /// failed.
+    pub(super) fn found(
+        &self,
+        read: &Read,
+        found: Option<(Contents, Vec<Digest>)>,
+    ) -> Result<(), RelayError> {
+        let mut verdicts = Verdicts::default();
+        let mut placed = Vec::new();
+        let mut state = self.lock();
+        for (n, &(key, index)) in read.targets.iter().enumerate() {
+            state.block(key)?.reading.remove(key.page);
+            let digest = found.as_ref().and_then(|(_, digests)| digests.get(n));
+            // A read is at most READ_PAGES long.
+            let offset = u32::try_from(index * PAGE_SIZE).unwrap_or(u32::MAX);
+            if let Entry::Occupied(mut awaited) = state.awaited.entry(key) {
+                if digest == Some(&awaited.get().digest) {
+                    verdicts.settle(awaited.remove());
+                    placed.push((key, offset));
+                } else {
+                    verdicts.want(awaited.get_mut());
+                }
+            } else if let Some(digest) = digest
+                && state.may_read_ahead
+                && !state.block(key)?.spoken.contains(key.page)
+            {
+                state.ahead.insert(key, *digest);
+                placed.push((key, offset));
+            }
+        }
+        if let Some((contents, _)) = found
+            && !placed.is_empty()
+        {
+            self.output.push(Piece::Pages { contents, pages: placed });
+        }
+        drop(state);
+        self.changed.notify_all();
+        self.reply(verdicts);
+        Ok(())
+    }
+}

@@ -1,0 +1,181 @@
+//! Takes the source's frames apart.
+
+use std::sync::Arc;
+use std::sync::mpsc;
+
+use transhume_protocol::link::{
+    BATCH_HEADER_LEN, BatchEncoding, BatchReader, Control, FrameKind, LinkError, MAX_BLOCKS,
+    Record, decode_control, decode_hints,
+};
+use transhume_protocol::qemu::Block;
+use zstd::bulk::Decompressor;
+
+use super::output::Contents;
+use super::placement::Placement;
+use super::reply::Reply;
+use crate::link::Receiver;
+use crate::pages::hints::Place;
+use crate::pages::{PAGE_SIZE, PageKey};
+use crate::relay::error::RelayError;
+
+/// The receiving thread.
+pub(super) struct Intake {
+    receiver: Receiver,
+    placement: Arc<Placement>,
+    replies: mpsc::Sender<Reply>,
+    decompressor: Decompressor<'static>,
+    done: u64,
+}
+
+impl Intake {
+    pub(super) fn new(
+        receiver: Receiver,
+        placement: Arc<Placement>,
+        replies: mpsc::Sender<Reply>,
+    ) -> Result<Self, RelayError> {
+        let decompressor = Decompressor::new().map_err(RelayError::Decompress)?;
+        Ok(Self { receiver, placement, replies, decompressor, done: 0 })
+    }
+
+    /// Receives until the source commits.
+    pub(super) fn run(mut self) -> Result<(), RelayError> {
+        loop {
+            let frame = self.receiver.receive()?;
+            match frame.kind {
+                FrameKind::Alive => {}
+                FrameKind::Batch => {
+                    self.done += self.batch(frame.payload)?;
+                    let _ = self.replies.send(Reply::Ack(self.done));
+                }
+                FrameKind::Fill => self.fill(frame.payload)?,
+                FrameKind::Hints => {
+                    for run in decode_hints(&frame.payload) {
+                        self.placement.hint(run?);
+                    }
+                }
+                FrameKind::Control => match decode_control(&frame.payload)? {
+                    Control::Commit => return Ok(()),
+                    Control::Abort { reason } => return Err(RelayError::Aborted(reason)),
+                    _ => return Err(RelayError::Misplaced("control message")),
+                },
+                FrameKind::Verdict | FrameKind::ReturnPath | FrameKind::Ack => {
+                    return Err(RelayError::Misplaced("frame of a destination"));
+                }
+            }
+        }
+    }
+
+    /// The decoded data of a batch, and where in the memory they begin.
+    fn contents(
+        &mut self,
+        payload: &Arc<Vec<u8>>,
+        reader: &BatchReader<'_>,
+    ) -> Result<(Contents, usize), RelayError> {
+        match reader.header.encoding {
+            BatchEncoding::Plain => {
+                let begin = payload.len() - reader.data.len();
+                Ok((Arc::<Vec<u8>>::clone(payload), begin))
+            }
+            BatchEncoding::Zstd => {
+                // The header's length was bounded by `parse`.
+                let data = self
+                    .decompressor
+                    .decompress(reader.data, reader.header.data_len)
+                    .map_err(RelayError::Decompress)?;
+                if data.len() != reader.header.data_len {
+                    return Err(LinkError::OutOfBounds("data of a batch").into());
+                }
+                Ok((Arc::new(data), 0))
+            }
+        }
+    }
+
+    /// Works a batch off and returns how many bytes it counts for in acknowledgements.
+    fn batch(&mut self, payload: Vec<u8>) -> Result<u64, RelayError> {
+        let payload = Arc::new(payload);
+        let reader = BatchReader::parse(&payload)?;
+        let header = reader.header;
+        if header.data_len > 0 {
+            self.placement.output.wait_for_room()?;
+        }
+        let (contents, mut offset) = self.contents(&payload, &reader)?;
+        let mut index = 0;
+        let mut needed = Vec::new();
+        for record in reader.records() {
+            match record? {
+                Record::Raw(bytes) => self.placement.raw(bytes.to_vec())?,
+                Record::Blocks { section, blocks } => {
+                    self.placement.set_blocks(section, table(&blocks)?)?;
+                }
+                Record::SectionOpen(kind) => self.placement.open(kind)?,
+                Record::SectionClose => self.placement.close()?,
+                Record::Zero { block, page, count, fill } => {
+                    self.placement.zero(block, page, count, fill)?;
+                }
+                Record::Data { block, page, count } => {
+                    let pages = run(block, page, count, &mut offset);
+                    self.placement.data(Arc::clone(&contents), pages)?;
+                }
+                Record::References { block, page, disk, sector, digests } => {
+                    let first = PageKey { block, page };
+                    self.placement.references(
+                        header.number,
+                        &mut index,
+                        first,
+                        Place { disk, sector },
+                        digests,
+                        &mut needed,
+                    )?;
+                }
+            }
+        }
+        self.placement.demand(&mut needed);
+        Ok((BATCH_HEADER_LEN + header.records_len + header.data_len) as u64)
+    }
+
+    fn fill(&mut self, payload: Vec<u8>) -> Result<(), RelayError> {
+        let payload = Arc::new(payload);
+        let reader = BatchReader::parse(&payload)?;
+        self.placement.output.wait_for_room()?;
+        let (contents, mut offset) = self.contents(&payload, &reader)?;
+        for record in reader.records() {
+            let Record::Data { block, page, count } = record? else {
+                return Err(RelayError::Misplaced("record in a fill"));
+            };
+            let pages = run(block, page, count, &mut offset);
+            self.placement.fill(reader.header.number, Arc::clone(&contents), pages)?;
+        }
+        Ok(())
+    }
+}
+
+fn run(block: u16, page: u64, count: u32, offset: &mut usize) -> Vec<(PageKey, u32)> {
+    (0..u64::from(count))
+        .map(|n| {
+            // Data are at most MAX_BATCH_DATA long.
+            let at = u32::try_from(*offset).unwrap_or(u32::MAX);
+            *offset += PAGE_SIZE;
+            (PageKey { block, page: page + n }, at)
+        })
+        .collect()
+}
+
+fn table(blocks: &[(&[u8], u64)]) -> Result<Vec<Block>, RelayError> {
+    let mut total = 0_u64;
+    if blocks.len() > MAX_BLOCKS {
+        return Err(LinkError::OutOfBounds("number of RAM blocks").into());
+    }
+    blocks
+        .iter()
+        .map(|&(name, length)| {
+            let name = String::from_utf8(name.to_vec())
+                .map_err(|_| LinkError::OutOfBounds("name of a RAM block"))?;
+            total = total.saturating_add(length);
+            // 64 TiB: the largest machine that QEMU makes.
+            if !length.is_multiple_of(PAGE_SIZE as u64) || total > 1 << 46 {
+                return Err(LinkError::OutOfBounds("length of a RAM block").into());
+            }
+            Ok(Block { name, length })
+        })
+        .collect()
+}

@@ -1,0 +1,158 @@
+//! What a restarted daemon does with the QEMUs that it had prepared.
+//!
+//! A file in the VM's run directory says how far it was, and is written before that is acted on:
+//! `waiting JOB` from before QEMU starts, `committed JOB` from the source's commit until the daemon
+//! has taken note of the VM.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::Host;
+use crate::hypervisor::{Definition, LaunchSettings, Vm};
+
+const MARK: &str = "incoming";
+const LAST: &str = "arrived";
+
+/// How far an arriving VM is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mark {
+    /// It belongs to the source.
+    Waiting,
+    /// It belongs to this host.
+    Committed,
+}
+
+fn write(path: &Path, text: &str) -> io::Result<()> {
+    let fresh = path.with_extension("new");
+    std::fs::write(&fresh, text)?;
+    std::fs::rename(fresh, path)
+}
+
+/// Notes how far the VM is.
+pub(super) fn mark(folder: &Path, mark: Mark, job: u64) -> io::Result<()> {
+    let word = match mark {
+        Mark::Waiting => "waiting",
+        Mark::Committed => "committed",
+    };
+    write(&folder.join(MARK), &format!("{word} {job:016x}\n"))
+}
+
+/// Notes that the daemon knows the VM, and which migration brought it.
+pub(super) fn settle(folder: &Path, job: u64) -> io::Result<()> {
+    write(&folder.join(LAST), &format!("{job:016x}\n"))?;
+    clear(folder)
+}
+
+/// Takes the mark away: there is nothing to recover.
+pub(super) fn clear(folder: &Path) -> io::Result<()> {
+    match std::fs::remove_file(folder.join(MARK)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn read(folder: &Path) -> Option<(Mark, u64)> {
+    let text = std::fs::read_to_string(folder.join(MARK)).ok()?;
+    let (word, job) = text.trim_end().split_once(' ')?;
+    let job = u64::from_str_radix(job, 16).ok()?;
+    match word {
+        "waiting" => Some((Mark::Waiting, job)),
+        "committed" => Some((Mark::Committed, job)),
+        _ => None,
+    }
+}
+
+/// Whether this host got the VM by that migration, as far as its run directory tells; `None` while it
+/// cannot be said.
+pub(super) fn owns(host: &dyn Host, vm: &str, job: u64) -> Option<bool> {
+    if !crate::hypervisor::definition::is_name(vm) {
+        return None;
+    }
+    let files = host.launch_settings().files(vm);
+    let folder = files.folder();
+    match read(folder) {
+        Some((Mark::Committed, marked)) if marked == job => return Some(true),
+        // Its QEMU may still be there: not before it is killed.
+        Some((Mark::Waiting, marked)) if marked == job => return None,
+        _ => {}
+    }
+    let last = std::fs::read_to_string(folder.join(LAST)).ok();
+    let last = last.and_then(|text| u64::from_str_radix(text.trim_end(), 16).ok());
+    Some(last == Some(job))
+}
+
+/// Finishes or undoes what an earlier daemon of this host had begun. Call it before serving peers. A VM
+/// that was committed is returned, running; one that was not has its QEMU killed.
+pub async fn recover(settings: &LaunchSettings) -> Vec<Vm> {
+    let mut arrived = Vec::new();
+    let Ok(folders) = std::fs::read_dir(settings.run_directory.join("vms")) else {
+        return arrived;
+    };
+    let folders: Vec<PathBuf> = folders.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    for folder in folders {
+        let Some((mark, job)) = read(&folder) else { continue };
+        match recover_one(settings, &folder, mark).await {
+            Ok(vm) => {
+                let noted = if vm.is_some() { settle(&folder, job) } else { clear(&folder) };
+                if let Err(error) = noted {
+                    tracing::warn!(folder = %folder.display(), %error, "mark of an arriving VM");
+                }
+                arrived.extend(vm);
+            }
+            Err(error) => {
+                tracing::error!(
+                    folder = %folder.display(), ?mark, %error,
+                    "the QEMU of an unfinished migration could not be recovered: look at it"
+                );
+            }
+        }
+    }
+    arrived
+}
+
+async fn recover_one(
+    settings: &LaunchSettings,
+    folder: &Path,
+    mark: Mark,
+) -> Result<Option<Vm>, crate::hypervisor::Error> {
+    let text = std::fs::read_to_string(folder.join("definition.toml")).unwrap_or_default();
+    let definition = Definition::parse(&text)?;
+    let files = settings.files(&definition.name);
+    let adopted = Vm::adopt(&definition, &files.qmp(), settings).await;
+    match mark {
+        Mark::Waiting => {
+            if let Ok(vm) = adopted {
+                tracing::info!(vm = definition.name, "its migration was cut off here: QEMU ends");
+                vm.kill().await?;
+            }
+            Ok(None)
+        }
+        Mark::Committed => {
+            let vm = adopted?;
+            tracing::info!(vm = definition.name, "it had been handed over: it runs here");
+            vm.qmp().cont().await?;
+            Ok(Some(vm))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marks_are_read_as_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        assert_eq!(read(folder), None);
+        mark(folder, Mark::Waiting, 7).unwrap();
+        assert_eq!(read(folder), Some((Mark::Waiting, 7)));
+        mark(folder, Mark::Committed, u64::MAX).unwrap();
+        assert_eq!(read(folder), Some((Mark::Committed, u64::MAX)));
+        settle(folder, u64::MAX).unwrap();
+        assert_eq!(read(folder), None);
+        clear(folder).unwrap();
+        std::fs::write(folder.join(MARK), "waiting nothing").unwrap();
+        assert_eq!(read(folder), None);
+    }
+}

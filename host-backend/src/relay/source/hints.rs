@@ -1,0 +1,150 @@
+//! The guest's reports, translated from guest-physical pages to pages of QEMU's RAM blocks.
+//!
+//! A guest-physical address is no offset into a block: on a machine with more than some 3 GB the rest
+//! lies above 4 GiB. The translation is QEMU's own (`info mtree -f`).
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use transhume_protocol::link::{HintRun, encode_hint};
+use transhume_protocol::qemu::Block;
+
+use super::flow::{Flow, Next};
+use crate::guest::GuestRange;
+use crate::hypervisor::layout::Region;
+use crate::pages::hints::HintTable;
+use crate::pages::{PAGE_SIZE, SECTORS_PER_PAGE};
+
+/// Runs in one frame to the destination.
+const RUNS_A_FRAME: usize = 8192;
+
+#[derive(Default)]
+struct State {
+    ranges: Vec<GuestRange>,
+    blocks: Vec<Block>,
+    table: Arc<HintTable>,
+}
+
+/// The reports of one migration.
+pub(super) struct Hints {
+    layout: Vec<Region>,
+    flow: Arc<Flow>,
+    state: Mutex<State>,
+}
+
+impl Hints {
+    pub(super) fn new(layout: Vec<Region>, flow: Arc<Flow>) -> Self {
+        Self { layout, flow, state: Mutex::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The table to look pages up in.
+    pub(super) fn current(&self) -> Arc<HintTable> {
+        Arc::clone(&self.lock().table)
+    }
+
+    /// Pages named in the last report.
+    pub(super) fn pages(&self) -> u64 {
+        let state = self.lock();
+        let waiting: u64 = state.ranges.iter().map(|range| u64::from(range.pages)).sum();
+        if waiting > 0 { waiting } else { state.table.pages() }
+    }
+
+    /// Takes a report, which replaces the one before.
+    pub(super) fn report(&self, ranges: Vec<GuestRange>) {
+        let mut state = self.lock();
+        state.ranges = ranges;
+        if !state.blocks.is_empty() {
+            self.publish(&mut state);
+        }
+    }
+
+    /// Takes QEMU's table of blocks, which comes with the stream.
+    pub(super) fn set_blocks(&self, blocks: &[Block]) {
+        let mut state = self.lock();
+        state.blocks = blocks.to_vec();
+        self.publish(&mut state);
+    }
+
+    fn publish(&self, state: &mut State) {
+        let ranges = std::mem::take(&mut state.ranges);
+        let mut runs = Vec::with_capacity(ranges.len());
+        for range in ranges {
+            self.translate(range, &state.blocks, &mut runs);
+        }
+        let table = HintTable::new(runs);
+        for runs in table.runs().chunks(RUNS_A_FRAME) {
+            let mut payload = Vec::new();
+            for run in runs {
+                encode_hint(&mut payload, run);
+            }
+            self.flow.push_urgent(Next::Hints(payload));
+        }
+        state.table = Arc::new(table);
+    }
+
+    /// Cuts a range along the regions of memory; what lies outside of them is dropped.
+    fn translate(&self, range: GuestRange, blocks: &[Block], runs: &mut Vec<HintRun>) {
+        let page_size = PAGE_SIZE as u64;
+        let Some(end) = range.pfn.checked_add(u64::from(range.pages)) else { return };
+        for region in &self.layout {
+            let first = region.start / page_size;
+            let last = first + region.length / page_size;
+            let (from, to) = (range.pfn.max(first), end.min(last));
+            if from >= to {
+                continue;
+            }
+            let block = blocks.iter().position(|block| block.name == region.block);
+            let Some(block) = block.and_then(|at| u16::try_from(at).ok()) else { continue };
+            let Some(sector) = (from - range.pfn)
+                .checked_mul(SECTORS_PER_PAGE)
+                .and_then(|sectors| range.sector.checked_add(sectors))
+            else {
+                continue;
+            };
+            runs.push(HintRun {
+                block,
+                page: region.offset / page_size + (from - first),
+                // Not longer than the range.
+                pages: u32::try_from(to - from).unwrap_or(range.pages),
+                disk: range.disk,
+                sector,
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pages::PageKey;
+    use crate::pages::hints::Place;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn memory_above_four_gigabytes_is_found_in_its_block() {
+        let region = |start, length, offset| Region {
+            start,
+            length,
+            block: "pc.ram".to_owned(),
+            offset,
+        };
+        let layout = vec![region(0, 2 * GIB, 0), region(4 * GIB, 3 * GIB, 2 * GIB)];
+        let hints = Hints::new(layout, Arc::new(Flow::new()));
+        let block = |name: &str, length| Block { name: name.to_owned(), length };
+        hints.set_blocks(&[block("vga.vram", 1 << 24), block("pc.ram", 5 * GIB)]);
+        // The last two pages below the hole, two in the hole; the last of the hole and the first above.
+        let hole = GuestRange { pfn: 2 * GIB / 4096 - 2, pages: 4, disk: 0, sector: 80 };
+        let above = GuestRange { pfn: 4 * GIB / 4096 - 1, pages: 2, disk: 1, sector: 800 };
+        hints.report(vec![hole, above]);
+        let table = hints.current();
+        assert_eq!(table.pages(), 3);
+        let found = |page| table.look_up(PageKey { block: 1, page }, &mut 0);
+        assert_eq!(found(2 * GIB / 4096 - 1), Some(Place { disk: 0, sector: 88 }));
+        assert_eq!(found(2 * GIB / 4096), Some(Place { disk: 1, sector: 808 }));
+        assert_eq!(found(2 * GIB / 4096 + 1), None);
+    }
+}

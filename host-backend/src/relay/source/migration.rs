@@ -1,0 +1,551 @@
+//! Drives one migration through its phases.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use serde_json::json;
+use tokio::net::UnixListener;
+use tokio::sync::{broadcast, watch};
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use transhume_protocol::link::{Control, encode_control};
+
+use super::facts::{self, Accepted, Facts, Plan};
+use super::flow::{Flow, Next};
+use super::hints::Hints;
+use super::report::Reports;
+use super::shared::Shared;
+use super::switchover::{FIRST_LIMIT_MS, Switchover};
+use crate::guest::DiskName;
+use crate::hypervisor::qmp::Event;
+use crate::hypervisor::{self, Vm};
+use crate::link::{Closer, Connection, PATIENCE, START_PATIENCE};
+use crate::pages::digest::Digester;
+use crate::relay::Error;
+use crate::relay::error::RelayError;
+use crate::relay::progress::{Downtime, Phase, Progress, Summary};
+
+/// How long the first report of the page cache is waited for, once the destination is ready.
+const REPORT_PATIENCE: Duration = Duration::from_secs(3);
+/// How often QEMU is asked how far it is.
+const POLL: Duration = Duration::from_millis(25);
+/// How long QEMU may take to connect to a socket, or to run a VM again after a failure.
+const QEMU_PATIENCE: Duration = Duration::from_secs(15);
+/// How long a silent destination is asked what became of the VM.
+const QUERY_PATIENCE: Duration = Duration::from_secs(30);
+/// More than any link carries, in bytes a second: the relay sets the pace.
+const UNLIMITED: u64 = 1 << 40;
+/// Capabilities that would change the stream into one that the relay does not read.
+const OFF: [&str; 7] = [
+    "multifd",
+    "mapped-ram",
+    "xbzrle",
+    "compress",
+    "x-ignore-shared",
+    "postcopy-ram",
+    "rdma-pin-all",
+];
+
+/// A migration to be done.
+pub struct Request {
+    /// The VM, which runs here.
+    pub vm: Arc<Vm>,
+    /// This host.
+    pub from: String,
+    /// The destination.
+    pub to: String,
+    /// Its daemon's `host:port`.
+    pub address: String,
+    /// Only look whether it would work.
+    pub dry_run: bool,
+}
+
+/// What became of a request.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    /// The destination runs the VM.
+    Migrated(Summary),
+    /// It would work.
+    Planned(Plan),
+}
+
+/// Why the phases before the commit were left.
+#[derive(Debug)]
+enum Stop {
+    Cancelled,
+    Failed(String),
+}
+
+impl From<RelayError> for Stop {
+    fn from(error: RelayError) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
+
+impl From<hypervisor::Error> for Stop {
+    fn from(error: hypervisor::Error) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
+
+impl From<std::io::Error> for Stop {
+    fn from(error: std::io::Error) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
+
+/// Moves a VM, or looks whether it would work. `cancel` turning true ends it, as long as the hand-over
+/// has not begun.
+///
+/// # Errors
+/// See [`Error`]; each says which host has the VM.
+pub async fn migrate(
+    request: Request,
+    progress: Arc<Progress>,
+    mut cancel: watch::Receiver<bool>,
+) -> Result<Outcome, Error> {
+    progress.enter(Phase::Negotiate);
+    let facts = facts::examine(&request.vm, &request.from, request.dry_run).await?;
+    let has_ack = facts.capabilities.iter().any(|name| name == "switchover-ack");
+    let (address, offer) = (request.address.clone(), facts.offer.clone());
+    let accepted = blocking(move || facts::negotiate(&address, offer, has_ack)).await?;
+    if request.dry_run {
+        return Ok(Outcome::Planned(plan(&request, &facts, &accepted)));
+    }
+    let mut migration = Migration::new(request, facts, progress);
+    match migration.copy(accepted, &mut cancel).await {
+        Ok(copied) => migration.hand_over(copied).await.map(Outcome::Migrated),
+        Err(stop) => Err(migration.undo(stop).await),
+    }
+}
+
+/// Runs what blocks away from the event loop.
+async fn blocking<T: Send + 'static>(
+    run: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    match tokio::task::spawn_blocking(run).await {
+        Ok(result) => result,
+        Err(error) => Err(Error::refused(error)),
+    }
+}
+
+fn plan(request: &Request, facts: &Facts, accepted: &Accepted) -> Plan {
+    let version = |v: [u32; 3]| format!("{}.{}.{}", v[0], v[1], v[2]);
+    Plan {
+        vm: request.vm.name().to_owned(),
+        from: request.from.clone(),
+        to: request.to.clone(),
+        machine: request.vm.machine_type().to_owned(),
+        qemu_from: version(facts.offer.qemu),
+        qemu_to: version(accepted.qemu),
+        memory_bytes: request.vm.definition().memory.bytes(),
+        switchover_ack: accepted.switchover_ack,
+    }
+}
+
+/// The VM is paused here and whole at the destination.
+struct Copied {
+    shared: Arc<Shared>,
+    paused: Instant,
+    completed: Instant,
+}
+
+struct Migration {
+    request: Request,
+    facts: Facts,
+    progress: Arc<Progress>,
+    shared: Option<Arc<Shared>>,
+    reports: Option<Reports>,
+    /// Ends the link while no relay runs on it.
+    closer: Option<Closer>,
+}
+
+impl Migration {
+    fn new(request: Request, facts: Facts, progress: Arc<Progress>) -> Self {
+        Self { request, facts, progress, shared: None, reports: None, closer: None }
+    }
+
+    /// Phases [`Phase::Prepare`] to [`Phase::Switchover`]. This host owns the VM throughout.
+    async fn copy(
+        &mut self,
+        accepted: Accepted,
+        cancel: &mut watch::Receiver<bool>,
+    ) -> Result<Copied, Stop> {
+        self.progress.enter(Phase::Prepare);
+        let flow = Arc::new(Flow::new());
+        let layout = std::mem::take(&mut self.facts.layout);
+        let hints = Arc::new(Hints::new(layout, Arc::clone(&flow)));
+        let mut reports = self.listen_to_agent(&hints);
+        let ready = self.prepare_destination(accepted.connection, accepted.switchover_ack);
+        let connection = tokio::select! {
+            connection = ready => connection?,
+            () = cancelled(cancel) => return Err(Stop::Cancelled),
+        };
+        let (sender, receiver, closer) = connection.split();
+        self.closer = Some(closer.clone());
+        self.set_up_qemu(accepted.switchover_ack).await?;
+        tokio::select! {
+            () = reports.first(REPORT_PATIENCE) => {}
+            () = cancelled(cancel) => return Err(Stop::Cancelled),
+        }
+        self.reports = Some(reports);
+
+        self.progress.enter(Phase::PreCopy);
+        let events = self.request.vm.qmp().events();
+        let qemu = self.connect_qemu().await?;
+        let shared = Arc::new(Shared::new(
+            flow,
+            hints,
+            Arc::clone(&self.progress),
+            qemu,
+            closer,
+        ));
+        self.shared = Some(Arc::clone(&shared));
+        let digester = Digester::new(&self.facts.offer.digest_key);
+        shared.start(sender, receiver, digester)?;
+        let (paused, completed) = self.watch(&shared, events, cancel).await?;
+        Ok(Copied { shared, paused, completed })
+    }
+
+    fn listen_to_agent(&self, hints: &Arc<Hints>) -> Reports {
+        let vm = &self.request.vm;
+        let disks = self
+            .facts
+            .offer
+            .disks
+            .iter()
+            .map(|disk| DiskName { serial: disk.id.clone(), size: disk.size })
+            .collect();
+        Reports::start(
+            vm.agent_socket().map(PathBuf::from),
+            disks,
+            self.facts.offer.job,
+            Arc::clone(hints),
+            Arc::clone(&self.progress),
+        )
+    }
+
+    async fn prepare_destination(
+        &self,
+        mut connection: Connection,
+        switchover_ack: bool,
+    ) -> Result<Connection, Stop> {
+        let prepared = tokio::task::spawn_blocking(move || {
+            connection.send(&Control::Prepare { switchover_ack }).map_err(|e| e.to_string())?;
+            match connection.receive(START_PATIENCE) {
+                Ok(Control::Ready) => Ok(connection),
+                Ok(Control::Abort { reason }) => Err(reason),
+                Ok(_) => Err("the other host answered with something else".to_owned()),
+                Err(error) => Err(error.to_string()),
+            }
+        });
+        match prepared.await {
+            Ok(Ok(connection)) => Ok(connection),
+            Ok(Err(cause)) => Err(Stop::Failed(cause)),
+            Err(error) => Err(Stop::Failed(error.to_string())),
+        }
+    }
+
+    async fn set_up_qemu(&self, switchover_ack: bool) -> Result<(), Stop> {
+        let qmp = self.request.vm.qmp();
+        let known = |name: &&str| self.facts.capabilities.iter().any(|known| known == name);
+        let mut capabilities: Vec<(&str, bool)> =
+            OFF.iter().filter(|name| known(name)).map(|&name| (name, false)).collect();
+        // With it QEMU learns of an error at the destination, and the VM runs on here.
+        capabilities.push(("return-path", true));
+        capabilities.push(("events", true));
+        if known(&"switchover-ack") {
+            capabilities.push(("switchover-ack", switchover_ack));
+        }
+        qmp.migrate_set_capabilities(&capabilities).await?;
+        qmp.migrate_set_parameters(json!({
+            "max-bandwidth": UNLIMITED,
+            "downtime-limit": FIRST_LIMIT_MS,
+        }))
+        .await?;
+        Ok(())
+    }
+
+    /// Lets QEMU migrate into a socket of ours.
+    async fn connect_qemu(&self) -> Result<std::os::unix::net::UnixStream, Stop> {
+        let folder = self.request.vm.files().folder();
+        std::fs::create_dir_all(folder)?;
+        let path = folder.join("migrate.sock");
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path)?;
+        let accepted = async {
+            self.request.vm.qmp().migrate(&format!("unix:{}", path.display())).await?;
+            match timeout(QEMU_PATIENCE, listener.accept()).await {
+                Ok(accepted) => Ok(accepted?.0.into_std()?),
+                Err(_) => Err(Stop::Failed("QEMU did not connect to the relay's socket".into())),
+            }
+        }
+        .await;
+        let _ = std::fs::remove_file(&path);
+        let stream = accepted?;
+        stream.set_nonblocking(false)?;
+        Ok(stream)
+    }
+
+    /// Watches until QEMU says that it is done. Returns when the VM was paused, and when it was whole at
+    /// the destination.
+    async fn watch(
+        &self,
+        shared: &Arc<Shared>,
+        mut events: broadcast::Receiver<Event>,
+        cancel: &mut watch::Receiver<bool>,
+    ) -> Result<(Instant, Instant), Stop> {
+        let qmp = self.request.vm.qmp();
+        let mut switchover = Switchover::new();
+        let mut poll = interval(POLL);
+        poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut paused = None;
+        loop {
+            tokio::select! {
+                biased;
+                () = cancelled(cancel) => return Err(Stop::Cancelled),
+                event = events.recv() => match event {
+                    Ok(event) => {
+                        if event.name == "STOP" {
+                            self.progress.enter(Phase::Switchover);
+                            paused = Some(instant(event.at));
+                        }
+                        let status = event.data.get("status").and_then(|status| status.as_str());
+                        if event.name == "MIGRATION" && status == Some("completed") {
+                            let now = Instant::now();
+                            return Ok((paused.unwrap_or(now), now));
+                        }
+                        if event.name == "MIGRATION" && status == Some("failed") {
+                            return Err(self.why_failed(shared).await);
+                        }
+                    }
+                    Err(broadcast::error::RecvError::Lagged(_)) => {}
+                    Err(broadcast::error::RecvError::Closed) => {
+                        return Err(Stop::Failed(qmp.closed().await));
+                    }
+                },
+                () = shared.failure() => return Err(self.why_failed(shared).await),
+                _ = poll.tick() => {
+                    let migration = qmp.query_migrate().await?;
+                    match migration.status.as_deref() {
+                        Some("completed") => {
+                            let now = Instant::now();
+                            return Ok((paused.unwrap_or(now), now));
+                        }
+                        Some("failed" | "cancelled") => {
+                            return Err(self.why_failed(shared).await);
+                        }
+                        _ => switchover.follow(&migration, shared, qmp).await?,
+                    }
+                }
+            }
+        }
+    }
+
+    /// The cause that a person should read: the relay's own, else QEMU's.
+    async fn why_failed(&self, shared: &Arc<Shared>) -> Stop {
+        // The relay's threads notice a moment after QEMU does, or before.
+        let _ = timeout(Duration::from_millis(200), shared.failure()).await;
+        match shared.take_failure() {
+            Some(
+                error @ (RelayError::Link(_)
+                | RelayError::Frame(_)
+                | RelayError::Stream(_)
+                | RelayError::Aborted(_)
+                | RelayError::Misplaced(_)
+                | RelayError::Decompress(_)),
+            ) => error.into(),
+            other => {
+                let said = self.request.vm.qmp().query_migrate().await;
+                let said = said.ok().and_then(|migration| migration.error_desc);
+                match (said, other) {
+                    (Some(said), _) => Stop::Failed(format!("QEMU: {said}")),
+                    (None, Some(error)) => error.into(),
+                    (None, None) => Stop::Failed("QEMU gave the migration up".to_owned()),
+                }
+            }
+        }
+    }
+
+    /// Phases [`Phase::Commit`] and [`Phase::Completed`]. From the moment that the commit is sent the VM
+    /// belongs to the destination, unless that says that it did not take it.
+    async fn hand_over(mut self, copied: Copied) -> Result<Summary, Error> {
+        self.progress.enter(Phase::Commit);
+        let mark = self.request.vm.files().folder().join("handed-over");
+        let note = format!("{} {:016x}\n", self.request.to, self.facts.offer.job);
+        if let Err(error) = std::fs::write(&mark, note) {
+            return Err(self.undo(Stop::Failed(format!("{}: {error}", mark.display()))).await);
+        }
+        let commit = match encode_control(&Control::Commit) {
+            Ok(commit) => commit,
+            Err(error) => return Err(self.undo(Stop::Failed(error.to_string())).await),
+        };
+        copied.shared.flow.push_urgent(Next::Control(commit));
+        let answered = timeout(PATIENCE, copied.shared.answered()).await;
+        let taken = match answered {
+            Ok(Some(Ok(()))) => Ok(()),
+            Ok(Some(Err(reason))) => Err(reason),
+            Ok(None) | Err(_) => match self.ask_what_became().await {
+                Some(true) => Ok(()),
+                Some(false) => Err("the other host did not take the VM over".to_owned()),
+                None => return Err(self.give_up(&copied)),
+            },
+        };
+        let running = Instant::now();
+        if let Err(reason) = taken {
+            let _ = std::fs::remove_file(&mark);
+            return Err(self.undo(Stop::Failed(reason)).await);
+        }
+        let remarks = self.reports.take().map(|reports| reports.finish()).unwrap_or_default();
+        copied.shared.stop(RelayError::Stopped);
+        if let Err(error) = self.request.vm.kill().await {
+            tracing::warn!(%error, "QEMU of the VM that has moved cannot be ended");
+        }
+        let _ = std::fs::remove_file(&mark);
+        self.progress.enter(Phase::Completed);
+        Ok(self.summary(&copied, running, remarks))
+    }
+
+    fn summary(&self, copied: &Copied, running: Instant, remarks: Vec<String>) -> Summary {
+        let ms = |from: Instant, to: Instant| to.saturating_duration_since(from).as_secs_f64() * 1e3;
+        let sent = copied.shared.memory_sent().unwrap_or(copied.completed);
+        let snapshot = self.progress.snapshot();
+        Summary {
+            vm: self.request.vm.name().to_owned(),
+            from: self.request.from.clone(),
+            to: self.request.to.clone(),
+            total_ms: self.progress.elapsed().as_secs_f64() * 1e3,
+            downtime: Downtime {
+                memory_ms: ms(copied.paused, sent),
+                devices_ms: ms(sent, copied.completed),
+                handover_ms: ms(copied.completed, running),
+                total_ms: ms(copied.paused, running),
+            },
+            traffic: snapshot.traffic,
+            hinted_pages: snapshot.hinted_pages,
+            remarks,
+        }
+    }
+
+    /// Asks a destination that fell silent after the commit, on new connections.
+    async fn ask_what_became(&self) -> Option<bool> {
+        let deadline = Instant::now() + QUERY_PATIENCE;
+        while Instant::now() < deadline {
+            let address = self.request.address.clone();
+            let query = Control::Query {
+                job: self.facts.offer.job,
+                vm: self.request.vm.name().to_owned(),
+            };
+            let asked = tokio::task::spawn_blocking(move || {
+                let mut connection = Connection::open(&address)?;
+                connection.send(&query)?;
+                connection.receive(PATIENCE)
+            });
+            if let Ok(Ok(Control::Outcome { taken })) = asked.await {
+                return Some(taken);
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        None
+    }
+
+    fn give_up(&mut self, copied: &Copied) -> Error {
+        let cause = copied.shared.take_failure();
+        copied.shared.stop(RelayError::Stopped);
+        self.progress.enter(Phase::Unresolved);
+        Error::Unresolved {
+            vm: self.request.vm.name().to_owned(),
+            to: self.request.to.clone(),
+            cause: cause.map_or_else(|| "no answer".to_owned(), |cause| cause.to_string()),
+        }
+    }
+
+    /// Ends what was begun; the VM runs on here. The destination, which was not given the VM, ends its
+    /// QEMU when the link ends.
+    async fn undo(&mut self, stop: Stop) -> Error {
+        let qmp = self.request.vm.qmp();
+        let lost = qmp.is_closed();
+        if !lost && let Err(error) = qmp.migrate_cancel().await {
+            tracing::debug!(%error, "migrate_cancel");
+        }
+        if let Some(shared) = &self.shared {
+            shared.stop(RelayError::Stopped);
+        }
+        if let Some(closer) = &self.closer {
+            closer.close();
+        }
+        drop(self.reports.take());
+        let runs = if lost { Err(qmp.closed().await) } else { self.run_again().await };
+        let host = self.request.from.clone();
+        match stop {
+            Stop::Cancelled => {
+                self.progress.enter(Phase::Cancelled);
+                if let Err(cause) = runs {
+                    return self.not_running(format!("it was cancelled, and {cause}"));
+                }
+                Error::Cancelled { host }
+            }
+            Stop::Failed(cause) => {
+                self.progress.enter(Phase::Failed);
+                if let Err(not) = runs {
+                    return self.not_running(format!("{cause}; {not}"));
+                }
+                let vm = self.request.vm.name();
+                let cure = format!(
+                    "when the cause is mended, try `transhume migrate {vm} --to {}` again",
+                    self.request.to
+                );
+                Error::Failed { cause, host, cure }
+            }
+        }
+    }
+
+    fn not_running(&self, cause: String) -> Error {
+        let vm = self.request.vm.name();
+        Error::Lost {
+            cause,
+            host: self.request.from.clone(),
+            cure: format!("look at `transhume vm show {vm}` and at qemu.log in its run directory"),
+        }
+    }
+
+    /// Waits until the VM runs here again, and sees to it if QEMU does not.
+    async fn run_again(&self) -> Result<(), String> {
+        let qmp = self.request.vm.qmp();
+        let deadline = Instant::now() + QEMU_PATIENCE;
+        loop {
+            let status = qmp.status().await.map_err(|error| error.to_string())?;
+            if status.running || (!self.facts.running && status.status == "paused") {
+                return Ok(());
+            }
+            let migration = qmp.query_migrate().await.map_err(|error| error.to_string())?;
+            let over = matches!(
+                migration.status.as_deref(),
+                None | Some("none" | "failed" | "cancelled" | "completed")
+            );
+            if over && self.facts.running {
+                qmp.cont().await.map_err(|error| error.to_string())?;
+            } else if over {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(format!("QEMU stays in state \"{}\"", status.status));
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+async fn cancelled(cancel: &mut watch::Receiver<bool>) {
+    if cancel.wait_for(|cancel| *cancel).await.is_err() {
+        // Nobody can cancel any more.
+        std::future::pending::<()>().await;
+    }
+}
+
+/// The moment at which QEMU's clock showed `at`.
+fn instant(at: Duration) -> Instant {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let ago = now.saturating_sub(at).min(Duration::from_secs(60));
+    Instant::now().checked_sub(ago).unwrap_or_else(Instant::now)
+}

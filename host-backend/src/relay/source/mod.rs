@@ -1,0 +1,19 @@
+//! The source's end: offers a VM, relays its stream, hands it over.
+//!
+//! Contract: whatever [`migrate`] returns but [`ErrorKind::Unresolved`](super::ErrorKind), exactly one
+//! host runs the VM: the destination on success, this one on failure.
+
+mod answers;
+mod buffers;
+mod facts;
+mod flow;
+mod hints;
+mod migration;
+mod report;
+mod shared;
+mod stream;
+mod switchover;
+mod transmit;
+
+pub use facts::Plan;
+pub use migration::{Outcome, Request, migrate};

@@ -1,0 +1,215 @@
+//! What the source's threads and the one who drives them share.
+
+use std::io::Write;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use tokio::sync::Notify;
+
+use super::answers::Answers;
+use super::flow::Flow;
+use super::hints::Hints;
+use super::stream::StreamReader;
+use super::transmit::Transmitter;
+use crate::link::{Closer, Receiver, Sender};
+use crate::pages::digest::Digester;
+use crate::relay::error::RelayError;
+use crate::relay::progress::Progress;
+
+#[derive(Default)]
+struct State {
+    /// The first error.
+    failure: Option<RelayError>,
+    /// The destination's answer to the commit: its reason if it did not take the VM.
+    answer: Option<Result<(), String>>,
+    /// The stream was read to its end and sent.
+    memory_sent: Option<Instant>,
+    /// A SWITCHOVER_ACK that waits to be passed on.
+    switchover: Option<Vec<u8>>,
+    /// Page data that were sent while the path was busy, in bytes, and how long it took, in seconds;
+    /// both fade.
+    busy_bytes: f64,
+    busy_seconds: f64,
+    busy_until: Option<Instant>,
+}
+
+/// See the module.
+pub(super) struct Shared {
+    pub(super) flow: Arc<Flow>,
+    pub(super) hints: Arc<Hints>,
+    pub(super) progress: Arc<Progress>,
+    qemu: UnixStream,
+    closer: Closer,
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+/// What remains of earlier measurements of the rate with each new one.
+const FADE: f64 = 0.95;
+
+impl Shared {
+    pub(super) fn new(
+        flow: Arc<Flow>,
+        hints: Arc<Hints>,
+        progress: Arc<Progress>,
+        qemu: UnixStream,
+        closer: Closer,
+    ) -> Self {
+        Self {
+            flow,
+            hints,
+            progress,
+            qemu,
+            closer,
+            state: Mutex::default(),
+            changed: Notify::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts the threads on a stream and a link.
+    pub(super) fn start(
+        self: &Arc<Self>,
+        sender: Sender,
+        receiver: Receiver,
+        digester: Digester,
+    ) -> Result<Vec<thread::JoinHandle<()>>, RelayError> {
+        let socket = || self.qemu.try_clone().map_err(RelayError::Socket);
+        let reader = StreamReader::new(socket()?, Arc::clone(self), digester);
+        let transmitter = Transmitter::new(sender, Arc::clone(self))?;
+        let answers = Answers::new(receiver, Arc::clone(self), socket()?);
+        Ok(vec![
+            self.spawn("relay-stream", move || reader.run())?,
+            self.spawn("relay-link-out", move || transmitter.run())?,
+            self.spawn("relay-link-in", move || answers.run())?,
+        ])
+    }
+
+    fn spawn(
+        self: &Arc<Self>,
+        name: &str,
+        run: impl FnOnce() -> Result<(), RelayError> + Send + 'static,
+    ) -> Result<thread::JoinHandle<()>, RelayError> {
+        let shared = Arc::clone(self);
+        let span = tracing::Span::current();
+        thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || {
+                let _entered = span.entered();
+                if let Err(error) = run() {
+                    shared.stop(error);
+                }
+            })
+            .map_err(RelayError::Socket)
+    }
+
+    /// Ends the relay. QEMU's socket closes, so that its migration fails if it was not complete.
+    pub(super) fn stop(&self, error: RelayError) {
+        let mut state = self.lock();
+        if state.failure.is_none() {
+            if !matches!(error, RelayError::Stopped) {
+                tracing::debug!(%error, "relay stops");
+            }
+            state.failure = Some(error);
+        }
+        drop(state);
+        self.flow.stop();
+        self.closer.close();
+        // Fails only when QEMU has closed it already.
+        let _ = self.qemu.shutdown(Shutdown::Both);
+        self.changed.notify_waiters();
+    }
+
+    /// Takes the first error.
+    pub(super) fn take_failure(&self) -> Option<RelayError> {
+        self.lock().failure.take()
+    }
+
+    /// Whether the relay has ended.
+    pub(super) fn failed(&self) -> bool {
+        self.lock().failure.is_some()
+    }
+
+    /// Waits until the relay failed.
+    pub(super) async fn failure(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if self.failed() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    pub(super) fn answer(&self, answer: Result<(), String>) {
+        self.lock().answer = Some(answer);
+        self.changed.notify_waiters();
+    }
+
+    /// Waits for the destination's answer to the commit; `None` when the link failed first.
+    pub(super) async fn answered(&self) -> Option<Result<(), String>> {
+        loop {
+            let changed = self.changed.notified();
+            {
+                let mut state = self.lock();
+                if let Some(answer) = state.answer.take() {
+                    return Some(answer);
+                }
+                if state.failure.is_some() {
+                    return None;
+                }
+            }
+            changed.await;
+        }
+    }
+
+    pub(super) fn set_memory_sent(&self) {
+        self.lock().memory_sent = Some(Instant::now());
+    }
+
+    pub(super) fn memory_sent(&self) -> Option<Instant> {
+        self.lock().memory_sent
+    }
+
+    pub(super) fn hold_switchover(&self, message: &[u8]) {
+        self.lock().switchover = Some(message.to_vec());
+    }
+
+    /// Lets QEMU switch over, if the destination said that it may.
+    pub(super) fn release_switchover(&self) -> Result<(), RelayError> {
+        if let Some(message) = self.lock().switchover.take() {
+            tracing::debug!("switch-over allowed");
+            (&self.qemu).write_all(&message).map_err(RelayError::Socket)?;
+        }
+        Ok(())
+    }
+
+    /// Counts page data that were sent from `started` on.
+    pub(super) fn note_rate(&self, bytes: usize, started: Instant) {
+        if bytes == 0 {
+            return;
+        }
+        let now = Instant::now();
+        let mut state = self.lock();
+        // Only what follows closely on the batch before shows what the path takes.
+        if let Some(before) = state.busy_until
+            && started.duration_since(before).as_millis() < 2
+        {
+            state.busy_seconds = state.busy_seconds * FADE + now.duration_since(before).as_secs_f64();
+            state.busy_bytes = state.busy_bytes * FADE + bytes as f64;
+        }
+        state.busy_until = Some(now);
+    }
+
+    /// Page data a second that the path takes when it is busy, in bytes.
+    pub(super) fn rate(&self) -> Option<f64> {
+        let state = self.lock();
+        (state.busy_seconds > 0.01).then(|| state.busy_bytes / state.busy_seconds)
+    }
+}

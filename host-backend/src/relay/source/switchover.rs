@@ -1,0 +1,94 @@
+//! When QEMU may pause the VM.
+//!
+//! QEMU switches over when what is left fits into its `downtime-limit` at the rate that it sees. But it
+//! sees the rate at which the relay takes the stream, and while most of it is page cache that is far
+//! above what the link carries. So the limit is corrected, several times a second, by the ratio of the
+//! two; and where QEMU waits for the destination's leave (`switchover-ack`) that is held back until the
+//! destination has nearly everything.
+
+use std::time::Instant;
+
+use serde_json::json;
+
+use super::shared::Shared;
+use crate::hypervisor::Qmp;
+use crate::hypervisor::qmp_commands::Migration;
+use crate::relay::error::RelayError;
+use crate::relay::progress::Counter;
+
+/// Pause that is aimed at, in milliseconds, by the number of scans of memory so far: a guest that writes
+/// much gets nearer to what a stock migration allows.
+const GOALS_MS: [(u64, f64); 3] = [(4, 40.0), (8, 120.0), (u64::MAX, 300.0)];
+/// Rate of a link that has not been measured yet, in bytes a second.
+const ASSUMED_RATE: f64 = 100e6;
+/// The limit for the start, when nothing is known, in milliseconds.
+pub(super) const FIRST_LIMIT_MS: u64 = 5;
+
+/// Follows QEMU's migration.
+pub(super) struct Switchover {
+    limit_ms: u64,
+    bytes: u64,
+    at: Instant,
+}
+
+impl Switchover {
+    pub(super) fn new() -> Self {
+        Self { limit_ms: FIRST_LIMIT_MS, bytes: 0, at: Instant::now() }
+    }
+
+    /// Looks at the migration as QEMU sees it, and steers.
+    pub(super) async fn follow(
+        &mut self,
+        migration: &Migration,
+        shared: &Shared,
+        qmp: &Qmp,
+    ) -> Result<(), RelayError> {
+        let Some(ram) = migration.ram else { return Ok(()) };
+        shared.progress.set(Counter::RemainingBytes, ram.remaining + 1);
+        shared.progress.set(Counter::TotalBytes, ram.total);
+        if ram.dirty_sync_count >= 2 && shared.flow.owes_little() {
+            shared.release_switchover()?;
+        }
+        let bytes = shared.progress.get(Counter::StreamBytes);
+        let seconds = self.at.elapsed().as_secs_f64();
+        if seconds < 0.1 {
+            return Ok(());
+        }
+        let seen = (bytes - self.bytes) as f64 / seconds;
+        self.bytes = bytes;
+        self.at = Instant::now();
+        let limit_ms = limit(ram.dirty_sync_count, shared.rate().unwrap_or(ASSUMED_RATE), seen);
+        if limit_ms != self.limit_ms {
+            self.limit_ms = limit_ms;
+            // A QEMU that is just switching over may refuse: then it needs no limit any more.
+            let set = qmp.migrate_set_parameters(json!({ "downtime-limit": limit_ms })).await;
+            if let Err(error) = set {
+                tracing::debug!(%error, "downtime-limit not set");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The limit for QEMU, in milliseconds, that makes the pause as long as it is meant to be.
+fn limit(scans: u64, link_rate: f64, seen_rate: f64) -> u64 {
+    let goal = GOALS_MS.iter().find(|(most, _)| scans < *most).map_or(300.0, |(_, goal)| *goal);
+    let limit = goal * link_rate / seen_rate.max(1.0);
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped")]
+    let limit = limit.clamp(1.0, goal) as u64;
+    limit
+}
+
+#[cfg(test)]
+mod tests {
+    use super::limit;
+
+    #[test]
+    fn the_limit_follows_the_ratio_of_the_rates() {
+        assert_eq!(limit(1, 100e6, 1000e6), 4);
+        assert_eq!(limit(1, 100e6, 50e6), 40);
+        assert_eq!(limit(5, 100e6, 100e6), 120);
+        assert_eq!(limit(100, 100e6, 0.0), 300);
+        assert_eq!(limit(1, 1.0, 1e12), 1);
+    }
+}

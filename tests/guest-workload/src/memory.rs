@@ -1,0 +1,128 @@
+//! Memory of the workload's own, each page known by its number and how often it was written.
+
+/// A page, in bytes.
+pub(crate) const PAGE: usize = 4096;
+const WORDS: usize = PAGE / 8;
+/// Pages are rewritten in an order that leaps, so that dirty memory is not one range.
+const LEAP: usize = 7919;
+
+/// Repeatable numbers (splitmix64).
+#[derive(Debug, Clone)]
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut word = self.0;
+        word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        word ^ (word >> 31)
+    }
+}
+
+/// The pages and how often each was written.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    words: Vec<u64>,
+    generations: Vec<u32>,
+    next: usize,
+}
+
+/// Half of a page is random and half of it repeats, as the memory of programs does.
+fn word_at(random: &mut Random, page: usize, generation: u32, word: usize) -> u64 {
+    if word.is_multiple_of(2) {
+        random.next()
+    } else {
+        (page as u64) << 32 | u64::from(generation)
+    }
+}
+
+fn random_of(page: usize, generation: u32) -> Random {
+    Random::new((page as u64) << 32 ^ u64::from(generation) ^ 0x5eed_5eed_5eed_5eed)
+}
+
+impl Memory {
+    pub(crate) fn fill(size: usize) -> Result<Self, String> {
+        let pages = size / PAGE;
+        let mut words = Vec::new();
+        words
+            .try_reserve_exact(pages * WORDS)
+            .map_err(|error| error.to_string())?;
+        words.resize(pages * WORDS, 0);
+        let mut memory = Self {
+            words,
+            generations: vec![0; pages],
+            next: 0,
+        };
+        for page in 0..pages {
+            memory.write(page);
+        }
+        Ok(memory)
+    }
+
+    fn write(&mut self, page: usize) {
+        let generation = self.generations[page];
+        let mut random = random_of(page, generation);
+        for (index, word) in self.words[page * WORDS..(page + 1) * WORDS]
+            .iter_mut()
+            .enumerate()
+        {
+            *word = word_at(&mut random, page, generation, index);
+        }
+    }
+
+    /// Writes the next page in the order anew.
+    pub(crate) fn rewrite_next(&mut self) {
+        if self.generations.is_empty() {
+            return;
+        }
+        self.next = (self.next + LEAP) % self.generations.len();
+        self.generations[self.next] = self.generations[self.next].wrapping_add(1);
+        self.write(self.next);
+    }
+
+    /// Compares every page; says how many there are.
+    pub(crate) fn check(&self) -> Result<usize, String> {
+        for (page, generation) in self.generations.iter().enumerate() {
+            let mut random = random_of(page, *generation);
+            for (index, word) in self.words[page * WORDS..(page + 1) * WORDS]
+                .iter()
+                .enumerate()
+            {
+                if *word != word_at(&mut random, page, *generation, index) {
+                    return Err(format!("page {page} of memory is not what was written"));
+                }
+            }
+        }
+        Ok(self.generations.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_changed_word_is_found() {
+        let mut memory = Memory::fill(64 * PAGE).expect("memory");
+        for _ in 0..100 {
+            memory.rewrite_next();
+        }
+        assert_eq!(memory.check(), Ok(64));
+        memory.words[1000] ^= 1;
+        assert!(memory.check().is_err());
+    }
+
+    #[test]
+    fn an_old_page_is_found() {
+        let mut memory = Memory::fill(2 * PAGE).expect("memory");
+        let old = memory.words.clone();
+        memory.rewrite_next();
+        memory.words = old;
+        assert!(memory.check().is_err());
+    }
+}

@@ -1,0 +1,133 @@
+//! Leaves nothing behind: what a run starts or makes outside `target/` is written down here, and undone
+//! when its guard is dropped or when the run is interrupted.
+//!
+//! Processes also carry a death signal, and what a killed run left is swept by the next
+//! ([`crate::hosts`]).
+
+use crate::{Error, Result};
+use nix::sys::signal::{SigSet, Signal, killpg};
+use nix::unistd::Pid;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Something to undo.
+#[derive(Debug, Clone)]
+pub enum Leftover {
+    /// A process, leader of its own group.
+    Process(i32),
+    /// A network namespace by name.
+    Namespace(String),
+    /// A folder outside `target/`.
+    Folder(std::path::PathBuf),
+}
+
+impl Leftover {
+    fn undo(&self) {
+        match self {
+            Self::Process(pid) => drop(killpg(Pid::from_raw(*pid), Signal::SIGKILL)),
+            Self::Namespace(name) => drop(
+                std::process::Command::new("ip")
+                    .args(["netns", "delete", name])
+                    .output(),
+            ),
+            Self::Folder(path) => drop(std::fs::remove_dir_all(path)),
+        }
+    }
+}
+
+struct Register {
+    next: u64,
+    entries: BTreeMap<u64, Leftover>,
+}
+
+static REGISTER: Mutex<Register> = Mutex::new(Register {
+    next: 0,
+    entries: BTreeMap::new(),
+});
+static EXPIRED: AtomicBool = AtomicBool::new(false);
+
+fn register() -> MutexGuard<'static, Register> {
+    REGISTER.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Undoes its entry when dropped.
+#[derive(Debug)]
+pub struct Guard {
+    key: u64,
+}
+
+impl Guard {
+    /// Writes something down.
+    pub fn new(leftover: Leftover) -> Self {
+        let mut register = register();
+        let key = register.next;
+        register.next += 1;
+        register.entries.insert(key, leftover);
+        Self { key }
+    }
+
+    /// Forgets the entry: it has been undone already.
+    pub fn forget(self) {
+        register().entries.remove(&self.key);
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let entry = register().entries.remove(&self.key);
+        if let Some(leftover) = entry {
+            leftover.undo();
+        }
+    }
+}
+
+/// Kills every process written down, so that whatever waits for one fails: a scenario's time is up.
+pub fn expire() {
+    EXPIRED.store(true, Ordering::SeqCst);
+    for leftover in register().entries.values() {
+        if matches!(leftover, Leftover::Process(_)) {
+            leftover.undo();
+        }
+    }
+}
+
+/// Takes back [`expire`].
+pub fn renew() {
+    EXPIRED.store(false, Ordering::SeqCst);
+}
+
+/// Fails once the time is up; loops that wait call it.
+pub fn still_time() -> Result<()> {
+    if EXPIRED.load(Ordering::SeqCst) {
+        Err(Error::Interrupted)
+    } else {
+        Ok(())
+    }
+}
+
+/// Undoes everything on Ctrl-C, SIGTERM and SIGHUP, then exits with 130. To be called before any thread
+/// is started.
+pub fn watch_signals() -> Result<()> {
+    let mut set = SigSet::empty();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        set.add(signal);
+    }
+    set.thread_block().map_err(Error::system("block signals"))?;
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            if set.wait().is_ok() {
+                crate::progress::say("interrupted, cleaning up");
+                let register = register();
+                // Processes first: a namespace goes when its last process has gone.
+                for leftover in register.entries.values().rev() {
+                    leftover.undo();
+                }
+                std::process::exit(130);
+            }
+        })
+        .map_err(Error::system("start a thread"))?;
+    Ok(())
+}

@@ -1,0 +1,104 @@
+//! Builds what runs in the guest from this work tree: the module for a kernel, and static programs.
+
+use crate::command::Run;
+use crate::layout::Layout;
+use crate::packages::{Kernel, Packages};
+use crate::progress::step;
+use crate::{Error, Result};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The guest's programs run with no library beside them.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// The cargo that runs us.
+pub fn cargo() -> Run {
+    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    Run::new(program).cure("See the compiler's words below")
+}
+
+/// Builds a package's program statically, and returns its path. A change of flags would build everything
+/// anew each time, so these builds have a target folder of their own.
+pub fn static_program(layout: &Layout, package: &str, program: &str) -> Result<PathBuf> {
+    let folder = layout.folder("static")?;
+    step(&format!("Building {program} for the guest"), || {
+        cargo()
+            .folder(&layout.source)
+            .env("RUSTFLAGS", "-C target-feature=+crt-static")
+            .args([
+                "build",
+                "--quiet",
+                "--release",
+                "--target",
+                TARGET,
+                "--package",
+                package,
+                "--target-dir",
+            ])
+            .arg(&folder)
+            .output()
+    })?;
+    Ok(folder.join(TARGET).join("release").join(program))
+}
+
+/// Builds the kernel module for a kernel, in a copy of its folder, and returns it.
+pub fn kernel_module(layout: &Layout, packages: &Packages, kernel: Kernel) -> Result<PathBuf> {
+    let root = packages.kernel(kernel)?;
+    let release = super::modules::release(&root)?;
+    let headers = root
+        .join("usr/src")
+        .join(format!("linux-headers-{release}"));
+    let copy = layout.folder(Path::new("module").join(kernel.version()))?;
+    let source = layout.source.join("kernel-module");
+    for entry in fs::read_dir(&source)
+        .map_err(Error::file("list", &source))?
+        .flatten()
+    {
+        let from = entry.path();
+        let sources = ["c", "h", ""];
+        let extension = from
+            .extension()
+            .and_then(|extension| extension.to_str())
+            .unwrap_or_default();
+        if !from.is_file() || !sources.contains(&extension) {
+            continue;
+        }
+        let to = copy.join(entry.file_name());
+        let content = fs::read(&from).map_err(Error::file("read", &from))?;
+        // make goes by the time of a file: what has not changed is left alone.
+        if fs::read(&to).ok().as_deref() != Some(&content) {
+            fs::write(&to, content).map_err(Error::file("write", &to))?;
+        }
+    }
+    step(
+        &format!("Building the kernel module for Linux {release}"),
+        || {
+            Run::new("make")
+                .arg("-C")
+                .arg(&headers)
+                .arg(format!("M={}", copy.display()))
+                .args(["KCFLAGS=-Werror", "modules"])
+                .cure("See make's words below")
+                .output()
+        },
+    )?;
+    Ok(copy.join("transhume.ko"))
+}
+
+/// Builds the two programs of the hosts, and returns their folder.
+pub fn host_programs(layout: &Layout) -> Result<PathBuf> {
+    step("Building transhumed and transhume", || {
+        cargo()
+            .folder(&layout.source)
+            .args([
+                "build",
+                "--quiet",
+                "--release",
+                "--package",
+                "transhume-host",
+                "--bins",
+            ])
+            .output()
+    })?;
+    Ok(layout.target.join("release"))
+}

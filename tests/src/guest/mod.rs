@@ -1,0 +1,10 @@
+//! The test bed's Linux guest: Debian's kernel, busybox, our module, agent and workload, and disks with
+//! real files on them.
+
+pub mod build;
+mod cpio;
+pub mod disk;
+mod image;
+mod modules;
+
+pub use image::{Boot, boot};

@@ -1,0 +1,130 @@
+//! Two hosts on one machine: network namespaces joined by one shaped link.
+//!
+//! They share the file system, which stands for shared storage: the same path is the same image on both.
+//! Each has folders of its own for sockets and state.
+
+mod network;
+mod sweep;
+mod wire;
+
+pub use wire::{Sample, Wire};
+
+use crate::cleanup::{Guard, Leftover};
+use crate::command::Run;
+use crate::{Error, Result};
+use std::fs;
+use std::path::PathBuf;
+
+/// The first host.
+pub const HOST_A: &str = "hosta";
+/// The second host.
+pub const HOST_B: &str = "hostb";
+/// Where both keep their sockets, in a folder a run: paths of sockets must be short.
+const RUN: &str = "/run";
+/// Begins the names of all that a run makes outside the work tree; its process id follows.
+const PREFIX: &str = "transhume-testbed-";
+
+/// One host.
+#[derive(Debug, Clone)]
+pub struct Host {
+    /// `hosta` or `hostb`.
+    pub name: &'static str,
+    /// Its address on the link.
+    pub address: &'static str,
+    /// Its folder for sockets, logs and state.
+    pub folder: PathBuf,
+    namespace: String,
+}
+
+impl Host {
+    /// A program that will run on this host.
+    pub fn run(&self, program: impl AsRef<std::ffi::OsStr>) -> Result<Run> {
+        Run::new(program).in_namespace(&network::path(&self.namespace))
+    }
+
+    /// Makes an empty folder of its own.
+    pub fn empty_folder(&self, name: &str) -> Result<PathBuf> {
+        let path = self.folder.join(name);
+        if path.exists() {
+            fs::remove_dir_all(&path).map_err(Error::file("remove", &path))?;
+        }
+        fs::create_dir_all(&path).map_err(Error::file("create", &path))?;
+        Ok(path)
+    }
+
+    /// Counts what its end of the link carries.
+    pub fn wire(&self) -> Result<Wire> {
+        Wire::watch(&network::path(&self.namespace))
+    }
+}
+
+/// Both hosts. All is removed when this is dropped.
+#[derive(Debug)]
+pub struct Hosts {
+    /// Where the guest starts.
+    pub a: Host,
+    /// Where it moves to.
+    pub b: Host,
+    _guards: Vec<Guard>,
+}
+
+/// What the link carries, in Mbit/s, each way. `None` leaves it unshaped.
+pub type Rate = Option<u32>;
+
+impl Hosts {
+    /// Sweeps what dead runs left, and makes two hosts.
+    pub fn new(rate: Rate) -> Result<Self> {
+        sweep::dead_runs();
+        let unique = unique();
+        let folder = PathBuf::from(RUN).join(&unique);
+        let mut guards = vec![Guard::new(Leftover::Folder(folder.clone()))];
+        let host = |name: &'static str, address| -> Result<Host> {
+            let folder = folder.join(name);
+            fs::create_dir_all(&folder).map_err(Error::file("create", &folder))?;
+            Ok(Host {
+                name,
+                address,
+                folder,
+                namespace: format!("{unique}-{name}"),
+            })
+        };
+        let a = host(HOST_A, network::ADDRESS_A)?;
+        let b = host(HOST_B, network::ADDRESS_B)?;
+        for host in [&a, &b] {
+            guards.push(Guard::new(Leftover::Namespace(host.namespace.clone())));
+            network::create(&host.namespace)?;
+        }
+        network::join(&a.namespace, &b.namespace)?;
+        let hosts = Self {
+            a,
+            b,
+            _guards: guards,
+        };
+        hosts.shape(rate)?;
+        Ok(hosts)
+    }
+
+    /// Shapes the link anew.
+    pub fn shape(&self, rate: Rate) -> Result<()> {
+        for host in [&self.a, &self.b] {
+            network::shape(&host.namespace, rate)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the link down, or up again: what a pulled cable does.
+    pub fn set_link(&self, up: bool) -> Result<()> {
+        network::set_link(&self.a.namespace, up)
+    }
+}
+
+/// Unlike any other run's, also of this process.
+fn unique() -> String {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    format!(
+        "{PREFIX}{}-{}",
+        std::process::id(),
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    )
+}

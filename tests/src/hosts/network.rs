@@ -1,0 +1,79 @@
+//! Namespaces and the link between them, by iproute2.
+
+use super::Rate;
+use crate::Result;
+use crate::command::Run;
+use std::path::PathBuf;
+
+/// From the range set aside for benchmarks (RFC 2544); nothing leaves the namespaces.
+pub(super) const ADDRESS_A: &str = "198.18.0.1";
+/// The other end.
+pub(super) const ADDRESS_B: &str = "198.18.0.2";
+const DEVICE: &str = "eth0";
+
+const CURE: &str = "The test bed needs root, network namespaces, veth and the qdisc tbf; in a container, run it privileged";
+
+fn ip(arguments: &str) -> Result<()> {
+    Run::new("ip")
+        .args(arguments.split_whitespace())
+        .cure(CURE)
+        .output()
+        .map(drop)
+}
+
+/// The file that stands for a namespace.
+pub(super) fn path(namespace: &str) -> PathBuf {
+    PathBuf::from("/run/netns").join(namespace)
+}
+
+/// Makes a namespace with a loopback device.
+pub(super) fn create(namespace: &str) -> Result<()> {
+    ip(&format!("netns add {namespace}"))?;
+    ip(&format!("-n {namespace} link set lo up"))
+}
+
+/// Joins two namespaces. Neither end is ever in this machine's own.
+pub(super) fn join(a: &str, b: &str) -> Result<()> {
+    ip(&format!(
+        "link add {DEVICE} netns {a} type veth peer name {DEVICE} netns {b}"
+    ))?;
+    for (namespace, address) in [(a, ADDRESS_A), (b, ADDRESS_B)] {
+        ip(&format!(
+            "-n {namespace} address add {address}/30 dev {DEVICE}"
+        ))?;
+        ip(&format!("-n {namespace} link set {DEVICE} up"))?;
+    }
+    Ok(())
+}
+
+/// A token bucket of 4 ms at the rate, so that 64 KiB segments pass, and a queue of 20 ms: with these
+/// one TCP connection reaches all of what is left of 1 Gbit/s after headers.
+pub(super) fn shape(namespace: &str, rate: Rate) -> Result<()> {
+    let tc = || Run::new("tc").args(["-n", namespace, "qdisc"]).cure(CURE);
+    let Some(rate) = rate else {
+        // None there is what is wanted.
+        let _ = tc().args(["delete", "dev", DEVICE, "root"]).finish()?;
+        return Ok(());
+    };
+    let burst = (u64::from(rate) * 1_000_000 / 8 * 4 / 1000).max(128 * 1024);
+    tc().args([
+        "replace",
+        "dev",
+        DEVICE,
+        "root",
+        "tbf",
+        "rate",
+        &format!("{rate}mbit"),
+    ])
+    .args(["burst", &burst.to_string(), "latency", "20ms"])
+    .output()
+    .map(drop)
+}
+
+/// Takes an end of the link down or up.
+pub(super) fn set_link(namespace: &str, up: bool) -> Result<()> {
+    ip(&format!(
+        "-n {namespace} link set {DEVICE} {}",
+        if up { "up" } else { "down" }
+    ))
+}

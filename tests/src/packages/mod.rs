@@ -1,0 +1,233 @@
+//! Debian packages, unpacked side by side under `target/testbed/roots` without being installed.
+//!
+//! apt runs with a configuration and a state of its own, on the mirror that this machine uses, and
+//! checks everything against Debian's archive keyring. What has been unpacked once needs no network
+//! again.
+
+mod apt;
+mod roots;
+mod sources;
+pub mod tools;
+
+use crate::layout::Layout;
+use crate::{Error, Result};
+use std::path::{Path, PathBuf};
+
+/// One folder of unpacked packages.
+struct Recipe {
+    name: &'static str,
+    /// For people.
+    title: &'static str,
+    packages: &'static [&'static str],
+    /// The suite to prefer over bookworm.
+    suite: Option<&'static str>,
+    /// Of the packages' closure, only names that begin so; all of them when empty.
+    keep: &'static [&'static str],
+}
+
+const QEMU_7_2: Recipe = Recipe {
+    name: "qemu-7.2",
+    title: "QEMU 7.2",
+    packages: &["qemu-system-x86"],
+    suite: None,
+    keep: &[],
+};
+const QEMU_10_0: Recipe = Recipe {
+    name: "qemu-10.0",
+    title: "QEMU 10.0 and its tools",
+    packages: &["qemu-system-x86", "qemu-utils"],
+    suite: Some("bookworm-backports"),
+    keep: &[],
+};
+const KERNEL_6_1: Recipe = Recipe {
+    name: "linux-6.1",
+    title: "Linux 6.1 and its headers",
+    packages: &["linux-image-cloud-amd64", "linux-headers-cloud-amd64"],
+    suite: None,
+    keep: &[
+        "linux-image-",
+        "linux-headers-",
+        "linux-kbuild-",
+        "linux-compiler-",
+    ],
+};
+const KERNEL_6_12: Recipe = Recipe {
+    name: "linux-6.12",
+    title: "Linux 6.12 and its headers",
+    packages: &[
+        "linux-image-6.12-cloud-amd64",
+        "linux-headers-6.12-cloud-amd64",
+    ],
+    suite: None,
+    keep: &[
+        "linux-image-",
+        "linux-headers-",
+        "linux-kbuild-",
+        "linux-compiler-",
+    ],
+};
+const BUSYBOX: Recipe = Recipe {
+    name: "busybox",
+    title: "busybox",
+    packages: &["busybox-static"],
+    suite: None,
+    keep: &[],
+};
+/// What a server holds in its page cache: a database or two, run-times, compilers.
+const FILES: Recipe = Recipe {
+    name: "files",
+    title: "1.5 GiB of real files for the guest's disks",
+    packages: &[
+        "openjdk-17-jre-headless",
+        "postgresql-15",
+        "mariadb-server",
+        "g++",
+        "git",
+        "python3-scipy",
+        "php8.2-cli",
+        "nodejs",
+    ],
+    suite: None,
+    keep: &[],
+};
+
+/// The releases of QEMU that the test bed runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Qemu {
+    /// Debian 12's.
+    V7_2,
+    /// Debian 12's from backports; Debian 13's.
+    V10_0,
+}
+
+impl Qemu {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::V7_2, Self::V10_0];
+
+    /// The release's number.
+    pub fn version(self) -> &'static str {
+        match self {
+            Self::V7_2 => "7.2",
+            Self::V10_0 => "10.0",
+        }
+    }
+
+    fn recipe(self) -> &'static Recipe {
+        match self {
+            Self::V7_2 => &QEMU_7_2,
+            Self::V10_0 => &QEMU_10_0,
+        }
+    }
+}
+
+/// The kernels that the test bed's Linux guests run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernel {
+    /// Debian 12's.
+    V6_1,
+    /// Debian 13's, as Debian 12 carries it too.
+    V6_12,
+}
+
+impl Kernel {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::V6_1, Self::V6_12];
+
+    /// The release's number.
+    pub fn version(self) -> &'static str {
+        match self {
+            Self::V6_1 => "6.1",
+            Self::V6_12 => "6.12",
+        }
+    }
+
+    fn recipe(self) -> &'static Recipe {
+        match self {
+            Self::V6_1 => &KERNEL_6_1,
+            Self::V6_12 => &KERNEL_6_12,
+        }
+    }
+}
+
+/// Gets packages, on demand, each set once.
+#[derive(Debug, Clone)]
+pub struct Packages {
+    layout: Layout,
+}
+
+impl Packages {
+    /// For a work tree.
+    pub fn new(layout: &Layout) -> Self {
+        Self {
+            layout: layout.clone(),
+        }
+    }
+
+    /// A runnable `qemu-system-x86_64`: a script that starts it from its own folder.
+    pub fn qemu(&self, version: Qemu) -> Result<PathBuf> {
+        let root = self.unpacked(version.recipe())?;
+        let path = roots::wrapper(&root, "usr/bin/qemu-system-x86_64", &roots::firmware(&root))?;
+        Ok(path)
+    }
+
+    /// A runnable tool of QEMU 10.0: `qemu-img`, `qemu-storage-daemon`, `qemu-nbd`, `qemu-io`.
+    pub fn qemu_tool(&self, name: &str) -> Result<PathBuf> {
+        let root = self.unpacked(&QEMU_10_0)?;
+        roots::wrapper(&root, &format!("usr/bin/{name}"), &[])
+    }
+
+    /// An unpacked kernel with its modules, headers and kbuild, made usable where it is.
+    pub fn kernel(&self, version: Kernel) -> Result<PathBuf> {
+        let root = self.unpacked(version.recipe())?;
+        roots::relocate_headers(&root)?;
+        Ok(root)
+    }
+
+    /// A static busybox.
+    pub fn busybox(&self) -> Result<PathBuf> {
+        let path = self.unpacked(&BUSYBOX)?.join("bin/busybox");
+        if path.exists() {
+            Ok(path)
+        } else {
+            Err(incomplete(&path))
+        }
+    }
+
+    /// Some 1.5 GiB of files of unpacked packages.
+    pub fn files(&self) -> Result<PathBuf> {
+        self.unpacked(&FILES)
+    }
+
+    /// Everything.
+    pub fn all(&self) -> Result<()> {
+        for version in Qemu::ALL {
+            self.qemu(version)?;
+        }
+        self.qemu_tool("qemu-storage-daemon")?;
+        for version in Kernel::ALL {
+            self.kernel(version)?;
+        }
+        self.busybox()?;
+        self.files()?;
+        Ok(())
+    }
+
+    fn unpacked(&self, recipe: &Recipe) -> Result<PathBuf> {
+        let root = self.layout.root(recipe.name);
+        if roots::is_complete(&root, recipe) {
+            return Ok(root);
+        }
+        let apt = apt::Apt::prepare(&self.layout)?;
+        let archives = apt.download(recipe)?;
+        roots::unpack(&root, recipe, &archives)?;
+        Ok(root)
+    }
+}
+
+/// A package does not hold what it should.
+fn incomplete(path: &Path) -> Error {
+    Error::machine(
+        format!("{} is not there after unpacking", path.display()),
+        "Remove target/testbed/roots and run again; if it stays, the package has changed",
+    )
+}

@@ -1,0 +1,204 @@
+//! Starts a QEMU for the test bed's guest.
+
+use super::qmp::Qmp;
+use super::serial::{Console, Side};
+use crate::command::Process;
+use crate::guest::Boot;
+use crate::hosts::Host;
+use crate::{Error, Result};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+/// How long a guest may take to boot and warm up.
+const BOOT: Duration = Duration::from_secs(180);
+
+/// A disk of a guest.
+#[derive(Debug, Clone)]
+pub struct DiskImage {
+    /// Its serial number, and its place below /disk in the guest.
+    pub id: String,
+    /// The image.
+    pub path: PathBuf,
+    /// "raw" or "qcow2".
+    pub format: &'static str,
+}
+
+/// What a guest is made of; the same for either side of a comparison.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    /// Its name.
+    pub name: String,
+    /// "q35", "pc", or a versioned type.
+    pub machine: String,
+    /// In MiB.
+    pub memory: u64,
+    /// How many.
+    pub vcpus: u32,
+    /// What it boots.
+    pub boot: Boot,
+    /// Its disks.
+    pub disks: Vec<DiskImage>,
+    /// Settings of the workload: `testbed.KEY=VALUE` on the kernel's command line.
+    pub settings: Vec<(&'static str, String)>,
+}
+
+impl Machine {
+    /// The kernel's command line.
+    pub fn append(&self) -> String {
+        let settings: String = self
+            .settings
+            .iter()
+            .map(|(key, value)| format!(" testbed.{key}={value}"))
+            .collect();
+        format!("console=ttyS0 quiet panic=-1 mitigations=off{settings}")
+    }
+
+    fn arguments(&self, folder: &Path) -> Vec<String> {
+        let path = |name: &str| folder.join(name).display().to_string();
+        let mut arguments: Vec<String> = Vec::new();
+        let mut add =
+            |words: &[&str]| arguments.extend(words.iter().map(|word| (*word).to_owned()));
+        add(&[
+            "-name",
+            &self.name,
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+        ]);
+        add(&["-machine", &self.machine, "-accel", "tcg,thread=multi"]);
+        add(&[
+            "-m",
+            &format!("{}M", self.memory),
+            "-smp",
+            &self.vcpus.to_string(),
+        ]);
+        add(&["-kernel", &self.boot.kernel.display().to_string()]);
+        add(&[
+            "-initrd",
+            &self.boot.initrd.display().to_string(),
+            "-append",
+            &self.append(),
+        ]);
+        add(&[
+            "-qmp",
+            &format!("unix:{},server=on,wait=off", path("qmp.sock")),
+        ]);
+        add(&[
+            "-chardev",
+            &format!(
+                "socket,id=serial,path={},server=on,wait=off,logfile={}",
+                path("serial.sock"),
+                path("serial.log")
+            ),
+        ]);
+        add(&["-serial", "chardev:serial", "-device", "virtio-serial-pci"]);
+        add(&[
+            "-chardev",
+            &format!(
+                "socket,id=agent,path={},server=on,wait=off",
+                path("agent.sock")
+            ),
+        ]);
+        add(&[
+            "-device",
+            "virtserialport,chardev=agent,name=org.transhume.agent.0",
+        ]);
+        for (index, disk) in self.disks.iter().enumerate() {
+            let DiskImage { id, path, format } = disk;
+            add(&[
+                "-drive",
+                &format!(
+                    "if=none,id=drive{index},cache=none,aio=threads,format={format},file={}",
+                    path.display()
+                ),
+            ]);
+            add(&[
+                "-device",
+                &format!("virtio-blk-pci,drive=drive{index},serial={id}"),
+            ]);
+        }
+        arguments
+    }
+
+    /// Starts it on a host; `incoming` waits for a migration.
+    pub fn start(&self, host: &Host, qemu: &Path, incoming: bool) -> Result<Vm> {
+        let folder = host.empty_folder(&self.name)?;
+        let log = folder.join("qemu.log");
+        let output = File::create(&log).map_err(Error::file("create", &log))?;
+        let errors = output.try_clone().map_err(Error::file("copy", &log))?;
+        let mut run = host
+            .run(qemu)?
+            .args(self.arguments(&folder))
+            .cure("See its words");
+        if incoming {
+            run = run.args(["-incoming", "defer"]);
+        }
+        run.command()
+            .stdout(Stdio::from(output))
+            .stderr(Stdio::from(errors));
+        let process = run.spawn()?;
+        let name = format!("{} on {}", self.name, host.name);
+        let alive = || still_runs(&name, &process, &log);
+        let qmp = Qmp::connect(&name, &folder.join("qmp.sock"), alive)?;
+        Ok(Vm {
+            name,
+            folder,
+            process,
+            qmp,
+            log,
+        })
+    }
+
+    /// Starts it on a host and waits until it works.
+    pub fn start_warm(&self, host: &Host, qemu: &Path, console: &Console) -> Result<Vm> {
+        let vm = self.start(host, qemu, false)?;
+        vm.listen(console, Side::Source)?;
+        console.wait_for("ready", 0, BOOT, || vm.alive())?;
+        Ok(vm)
+    }
+}
+
+fn still_runs(name: &str, process: &Process, log: &Path) -> Result<()> {
+    if process.ended() {
+        let words = fs::read_to_string(log).unwrap_or_default();
+        return Err(Error::Qemu {
+            name: name.to_owned(),
+            what: format!("it has ended: {}", words.trim()),
+        });
+    }
+    Ok(())
+}
+
+/// A running QEMU. Dropping it kills it.
+#[derive(Debug)]
+pub struct Vm {
+    /// Of the guest and the host.
+    pub name: String,
+    /// Its sockets and logs.
+    pub folder: PathBuf,
+    /// Its monitor.
+    pub qmp: Qmp,
+    process: Process,
+    log: PathBuf,
+}
+
+impl Vm {
+    /// Fails when it has ended.
+    pub fn alive(&self) -> Result<()> {
+        still_runs(&self.name, &self.process, &self.log)
+    }
+
+    /// Listens to its serial line.
+    pub fn listen(&self, console: &Console, side: Side) -> Result<()> {
+        console.attach(side, &self.folder.join("serial.sock"), || self.alive())
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> i32 {
+        self.process.id()
+    }
+}

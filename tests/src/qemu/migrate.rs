@@ -1,0 +1,118 @@
+//! Moves a guest by stock QEMU alone, at its best settings.
+
+use super::launch::Vm;
+use super::qmp::Event;
+use crate::{Error, Result};
+use serde_json::{Value, json};
+use std::fmt;
+use std::time::{Duration, SystemTime};
+
+const LIMIT: Duration = Duration::from_secs(300);
+const PORT: u16 = 4444;
+/// Far above any link here: QEMU is not to hold itself back.
+const BANDWIDTH: u64 = 10 << 30;
+
+/// The ways of QEMU's own that Transhume is compared with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stock {
+    /// One connection, pages as they are.
+    Plain,
+    /// Several connections, pages compressed by zstd at its fastest level.
+    MultifdZstd {
+        /// How many.
+        channels: u8,
+    },
+}
+
+impl fmt::Display for Stock {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Plain => write!(formatter, "plain"),
+            Self::MultifdZstd { channels } => write!(formatter, "multifd-zstd-{channels}"),
+        }
+    }
+}
+
+/// When what happened.
+#[derive(Debug, Clone, Copy)]
+pub struct Moments {
+    /// The source was told to migrate.
+    pub told: SystemTime,
+    /// The source's VM stopped.
+    pub stopped: SystemTime,
+    /// The destination's VM ran.
+    pub resumed: SystemTime,
+}
+
+impl Stock {
+    fn prepare(self, vm: &mut Vm) -> Result<()> {
+        let mut capabilities = vec![json!({ "capability": "return-path", "state": true })];
+        let mut parameters = json!({ "max-bandwidth": BANDWIDTH, "downtime-limit": 300 });
+        if let Self::MultifdZstd { channels } = self {
+            capabilities.push(json!({ "capability": "multifd", "state": true }));
+            parameters["multifd-channels"] = channels.into();
+            parameters["multifd-compression"] = "zstd".into();
+            parameters["multifd-zstd-level"] = 1.into();
+        }
+        // Its events tell when it has ended.
+        capabilities.push(json!({ "capability": "events", "state": true }));
+        vm.qmp.execute(
+            "migrate-set-capabilities",
+            json!({ "capabilities": capabilities }),
+        )?;
+        vm.qmp.execute("migrate-set-parameters", parameters)?;
+        Ok(())
+    }
+
+    /// Moves the guest from one QEMU to another that listens at an address, and waits until it runs there.
+    pub fn migrate(self, source: &mut Vm, destination: &mut Vm, address: &str) -> Result<Moments> {
+        self.prepare(source)?;
+        self.prepare(destination)?;
+        let uri = format!("tcp:{address}:{PORT}");
+        destination
+            .qmp
+            .execute("migrate-incoming", json!({ "uri": uri }))?;
+        let told = SystemTime::now();
+        source.qmp.execute("migrate", json!({ "uri": uri }))?;
+        let stopped = source.qmp.event("the guest's pause", LIMIT, |event| {
+            event.name == "STOP" || status(event) == Some("failed")
+        })?;
+        if stopped.name != "STOP" {
+            return Err(failed(source));
+        }
+        let resumed = destination
+            .qmp
+            .event("the guest's start", LIMIT, |event| event.name == "RESUME")?;
+        source.qmp.event("the migration's end", LIMIT, |event| {
+            status(event) == Some("completed")
+        })?;
+        Ok(Moments {
+            told,
+            stopped: stopped.at,
+            resumed: resumed.at,
+        })
+    }
+}
+
+fn status(event: &Event) -> Option<&str> {
+    if event.name == "MIGRATION" {
+        event.data["status"].as_str()
+    } else {
+        None
+    }
+}
+
+fn failed(source: &mut Vm) -> Error {
+    let answer = source
+        .qmp
+        .execute("query-migrate", json!({}))
+        .unwrap_or(Value::Null);
+    let what = answer["error-desc"]
+        .as_str()
+        .unwrap_or("no reason given")
+        .to_owned();
+    Error::Qemu {
+        name: source.name.clone(),
+        what: format!("the migration failed: {what}"),
+    }
+}

@@ -1,0 +1,8 @@
+//! Runs real QEMUs by hand: for the side that Transhume is compared with, and for adoption.
+
+mod launch;
+pub mod migrate;
+pub mod qmp;
+pub mod serial;
+
+pub use launch::{DiskImage, Machine, Vm};

@@ -1,0 +1,224 @@
+//! The guest's serial line, at the source and at the destination: what it says, and when it said it.
+
+use crate::cleanup::still_time;
+use crate::{Error, Result};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+/// Where a line came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// The host that the guest starts on.
+    Source,
+    /// The host that it moves to.
+    Destination,
+}
+
+/// A beat of the guest's workload.
+#[derive(Debug, Clone, Copy)]
+pub struct Beat {
+    /// When it reached this machine.
+    pub at: SystemTime,
+    /// From which host.
+    pub side: Side,
+    /// The guest's clock, in ms since its work began.
+    pub clock_ms: u64,
+    /// Requests served.
+    pub work: u64,
+    /// Pages written.
+    pub dirtied: u64,
+}
+
+#[derive(Debug, Default)]
+struct Log {
+    beats: Vec<Beat>,
+    lines: Vec<(Side, String)>,
+    writers: Vec<(Side, UnixStream)>,
+}
+
+/// What a guest said over its life, on whichever host.
+#[derive(Debug, Clone)]
+pub struct Console {
+    name: String,
+    shared: Arc<(Mutex<Log>, Condvar)>,
+}
+
+impl Console {
+    /// Of a guest by this name.
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            shared: Arc::default(),
+        }
+    }
+
+    fn log(&self) -> MutexGuard<'_, Log> {
+        self.shared.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Listens to the guest on one host.
+    pub fn attach(&self, side: Side, path: &Path, alive: impl Fn() -> Result<()>) -> Result<()> {
+        let stream = super::qmp::connect(path, alive)?;
+        let reader = stream.try_clone().map_err(Error::system("copy a socket"))?;
+        self.log().writers.push((side, stream));
+        let shared = Arc::clone(&self.shared);
+        std::thread::Builder::new()
+            .name("serial".into())
+            .spawn(move || {
+                let mut reader = BufReader::new(reader);
+                let mut line = Vec::new();
+                while reader
+                    .read_until(b'\n', &mut line)
+                    .is_ok_and(|length| length > 0)
+                {
+                    let at = SystemTime::now();
+                    let text = String::from_utf8_lossy(&line).trim().to_owned();
+                    line.clear();
+                    let mut log = shared.0.lock().unwrap_or_else(PoisonError::into_inner);
+                    match beat(&text, at, side) {
+                        Some(beat) => log.beats.push(beat),
+                        None => log.lines.push((side, text)),
+                    }
+                    shared.1.notify_all();
+                }
+            })
+            .map_err(Error::system("start a thread"))?;
+        Ok(())
+    }
+
+    /// Says a line to the guest on one host.
+    pub fn tell(&self, side: Side, line: &str) -> Result<()> {
+        let log = self.log();
+        let writer = log.writers.iter().rev().find(|(at, _)| *at == side);
+        let Some((_, writer)) = writer else {
+            return Err(self.wrong("nobody listens to its serial line"));
+        };
+        let mut writer = writer;
+        writer
+            .write_all(format!("{line}\n").as_bytes())
+            .map_err(Error::system("write to the serial line"))
+    }
+
+    fn wrong(&self, what: impl Into<String>) -> Error {
+        Error::Guest {
+            name: self.name.clone(),
+            what: what.into(),
+        }
+    }
+
+    /// Waits for a line that begins so, from here on. A line that begins with `bad` is an error.
+    pub fn wait_for(
+        &self,
+        prefix: &str,
+        from: usize,
+        limit: Duration,
+        alive: impl Fn() -> Result<()>,
+    ) -> Result<String> {
+        let start = Instant::now();
+        let mut log = self.log();
+        let mut next = from;
+        loop {
+            while let Some((_, line)) = log.lines.get(next) {
+                if line.starts_with(prefix) {
+                    return Ok(line.clone());
+                }
+                if line.starts_with("bad ") || line.contains("Kernel panic") {
+                    return Err(self.wrong(line.clone()));
+                }
+                next += 1;
+            }
+            if start.elapsed() > limit {
+                let last = log
+                    .lines
+                    .last()
+                    .map_or("nothing", |(_, line)| line.as_str());
+                return Err(Error::Late {
+                    what: format!("\"{prefix}\" from the guest {}", self.name),
+                    seconds: limit.as_secs(),
+                    hint: format!("It said last: {last}"),
+                });
+            }
+            log = self
+                .shared
+                .1
+                .wait_timeout(log, Duration::from_millis(200))
+                .map_or_else(|error| error.into_inner().0, |(log, _)| log);
+            still_time()?;
+            alive()?;
+        }
+    }
+
+    /// How many lines there are, for [`Self::wait_for`].
+    pub fn mark(&self) -> usize {
+        self.log().lines.len()
+    }
+
+    /// All beats so far.
+    pub fn beats(&self) -> Vec<Beat> {
+        self.log().beats.clone()
+    }
+
+    /// Fails if the guest has found something wrong with its data.
+    pub fn nothing_bad(&self) -> Result<()> {
+        match self
+            .log()
+            .lines
+            .iter()
+            .find(|(_, line)| line.starts_with("bad "))
+        {
+            Some((_, line)) => Err(self.wrong(line.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// Has the guest compare all its data; returns its answer when all is well.
+    pub fn check(
+        &self,
+        side: Side,
+        limit: Duration,
+        alive: impl Fn() -> Result<()>,
+    ) -> Result<String> {
+        let mark = self.mark();
+        self.tell(side, "check")?;
+        let answer = self.wait_for("check ", mark, limit, alive)?;
+        self.nothing_bad()?;
+        if answer.starts_with("check ok") {
+            Ok(answer)
+        } else {
+            Err(self.wrong(answer))
+        }
+    }
+}
+
+/// `beat MS WORK DIRTIED`
+fn beat(line: &str, at: SystemTime, side: Side) -> Option<Beat> {
+    let mut words = line
+        .strip_prefix("beat ")?
+        .split_whitespace()
+        .map(|word| word.parse().ok());
+    let mut number = || words.next().flatten();
+    Some(Beat {
+        at,
+        side,
+        clock_ms: number()?,
+        work: number()?,
+        dirtied: number()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn beats_are_read_and_other_lines_are_not() {
+        let now = SystemTime::now();
+        let read = beat("beat 20 3 4", now, Side::Source).expect("a beat");
+        assert_eq!((read.clock_ms, read.work, read.dirtied), (20, 3, 4));
+        assert!(beat("beat 20 3", now, Side::Source).is_none());
+        assert!(beat("ready", now, Side::Source).is_none());
+    }
+}
