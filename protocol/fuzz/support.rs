@@ -2,7 +2,8 @@
 
 /// Splits off the first byte, or 0 if there is none.
 pub fn first(data: &[u8]) -> (u8, &[u8]) {
-    data.split_first().map_or((0, data), |(&byte, rest)| (byte, rest))
+    data.split_first()
+        .map_or((0, data), |(&byte, rest)| (byte, rest))
 }
 
 /// Makes long runs cheap for the fuzzer: `0xff n` stands for 4096 bytes of `n`, `0xff 0xff` for one 0xff.

@@ -12,7 +12,13 @@ use transhume_protocol_fuzz::{expand, first};
 fn start() -> Vec<u8> {
     let mut out = Vec::new();
     let machine = "pc-q35-7.2";
-    start_stream(&Configuration { machine, uuid: None }, &mut out);
+    start_stream(
+        &Configuration {
+            machine,
+            uuid: None,
+        },
+        &mut out,
+    );
     let block = |name: &str, length| Block {
         name: name.to_owned(),
         length,
@@ -64,7 +70,9 @@ fn encode(item: &Item<'_>, bytes: &[u8], encoder: &mut Encoder, decoder: &Decode
             if item.length > 8 + 1 {
                 encoder.forget_block();
             }
-            encoder.zero(*page, *fill, &mut out).expect("it was checked");
+            encoder
+                .zero(*page, *fill, &mut out)
+                .expect("it was checked");
         }
         Kind::RamBlocks => {
             let section = decoder.ram_section().expect("it has begun");
@@ -97,6 +105,9 @@ fuzz_target!(|data: &[u8]| {
     let steps = [1, 7, 64, 1000, 4096, 5000];
     let step = steps[usize::from(mode >> 1) % steps.len()];
     let pieces = lengths(&stream, step);
-    assert_eq!(whole.0.iter().sum::<usize>(), pieces.0.iter().sum::<usize>());
+    assert_eq!(
+        whole.0.iter().sum::<usize>(),
+        pieces.0.iter().sum::<usize>()
+    );
     assert_eq!(whole, pieces);
 });
