@@ -153,21 +153,9 @@ impl Decoder {
     pub fn next<'a>(&mut self, input: &'a [u8]) -> Result<Option<Item<'a>>, Error> {
         // Nearly all of a stream is pages of the block before.
         if self.expected == Expected::Record
-            && let Some((word, rest)) = input.split_first_chunk()
-            && let word = u64::from_be_bytes(*word)
-            && word & FLAGS == flag::PAGE | flag::CONTINUE
-            && let offset = word & !FLAGS
-            && offset < self.last_length
-            && let Some(block) = self.last
-            && let Some(data) = rest.first_chunk()
+            && let Some(item) = self.next_page(input)
         {
-            return Ok(Some(Item {
-                length: 8 + PAGE_SIZE,
-                kind: Kind::Page {
-                    page: Page { block, offset },
-                    data,
-                },
-            }));
+            return Ok(Some(item));
         }
         let mut reader = Reader::new(input);
         match self.read(&mut reader) {
@@ -178,6 +166,33 @@ impl Decoder {
             Err(Stop::More) => Ok(None),
             Err(Stop::Failed(error)) => Err(error),
         }
+    }
+
+    /// The item if it is a page of the block before, is whole and lies in the block.
+    #[inline]
+    fn next_page<'a>(&self, input: &'a [u8]) -> Option<Item<'a>> {
+        const PAGE: u64 = flag::PAGE | flag::CONTINUE;
+        const ZERO: u64 = flag::ZERO | flag::CONTINUE;
+        let (word, rest) = input.split_first_chunk()?;
+        let word = u64::from_be_bytes(*word);
+        let offset = word & !FLAGS;
+        let block = self.last.filter(|_| offset < self.last_length)?;
+        let page = Page { block, offset };
+        let (content, kind) = match word & FLAGS {
+            PAGE => {
+                let data = rest.first_chunk()?;
+                (PAGE_SIZE, Kind::Page { page, data })
+            }
+            ZERO => {
+                let &fill = rest.first()?;
+                (1, Kind::Zero { page, fill })
+            }
+            _ => return None,
+        };
+        Some(Item {
+            length: 8 + content,
+            kind,
+        })
     }
 
     /// Reads an item; changes `self` only if it was whole.

@@ -1,0 +1,39 @@
+//! Messages of the agent's channel, both ways, ranges included.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use transhume_protocol::agent::{
+    AgentMessage, HEADER_LEN, HostMessage, MAX_FRAME_LEN, MAX_PAYLOAD_LEN, RangeEncoder,
+};
+use transhume_protocol_fuzz::first;
+
+fuzz_target!(|data: &[u8]| {
+    let (kind, payload) = first(data);
+    let payload = &payload[..payload.len().min(MAX_PAYLOAD_LEN)];
+    let mut out = vec![0; MAX_FRAME_LEN];
+    if let Ok(message) = HostMessage::decode(kind, payload) {
+        let length = message.encode(&mut out).expect("it fits");
+        assert_eq!(&out[HEADER_LEN..length], payload);
+    }
+    let Ok(message) = AgentMessage::decode(kind, payload) else {
+        return;
+    };
+    let length = message.encode(&mut out).expect("it fits");
+    assert_eq!(&out[HEADER_LEN..length], payload);
+    let AgentMessage::Ranges(ranges) = message else {
+        return;
+    };
+    let decoded: Vec<_> = ranges.iter(8).map_while(Result::ok).collect();
+    let mut encoder = RangeEncoder::new(&mut out, ranges.disk, 8).expect("it fits");
+    for &range in &decoded {
+        assert!(range.pages > 0);
+        assert!(encoder.add(range), "no longer than it was");
+    }
+    let length = encoder.finish().expect("it fits");
+    let Ok(AgentMessage::Ranges(again)) = AgentMessage::decode(kind, &out[HEADER_LEN..length])
+    else {
+        panic!("ranges are no longer ranges");
+    };
+    let again: Result<Vec<_>, _> = again.iter(8).collect();
+    assert_eq!(again.as_ref(), Ok(&decoded));
+});

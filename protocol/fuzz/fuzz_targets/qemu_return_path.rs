@@ -1,0 +1,27 @@
+//! QEMU's return path: what is understood encodes to the same bytes.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use transhume_protocol::qemu::return_path::{MAX_MESSAGE_LEN, Message};
+
+fuzz_target!(|data: &[u8]| {
+    let mut rest = data;
+    loop {
+        match Message::decode(rest) {
+            Ok(Some((message, used))) => {
+                let mut out = Vec::new();
+                message.encode(&mut out);
+                assert_eq!(out, &rest[..used]);
+                for cut in 0..used {
+                    assert_eq!(Message::decode(&rest[..cut]), Ok(None));
+                }
+                rest = &rest[used..];
+            }
+            Ok(None) => {
+                assert!(rest.len() < MAX_MESSAGE_LEN);
+                return;
+            }
+            Err(_) => return,
+        }
+    }
+});
