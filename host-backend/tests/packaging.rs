@@ -4,7 +4,7 @@ use transhume_host::hypervisor::Definition;
 
 #[test]
 fn the_example_of_a_vm_is_valid() {
-    let definition = Definition::parse(include_str!("../../packaging/examples/web1.toml")).unwrap();
+    let definition = Definition::parse(include_str!("../../packaging/host/web1.toml")).unwrap();
     assert_eq!(definition.name, "web1");
     assert_eq!(definition.disks.len(), 2);
     let data = &definition.disks[1];

@@ -11,7 +11,7 @@ use transhume_protocol::nbd::NbdError;
 #[non_exhaustive]
 pub enum Error {
     /// Opening the file or device failed.
-    #[error("cannot open disk {path}: check that it exists on this host and may be read")]
+    #[error("cannot open disk {path}: {source}; check that it exists on this host and may be read")]
     Open {
         /// The disk.
         path: PathBuf,
@@ -56,7 +56,7 @@ pub enum Error {
         offset: u64,
     },
     /// The system refused a read.
-    #[error("cannot read disk {path} at {offset}")]
+    #[error("cannot read disk {path} at {offset}: {source}")]
     Read {
         /// The disk.
         path: PathBuf,
@@ -69,7 +69,9 @@ pub enum Error {
     #[error("no buffer of {0} bytes: it is empty, longer than is allowed, or memory is short")]
     Buffer(usize),
     /// The socket of an export could not be made.
-    #[error("cannot make a socket in {path}: check that the run directory exists and is ours")]
+    #[error(
+        "cannot make a socket in {path}: {source}; check that the run directory exists and is ours"
+    )]
     Socket {
         /// The directory.
         path: PathBuf,
@@ -78,7 +80,7 @@ pub enum Error {
     },
     /// The storage daemon could not be started.
     #[error(
-        "cannot start {program}: install the package qemu-system-common (Debian), or correct its path"
+        "cannot start {program}: {source}; install the package qemu-system-common (Debian), or correct its path"
     )]
     Start {
         /// The program.
@@ -87,24 +89,23 @@ pub enum Error {
         source: io::Error,
     },
     /// The storage daemon did not offer the disk, or stopped offering it.
-    #[error("the export of disk {path} failed: {said}")]
+    #[error("the export of disk {path} failed: {source}; {said}")]
     Export {
         /// The disk.
         path: PathBuf,
         /// What it said, or what else is known.
         said: String,
         /// What we saw of it.
-        #[source]
         source: Box<Error>,
     },
     /// The server closed the connection, or the system did.
-    #[error("the connection to the NBD server broke")]
+    #[error("the connection to the NBD server broke: {0}")]
     Connection(#[source] io::Error),
     /// The server did not answer in time.
     #[error("the NBD server gave no answer for {0:?}: its storage may hang")]
     Silent(Duration),
     /// The server sent what NBD does not allow.
-    #[error("the NBD server broke the protocol")]
+    #[error("the NBD server broke the protocol: {0}")]
     Protocol(#[from] NbdError),
     /// The server refused the export.
     #[error("the NBD server refused the export with code {code}: {said}")]

@@ -202,7 +202,7 @@ impl Process {
         if said.is_empty() {
             "the storage daemon said nothing".into()
         } else {
-            said
+            format!("the storage daemon said: {said}")
         }
     }
 }

@@ -23,6 +23,8 @@ pub use error::Error;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+const STORAGE_DAEMON: &str = "qemu-storage-daemon";
+
 /// Offsets and lengths of reads are multiples of this, in bytes.
 pub const SECTOR: u64 = 512;
 
@@ -43,11 +45,22 @@ impl Settings {
     /// The usual settings, with this run directory.
     pub fn new(run_directory: impl Into<PathBuf>) -> Self {
         Self {
-            storage_daemon: PathBuf::from("qemu-storage-daemon"),
+            storage_daemon: PathBuf::from(STORAGE_DAEMON),
             run_directory: run_directory.into(),
             connections: 8,
             patience: Duration::from_secs(30),
         }
+    }
+
+    /// Takes the storage daemon that is in the same folder as this QEMU, if there is one: it then is of
+    /// the same release.
+    #[must_use]
+    pub fn beside(mut self, qemu: &Path) -> Self {
+        let storage_daemon = qemu.with_file_name(STORAGE_DAEMON);
+        if storage_daemon.is_file() {
+            self.storage_daemon = storage_daemon;
+        }
+        self
     }
 }
 
@@ -93,6 +106,17 @@ fn check_range(size: u64, offset: u64, length: usize) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_storage_daemon_beside_qemu_is_taken_if_there_is_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let qemu = folder.path().join("qemu-system-x86_64");
+        let settings = Settings::new("/run").beside(&qemu);
+        assert_eq!(settings.storage_daemon, Path::new(STORAGE_DAEMON));
+        std::fs::write(folder.path().join(STORAGE_DAEMON), "").unwrap();
+        let settings = settings.beside(&qemu);
+        assert_eq!(settings.storage_daemon, folder.path().join(STORAGE_DAEMON));
+    }
 
     #[test]
     fn only_whole_sectors_within_the_disk_are_read() {

@@ -254,7 +254,8 @@ async fn open_volumes(
     fit: &Fit,
     settings: &LaunchSettings,
 ) -> Result<Vec<Box<dyn volume::Reader>>, String> {
-    let run = volume::Settings::new(settings.run_directory.clone());
+    let run = volume::Settings::new(settings.run_directory.clone())
+        .beside(settings.binary(&fit.definition));
     let disks: Vec<_> = fit
         .definition
         .disks
