@@ -2,6 +2,7 @@
 //! made of. A room knows the rooms below it only:
 //! `control` → `relay` → `pages`, `guest`, `volume`, `link`, `hypervisor`.
 
+pub mod control;
 pub mod guest;
 pub mod hypervisor;
 pub mod link;

@@ -21,7 +21,7 @@ pub use files::{LaunchSettings, RunFiles};
 pub use layout::Layout;
 pub use qmp::Qmp;
 pub use size::Size;
-pub use vm::Vm;
+pub use vm::{Vm, is_block_device};
 
 /// What this room's functions return.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -123,7 +123,11 @@ impl Offer {
         definition: &Definition,
         settings: &LaunchSettings,
     ) -> Option<Refusal> {
-        let Some(here) = version_here(definition, settings).await else {
+        // A QEMU that does not run at all is refused by check_here.
+        let text = ask(settings.binary(definition), &["--version"])
+            .await
+            .ok()?;
+        let Some(here) = parse_version(&text) else {
             return Some(Refusal::new(
                 format!("{} tells no version", settings.binary(definition).display()),
                 "set `qemu` to a qemu-system-x86_64",
@@ -172,7 +176,9 @@ impl Offer {
 
 /// Version of the QEMU that would run the VM here; `None` if it tells none.
 pub async fn version_here(definition: &Definition, settings: &LaunchSettings) -> Option<Version> {
-    let text = ask(settings.binary(definition), &["--version"]).await.ok()?;
+    let text = ask(settings.binary(definition), &["--version"])
+        .await
+        .ok()?;
     parse_version(&text)
 }
 

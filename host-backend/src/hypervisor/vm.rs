@@ -261,6 +261,7 @@ async fn connect_to_new(path: &Path) -> Result<Qmp> {
     }
 }
 
-fn is_block_device(path: &Path) -> bool {
+/// Whether a path of this host is a block device.
+pub fn is_block_device(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
 }

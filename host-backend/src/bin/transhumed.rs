@@ -1,0 +1,69 @@
+//! The service of Transhume: one on each host.
+
+use clap::Parser;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
+use transhume_host::control::{config::Config, server};
+
+/// Keeps this host's VMs, and moves them to and from other hosts.
+#[derive(Debug, Parser)]
+#[command(
+    name = "transhumed",
+    version,
+    after_help = "Example:\n  transhumed --config /etc/transhume/transhumed.toml\n\n\
+                  A configuration needs one line, host = \"NAME\", and [hosts.OTHER] with address = \
+                  \"ADDRESS:7465\" for each host that VMs are to move to.\n\n\
+                  Exit codes:\n  0  ended by SIGTERM or SIGINT; its VMs go on\n  1  could not begin\n  \
+                  2  the command line is wrong\n  3  the configuration is wrong, or another transhumed runs"
+)]
+struct Arguments {
+    /// The configuration
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "/etc/transhume/transhumed.toml"
+    )]
+    config: PathBuf,
+    /// What to log: error, warn, info, debug, trace, or by part, as in "info,transhume_host::relay=debug"
+    #[arg(
+        long,
+        value_name = "FILTER",
+        env = "TRANSHUME_LOG",
+        default_value = "info"
+    )]
+    log: String,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let filter = match EnvFilter::try_new(&arguments.log) {
+        Ok(filter) => filter,
+        Err(error) => {
+            eprintln!(
+                "transhumed: --log {}: {error}; write a level, as in info",
+                arguments.log
+            );
+            return ExitCode::from(2);
+        }
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
+    let result = match Config::load(&arguments.config) {
+        Ok(config) => server::run(config).await,
+        Err(error) => Err(error),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("transhumed: {error}");
+            ExitCode::from(error.kind().exit_code())
+        }
+    }
+}

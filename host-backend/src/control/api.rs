@@ -1,0 +1,304 @@
+//! What the service and its clients say to each other: JSON objects, one a line, over a unix socket. A
+//! request gets one response; `job-follow` gets one at each change until its job has ended.
+
+use crate::relay::progress::{Snapshot, Summary};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// Bytes that a request's line may have: a definition's text, escaped.
+pub const MAX_REQUEST: usize = 1 << 20;
+/// Bytes that a response's line may have.
+pub const MAX_RESPONSE: usize = 8 << 20;
+
+/// What a client asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// Start a VM: answered by [`Response::Vm`].
+    VmStart {
+        /// Its definition, as TOML.
+        definition: String,
+    },
+    /// Take over a running QEMU: answered by [`Response::Vm`].
+    VmAdopt {
+        /// Its definition, as TOML.
+        definition: String,
+        /// Its QMP socket.
+        qmp: PathBuf,
+    },
+    /// QEMU's arguments for a definition: answered by [`Response::Arguments`].
+    VmArguments {
+        /// The definition, as TOML.
+        definition: String,
+    },
+    /// All VMs of this host: answered by [`Response::Vms`].
+    VmList,
+    /// One VM: answered by [`Response::Vm`].
+    VmShow {
+        /// Which.
+        name: String,
+    },
+    /// End a VM: answered by [`Response::Done`].
+    VmStop {
+        /// Which.
+        name: String,
+        /// As if power were cut.
+        force: bool,
+    },
+    /// Run a VM that stands still: answered by [`Response::Vm`].
+    VmResume {
+        /// Which.
+        name: String,
+    },
+    /// Move a VM: answered by [`Response::Job`] as soon as the job has started.
+    Migrate {
+        /// Which.
+        name: String,
+        /// To which host of `[hosts]`.
+        to: String,
+        /// Only tell what would be done.
+        dry_run: bool,
+    },
+    /// All jobs: answered by [`Response::Jobs`].
+    JobList,
+    /// One job: answered by [`Response::Job`].
+    JobShow {
+        /// Which.
+        id: u64,
+    },
+    /// One job until its end: answered by [`Response::Job`] again and again.
+    JobFollow {
+        /// Which.
+        id: u64,
+    },
+    /// End a job; the VM runs on at the source: answered by [`Response::Job`].
+    JobCancel {
+        /// Which.
+        id: u64,
+    },
+}
+
+/// What the service answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Response {
+    /// A VM.
+    Vm(Box<VmInfo>),
+    /// All VMs, by name.
+    Vms(Vec<VmInfo>),
+    /// QEMU's command line, the binary first.
+    Arguments(Vec<String>),
+    /// A job.
+    Job(Box<JobInfo>),
+    /// All jobs, the oldest first.
+    Jobs(Vec<JobInfo>),
+    /// It is done; in words.
+    Done(String),
+    /// It is not done.
+    Error(Failure),
+}
+
+/// Why something was not done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// What that means for the guest.
+    pub kind: FailureKind,
+    /// Cause and cure, for people.
+    pub message: String,
+}
+
+/// What a failure means for the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailureKind {
+    /// It failed.
+    Failed,
+    /// It was refused before anything was touched.
+    Refused,
+    /// The migration failed or was cancelled; the guest runs at the source.
+    MigrationFailed,
+    /// The outcome is not known: an operator must look.
+    Unresolved,
+}
+
+impl FailureKind {
+    /// The exit code of `transhume`.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Self::Failed => 1,
+            Self::Refused => 3,
+            Self::MigrationFailed => 4,
+            Self::Unresolved => 5,
+        }
+    }
+}
+
+/// A VM of this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct VmInfo {
+    /// Its name.
+    pub name: String,
+    /// QEMU's word (`running`, `paused`, …), or ours: `starting`, `unreachable`.
+    pub state: String,
+    /// More on the state, with what to do.
+    pub note: Option<String>,
+    /// The job that moves it.
+    pub job: Option<u64>,
+    /// What runs it; absent while it is starting or unreachable.
+    pub machine: Option<MachineInfo>,
+}
+
+/// What runs a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MachineInfo {
+    /// The machine type in full.
+    pub machine_type: String,
+    /// `kvm` or `tcg`.
+    pub accelerator: String,
+    /// The CPU model.
+    pub cpu: String,
+    /// Its memory, in bytes.
+    pub memory_bytes: u64,
+    /// Its virtual CPUs.
+    pub vcpus: u32,
+    /// QEMU's version.
+    pub qemu_version: String,
+    /// QEMU's process.
+    pub pid: Option<u32>,
+    /// QEMU's QMP socket, which the service holds.
+    pub qmp: PathBuf,
+    /// The socket of the agent's channel.
+    pub agent: Option<PathBuf>,
+    /// The serial console's socket, for VMs that were started here.
+    pub serial: Option<PathBuf>,
+    /// The screen's socket, for VMs that were started here.
+    pub vnc: Option<PathBuf>,
+    /// QEMU's log, for VMs that were started here.
+    pub log: Option<PathBuf>,
+    /// Its disks.
+    pub disks: Vec<DiskInfo>,
+}
+
+/// A VM's disk on this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DiskInfo {
+    /// Its id.
+    pub id: String,
+    /// `raw` or `qcow2`.
+    pub format: String,
+    /// Where it is here.
+    pub path: PathBuf,
+    /// Whether the guest may not write to it.
+    pub read_only: bool,
+}
+
+/// How a job stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum JobState {
+    /// It goes on.
+    Running,
+    /// The VM runs at its destination.
+    Completed,
+    /// A dry run has told its plan.
+    Planned,
+    /// It was refused before the guest was touched.
+    Refused,
+    /// It failed; the VM runs at the source.
+    Failed,
+    /// It was cancelled; the VM runs at the source.
+    Cancelled,
+    /// Nobody knows who has the VM: an operator must look.
+    Unresolved,
+}
+
+impl JobState {
+    /// What `transhume` exits with when the job ended so; `None` for a success.
+    pub fn failure(self) -> Option<FailureKind> {
+        match self {
+            Self::Running | Self::Completed | Self::Planned => None,
+            Self::Refused => Some(FailureKind::Refused),
+            Self::Failed | Self::Cancelled => Some(FailureKind::MigrationFailed),
+            Self::Unresolved => Some(FailureKind::Unresolved),
+        }
+    }
+}
+
+/// A migration, running or ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct JobInfo {
+    /// Its number on this host.
+    pub id: u64,
+    /// The VM.
+    pub vm: String,
+    /// The host that it leaves.
+    pub from: String,
+    /// The host that it goes to.
+    pub to: String,
+    /// Whether it only tells what would be done.
+    pub dry_run: bool,
+    /// How it stands.
+    pub state: JobState,
+    /// When it started, in milliseconds since 1970.
+    pub started_ms: u64,
+    /// Where it is, or was when it ended.
+    pub progress: Snapshot,
+    /// Why it did not succeed, with what to do.
+    pub error: Option<String>,
+    /// How it went, when it is completed.
+    pub summary: Option<Summary>,
+    /// What would be done, when it is planned.
+    pub plan: Option<serde_json::Value>,
+    /// The plan, for people.
+    pub plan_text: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_what_the_documentation_says() {
+        for (request, text) in [
+            (Request::VmList, r#"{"command":"vm-list"}"#),
+            (
+                Request::VmStop {
+                    name: "web1".to_owned(),
+                    force: true,
+                },
+                r#"{"command":"vm-stop","name":"web1","force":true}"#,
+            ),
+            (
+                Request::Migrate {
+                    name: "web1".to_owned(),
+                    to: "hostb".to_owned(),
+                    dry_run: false,
+                },
+                r#"{"command":"migrate","name":"web1","to":"hostb","dry_run":false}"#,
+            ),
+            (
+                Request::JobCancel { id: 3 },
+                r#"{"command":"job-cancel","id":3}"#,
+            ),
+        ] {
+            assert_eq!(serde_json::to_string(&request).expect("JSON"), text);
+            assert_eq!(
+                serde_json::from_str::<Request>(text).expect("a request"),
+                request
+            );
+        }
+        for text in [
+            r#"{"command":"vm-stop","name":"web1","force":true,"now":true}"#,
+            r#"{"command":"vm-stop","name":"web1"}"#,
+            r#"{"command":"rm"}"#,
+            "{}",
+            "[]",
+        ] {
+            assert!(serde_json::from_str::<Request>(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,387 @@
+//! The command `transhume`.
+
+use super::api::{FailureKind, JobInfo, Request, Response};
+use super::client::Client;
+use super::show;
+use super::{Error, Result};
+use crate::hypervisor::definition;
+use clap::{Args, Parser, Subcommand};
+use std::io::{IsTerminal, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done
+  1    failed
+  2    the command line is wrong
+  3    refused before anything was touched
+  4    the migration failed or was cancelled, and the guest runs at the source
+  5    the outcome is not known: an operator must look
+  130  Ctrl-C while following a job, which goes on";
+
+/// Moves running virtual machines between hosts.
+#[derive(Debug, Parser)]
+#[command(
+    name = "transhume",
+    version,
+    about = "Moves running virtual machines between hosts",
+    after_help = "Example:\n  transhume vm start web1.toml\n  transhume migrate web1 --to hostb",
+    after_long_help = format!(
+        "Example:\n  transhume vm start web1.toml\n  transhume migrate web1 --to hostb\n\n{EXIT_CODES}"
+    )
+)]
+pub struct Cli {
+    /// The socket of this host's transhumed
+    #[arg(
+        long,
+        global = true,
+        env = "TRANSHUME_SOCKET",
+        default_value = "/run/transhume/control.sock",
+        value_name = "PATH"
+    )]
+    socket: PathBuf,
+    /// Answer with one JSON object, for programs
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Start, find, show and end the VMs of this host
+    #[command(subcommand, after_help = "Example:\n  transhume vm list")]
+    Vm(VmCommand),
+    /// Move a running VM to another host
+    ///
+    /// Shows how it goes until it has ended, then what it took. Ctrl-C leaves it going.
+    #[command(after_help = format!(
+        "Examples:\n  transhume migrate web1 --to hostb --dry-run\n  transhume migrate web1 --to hostb\n  \
+         transhume migrate web1 --to hostb --json > report.json\n\n{EXIT_CODES}"
+    ))]
+    Migrate(MigrateArgs),
+    /// List, show and cancel migrations
+    #[command(subcommand, after_help = "Example:\n  transhume job list")]
+    Job(JobCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum VmCommand {
+    /// Start a VM
+    #[command(after_help = "Example:\n  transhume vm start /srv/vms/web1.toml")]
+    Start {
+        /// Its definition (TOML); - reads it from standard input
+        definition: PathBuf,
+    },
+    /// Take over a QEMU that runs already
+    ///
+    /// The definition must describe that QEMU as it runs: what differs is named, and nothing is touched.
+    #[command(after_help = "Example:\n  transhume vm adopt web1.toml --qmp /run/web1/qmp.sock")]
+    Adopt {
+        /// Its definition (TOML); - reads it from standard input
+        definition: PathBuf,
+        /// QEMU's QMP socket (-qmp unix:PATH,server=on,wait=off), which no one else may hold
+        #[arg(long, value_name = "PATH")]
+        qmp: PathBuf,
+    },
+    /// Show QEMU's command line for a definition, without starting it
+    #[command(after_help = "Example:\n  transhume vm arguments web1.toml")]
+    Arguments {
+        /// The definition (TOML); - reads it from standard input
+        definition: PathBuf,
+    },
+    /// List the VMs of this host
+    #[command(after_help = "Example:\n  transhume vm list")]
+    List,
+    /// Show a VM
+    #[command(after_help = "Example:\n  transhume vm show web1")]
+    Show {
+        /// The VM
+        name: String,
+    },
+    /// End a VM: its guest shuts down as if its power button were pressed
+    #[command(after_help = "Examples:\n  transhume vm stop web1\n  transhume vm stop web1 --force")]
+    Stop {
+        /// The VM
+        name: String,
+        /// Do not ask the guest: as if power were cut
+        #[arg(long)]
+        force: bool,
+    },
+    /// Let a VM run that stands still
+    ///
+    /// After a migration whose outcome was not known: only when you have seen that the other host does not
+    /// run it. Two running copies destroy its disks.
+    #[command(after_help = "Example:\n  transhume vm resume web1")]
+    Resume {
+        /// The VM
+        name: String,
+    },
+}
+
+#[derive(Debug, Args)]
+struct MigrateArgs {
+    /// The VM
+    name: String,
+    /// The host to move it to, as [hosts] in transhumed.toml names it
+    #[arg(long, value_name = "HOST")]
+    to: String,
+    /// Only check that it would work, and tell what would be done
+    #[arg(long)]
+    dry_run: bool,
+    /// Do not wait for its end
+    #[arg(long, conflicts_with = "dry_run")]
+    detach: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum JobCommand {
+    /// List this host's migrations, the oldest first
+    #[command(after_help = "Example:\n  transhume job list")]
+    List,
+    /// Show a migration
+    #[command(after_help = format!("Examples:\n  transhume job show 3\n  transhume job show 3 --follow\n\n{EXIT_CODES}"))]
+    Show {
+        /// Its number
+        id: u64,
+        /// Show how it goes until it has ended
+        #[arg(long)]
+        follow: bool,
+    },
+    /// End a migration; the VM runs on where it is
+    #[command(after_help = "Example:\n  transhume job cancel 3")]
+    Cancel {
+        /// Its number
+        id: u64,
+    },
+}
+
+impl Cli {
+    /// Does what the command line says.
+    pub async fn run(self) -> ExitCode {
+        let json = self.json;
+        match self.execute().await {
+            Ok(code) => ExitCode::from(code),
+            Err(error) => {
+                let kind = error.kind();
+                if json {
+                    let failure = super::api::Failure::from(error);
+                    print_line(&show::json(&Response::Error(failure)));
+                } else {
+                    eprintln!("transhume: {error}");
+                }
+                ExitCode::from(kind.exit_code())
+            }
+        }
+    }
+
+    async fn execute(self) -> Result<u8> {
+        let request = match &self.command {
+            Command::Vm(command) => command.request()?,
+            Command::Migrate(args) => {
+                check_name(&args.name)?;
+                Request::Migrate {
+                    name: args.name.clone(),
+                    to: args.to.clone(),
+                    dry_run: args.dry_run,
+                }
+            }
+            Command::Job(command) => command.request(),
+        };
+        let mut client = Client::connect(&self.socket).await?;
+        let response = client.ask(&request).await?;
+        let follow = match (&self.command, &response) {
+            (Command::Migrate(args), Response::Job(job)) if !args.detach => Some(job.id),
+            (Command::Job(JobCommand::Show { follow: true, .. }), Response::Job(job)) => {
+                Some(job.id)
+            }
+            _ => None,
+        };
+        match (follow, response) {
+            (Some(id), _) => self.follow(&mut client, id).await,
+            (None, Response::Job(job)) => Ok(self.end(&job)),
+            (None, response) => {
+                print_line(&if self.json {
+                    show::json(&response)
+                } else {
+                    show::people(&response)
+                });
+                Ok(0)
+            }
+        }
+    }
+
+    /// Shows a job until its end.
+    async fn follow(&self, client: &mut Client, id: u64) -> Result<u8> {
+        client.send(&Request::JobFollow { id }).await?;
+        let mut progress =
+            show::Progress::new(!self.json && std::io::stderr().is_terminal(), self.json);
+        loop {
+            let response = tokio::select! {
+                response = client.receive() => response,
+                _ = tokio::signal::ctrl_c() => {
+                    progress.clear();
+                    eprintln!(
+                        "The migration goes on as job {id}. Follow it by `transhume job show {id} --follow`, end it \
+                         by `transhume job cancel {id}`."
+                    );
+                    return Ok(130);
+                }
+            };
+            let response = response.inspect_err(|_| progress.clear())?;
+            let Response::Job(job) = response else {
+                continue;
+            };
+            if job.state == super::api::JobState::Running {
+                progress.show(&job);
+                continue;
+            }
+            progress.clear();
+            return Ok(self.end(&job));
+        }
+    }
+
+    /// Shows a job, and returns what to exit with.
+    fn end(&self, job: &JobInfo) -> u8 {
+        let code = match &self.command {
+            // A question was answered, whatever the answer.
+            Command::Job(JobCommand::Show { follow: false, .. } | JobCommand::Cancel { .. }) => {
+                None
+            }
+            _ => job.state.failure(),
+        };
+        if self.json {
+            print_line(&show::json(&Response::Job(Box::new(job.clone()))));
+        } else if code.is_some() {
+            eprintln!("transhume: {}", show::job(job));
+        } else {
+            print_line(&show::job(job));
+        }
+        code.map_or(0, FailureKind::exit_code)
+    }
+}
+
+impl VmCommand {
+    fn request(&self) -> Result<Request> {
+        Ok(match self {
+            Self::Start { definition } => Request::VmStart {
+                definition: read(definition)?,
+            },
+            Self::Arguments { definition } => Request::VmArguments {
+                definition: read(definition)?,
+            },
+            Self::Adopt { definition, qmp } => Request::VmAdopt {
+                definition: read(definition)?,
+                qmp: std::path::absolute(qmp).map_err(|error| Error::file("find", qmp, error))?,
+            },
+            Self::List => Request::VmList,
+            Self::Show { name } => Request::VmShow {
+                name: check_name(name)?,
+            },
+            Self::Stop { name, force } => Request::VmStop {
+                name: check_name(name)?,
+                force: *force,
+            },
+            Self::Resume { name } => Request::VmResume {
+                name: check_name(name)?,
+            },
+        })
+    }
+}
+
+impl JobCommand {
+    fn request(&self) -> Request {
+        match self {
+            Self::List => Request::JobList,
+            Self::Show { id, .. } => Request::JobShow { id: *id },
+            Self::Cancel { id } => Request::JobCancel { id: *id },
+        }
+    }
+}
+
+/// A file given where a name belongs is a common slip.
+fn check_name(name: &str) -> Result<String> {
+    if definition::is_name(name) {
+        return Ok(name.to_owned());
+    }
+    Err(Error::refused(
+        format!("{name:?} is no VM's name"),
+        "`transhume vm list` shows them; a definition's file is for `vm start` and `vm adopt` only",
+    ))
+}
+
+fn read(path: &Path) -> Result<String> {
+    let limit = definition::MAX_TEXT as u64;
+    if path == Path::new("-") {
+        let mut text = String::new();
+        let input = std::io::stdin()
+            .lock()
+            .take(limit + 1)
+            .read_to_string(&mut text);
+        input.map_err(|error| Error::file("read", "standard input", error))?;
+        return Ok(text);
+    }
+    super::state::read_bounded(path, limit).map_err(|source| Error::File {
+        action: "read",
+        path: path.to_owned(),
+        source,
+        cure: "; the definition is a TOML file, as in `transhume vm start web1.toml`",
+    })
+}
+
+fn print_line(text: &str) {
+    // A reader that went away (`| head`) is no error of ours.
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn every_command_has_an_example() {
+        fn check(command: &clap::Command, path: &str) {
+            let path = format!("{path} {}", command.get_name());
+            let help = command.clone().render_long_help().to_string();
+            assert!(help.contains("Example"), "{path}: {help}");
+            for command in command
+                .get_subcommands()
+                .filter(|one| one.get_name() != "help")
+            {
+                check(command, &path);
+            }
+        }
+        Cli::command().debug_assert();
+        check(&Cli::command(), "");
+    }
+
+    #[test]
+    fn reads_what_the_documentation_shows() {
+        for line in [
+            "transhume vm start web1.toml",
+            "transhume vm adopt web1.toml --qmp /run/qmp.sock",
+            "transhume vm list --json",
+            "transhume vm show web1",
+            "transhume vm stop web1 --force",
+            "transhume migrate web1 --to hostb --dry-run",
+            "transhume --socket /run/a.sock migrate web1 --to hostb --json",
+            "transhume migrate web1 --to hostb --detach",
+            "transhume job list",
+            "transhume job show 3 --follow",
+            "transhume job cancel 3",
+        ] {
+            assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");
+        }
+        for line in [
+            "transhume",
+            "transhume migrate web1",
+            "transhume job cancel x",
+            "transhume vm stop",
+        ] {
+            let error = Cli::try_parse_from(line.split(' ')).expect_err(line);
+            assert_eq!(error.exit_code(), 2, "{line}");
+        }
+    }
+}

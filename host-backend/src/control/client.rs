@@ -1,0 +1,102 @@
+//! The command line's end of the control socket.
+
+use super::api::{MAX_RESPONSE, Request, Response};
+use super::{Error, Result};
+use crate::hypervisor::lines::Lines;
+use std::io;
+use std::path::{Path, PathBuf};
+use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::net::UnixStream;
+
+/// A connection to the service.
+#[derive(Debug)]
+pub struct Client {
+    socket: PathBuf,
+    lines: Lines<ReadHalf<UnixStream>>,
+    writer: WriteHalf<UnixStream>,
+}
+
+impl Client {
+    /// Connects to the service at `socket`.
+    ///
+    /// # Errors
+    /// [`Error::Service`], with what to do.
+    pub async fn connect(socket: &Path) -> Result<Self> {
+        let stream = UnixStream::connect(socket).await.map_err(|error| {
+            let cure = match error.kind() {
+                io::ErrorKind::PermissionDenied => "run this as root or as a member of the socket's group",
+                _ => {
+                    "is it running (`systemctl status transhumed`)? Another socket can be named by --socket \
+                     or TRANSHUME_SOCKET"
+                }
+            };
+            Error::Service {
+                socket: socket.to_owned(),
+                cause: format!("cannot be reached: {error}; {cure}"),
+            }
+        })?;
+        let (reader, writer) = tokio::io::split(stream);
+        Ok(Self {
+            socket: socket.to_owned(),
+            lines: Lines::new(reader, MAX_RESPONSE),
+            writer,
+        })
+    }
+
+    fn wrong(&self, cause: impl std::fmt::Display) -> Error {
+        Error::Service {
+            socket: self.socket.clone(),
+            cause: cause.to_string(),
+        }
+    }
+
+    /// Asks.
+    ///
+    /// # Errors
+    /// [`Error::Service`] if the service is gone.
+    pub async fn send(&mut self, request: &Request) -> Result<()> {
+        let mut line = serde_json::to_vec(request).map_err(|error| self.wrong(error))?;
+        line.push(b'\n');
+        if line.len() > super::api::MAX_REQUEST {
+            return Err(Error::refused(
+                "the definition is too long",
+                "is it the right file? A definition has some ten lines",
+            ));
+        }
+        let sent = self.writer.write_all(&line).await;
+        sent.map_err(|error| self.wrong(format!("went away: {error}; try again")))
+    }
+
+    /// The next answer.
+    ///
+    /// # Errors
+    /// [`Error::Answered`] if it is a failure, [`Error::Service`] if there is none.
+    pub async fn receive(&mut self) -> Result<Response> {
+        let line = match self.lines.next().await {
+            Ok(Some(line)) => line,
+            Ok(None) => {
+                return Err(self.wrong(
+                    "ended before it answered; see its log (`journalctl -u transhumed`). What was under way is \
+                     shown by `transhume vm list` and `transhume job list` when it runs again",
+                ));
+            }
+            Err(error) => return Err(self.wrong(format!("cannot be read: {error}"))),
+        };
+        match serde_json::from_slice(&line) {
+            Ok(Response::Error(failure)) => Err(Error::Answered(failure)),
+            Ok(response) => Ok(response),
+            Err(error) => Err(self.wrong(format!(
+                "answered what this transhume does not know ({error}); bring both to the same version"
+            ))),
+        }
+    }
+
+    /// Asks, and waits for one answer.
+    ///
+    /// # Errors
+    /// As [`Client::send`] and [`Client::receive`].
+    pub async fn ask(&mut self, request: &Request) -> Result<Response> {
+        self.send(request).await?;
+        self.receive().await
+    }
+}

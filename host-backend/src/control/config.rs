@@ -1,0 +1,175 @@
+//! The service's configuration: `/etc/transhume/transhumed.toml`.
+
+use super::{Error, Result};
+use crate::hypervisor::LaunchSettings;
+use crate::hypervisor::definition::is_name;
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+const MAX_TEXT: u64 = 1 << 20;
+
+/// What an operator says about a host.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Config {
+    /// This host's name.
+    pub host: String,
+    /// Where the other hosts reach this one.
+    #[serde(default = "default_listen")]
+    pub listen: SocketAddr,
+    /// Where sockets and logs go.
+    #[serde(default = "default_run_directory")]
+    pub run_directory: PathBuf,
+    /// What must survive a restart.
+    #[serde(default = "default_state_directory")]
+    pub state_directory: PathBuf,
+    /// The QEMU for VMs whose definition names none.
+    #[serde(default = "default_qemu")]
+    pub qemu: PathBuf,
+    /// The other hosts, by name.
+    #[serde(default)]
+    pub hosts: BTreeMap<String, Peer>,
+}
+
+/// Another host.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Peer {
+    /// Where it listens: `name-or-address:port`.
+    pub address: String,
+}
+
+fn default_listen() -> SocketAddr {
+    SocketAddr::from(([0, 0, 0, 0], 7465))
+}
+
+fn default_run_directory() -> PathBuf {
+    "/run/transhume".into()
+}
+
+fn default_state_directory() -> PathBuf {
+    "/var/lib/transhume".into()
+}
+
+fn default_qemu() -> PathBuf {
+    "/usr/bin/qemu-system-x86_64".into()
+}
+
+impl Config {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// [`Error::File`] and [`Error::Config`], with cause and cure.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = super::state::read_bounded(path, MAX_TEXT).map_err(|source| Error::File {
+            action: "read",
+            path: path.to_owned(),
+            source,
+            cure: "; write it (at least `host = \"NAME\"`) or name another by --config",
+        })?;
+        Self::parse(&text).map_err(|cause| Error::Config {
+            path: path.to_owned(),
+            cause,
+        })
+    }
+
+    fn parse(text: &str) -> std::result::Result<Self, String> {
+        let config: Self = toml::from_str(text).map_err(|error| error.to_string())?;
+        let name = "a name has at most 63 of a-z, 0-9 and -, and does not start with -";
+        if !is_name(&config.host) {
+            return Err(format!("`host` is {:?}; {name}", config.host));
+        }
+        for (key, path) in [
+            ("run-directory", &config.run_directory),
+            ("state-directory", &config.state_directory),
+            ("qemu", &config.qemu),
+        ] {
+            if !path.is_absolute() {
+                return Err(format!("`{key}` is {path:?}; write an absolute path"));
+            }
+        }
+        for (host, peer) in &config.hosts {
+            if !is_name(host) {
+                return Err(format!("`hosts` names {host:?}; {name}"));
+            }
+            let port = peer
+                .address
+                .rsplit_once(':')
+                .filter(|(name, _)| !name.is_empty());
+            if port
+                .and_then(|(_, port)| port.parse::<u16>().ok())
+                .is_none_or(|port| port == 0)
+            {
+                return Err(format!(
+                    "`hosts.{host}.address` is {:?}; write host:port, as in \"10.0.0.2:7465\"",
+                    peer.address
+                ));
+            }
+        }
+        Ok(config)
+    }
+
+    /// What VMs get here.
+    pub fn launch_settings(&self) -> LaunchSettings {
+        LaunchSettings {
+            host: self.host.clone(),
+            run_directory: self.run_directory.clone(),
+            qemu: self.qemu.clone(),
+        }
+    }
+
+    /// The socket for the command line.
+    pub fn control_socket(&self) -> PathBuf {
+        self.run_directory.join("control.sock")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_every_field() {
+        let config = Config::parse(
+            "host = \"hosta\"\nlisten = \"127.0.0.1:7000\"\nrun-directory = \"/run/t\"\n\
+             state-directory = \"/var/t\"\nqemu = \"/opt/qemu\"\n[hosts.hostb]\naddress = \"10.0.0.2:7465\"",
+        );
+        let config = config.expect("a configuration");
+        assert_eq!(config.hosts["hostb"].address, "10.0.0.2:7465");
+        assert_eq!(config.control_socket(), Path::new("/run/t/control.sock"));
+        assert_eq!(config.launch_settings().qemu, Path::new("/opt/qemu"));
+    }
+
+    #[test]
+    fn needs_a_name_only() {
+        let config = Config::parse("host = \"hosta\"").expect("a configuration");
+        assert_eq!(config.listen.port(), 7465);
+        assert_eq!(config.run_directory, Path::new("/run/transhume"));
+    }
+
+    #[test]
+    fn says_what_is_wrong() {
+        for (text, word) in [
+            ("", "missing field `host`"),
+            ("host = \"Host A\"", "a-z"),
+            ("host = \"a\"\nlisten = \"7465\"", "socket address"),
+            ("host = \"a\"\nport = 1", "unknown field `port`"),
+            ("host = \"a\"\nrun-directory = \"run\"", "absolute"),
+            (
+                "host = \"a\"\n[hosts.b]\naddress = \"10.0.0.2\"",
+                "host:port",
+            ),
+            ("host = \"a\"\n[hosts.b]\naddress = \":7465\"", "host:port"),
+            ("host = \"a\"\n[hosts.b]\naddress = \"b:0\"", "host:port"),
+            (
+                "host = \"a\"\n[hosts.b]\naddress = \"b:1\"\nkey = \"\"",
+                "unknown field `key`",
+            ),
+        ] {
+            let said = Config::parse(text).expect_err(text);
+            assert!(said.contains(word), "{said}");
+        }
+    }
+}

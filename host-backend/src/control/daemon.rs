@@ -1,0 +1,535 @@
+//! What the service does: keeps the tables of VMs and jobs, and carries requests out.
+
+use super::api::{
+    DiskInfo, Failure, FailureKind, JobState, MachineInfo, Request, Response, VmInfo,
+};
+use super::config::Config;
+use super::jobs::{Ending, Job, Jobs};
+use super::state::{Record, State};
+use super::table::{Entry, Table};
+use super::watch::watch;
+use super::{Error, Result};
+use crate::hypervisor::{self, Definition, LaunchSettings, Start, Vm, command_line, preflight};
+use crate::relay::{self, ErrorKind, destination, source};
+use serde_json::Value;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tracing::Instrument;
+
+/// How long a list waits for each QEMU.
+const GLANCE: Duration = Duration::from_secs(2);
+/// How long running migrations may take to end when the service does.
+const FAREWELL: Duration = Duration::from_secs(30);
+
+/// The service.
+#[derive(Debug)]
+pub struct Daemon {
+    config: Config,
+    pub(super) table: Table,
+    pub(super) jobs: Jobs,
+}
+
+impl Daemon {
+    /// Finds the VMs that an earlier process had, and finishes or undoes the migrations that it was in.
+    ///
+    /// # Errors
+    /// If the state directory cannot be used. A VM that cannot be spoken to is no error.
+    pub async fn open(config: Config) -> Result<Arc<Self>> {
+        let state = Arc::new(State::open(&config.state_directory)?);
+        let records = state.vms()?;
+        let jobs = Jobs::load(state.clone())?;
+        let table = Table::new(&config.host, state);
+        let daemon = Arc::new(Self {
+            config,
+            table,
+            jobs,
+        });
+        let settings = daemon.launch_settings();
+        // First those that were about to arrive: their QEMUs serve one QMP client at a time.
+        for vm in destination::recover(&settings).await {
+            daemon.arrive(Arc::new(vm));
+        }
+        let adoptions = records.into_iter().map(|record| {
+            let daemon = daemon.clone();
+            tokio::spawn(async move { daemon.readopt(record).await })
+        });
+        for adoption in adoptions.collect::<Vec<_>>() {
+            if let Err(error) = adoption.await {
+                tracing::error!(%error, "finding a VM again failed");
+            }
+        }
+        daemon.finish_interrupted().await;
+        Ok(daemon)
+    }
+
+    /// Speaks to a noted VM again.
+    async fn readopt(self: &Arc<Self>, record: Record) {
+        let name = record.definition.name.clone();
+        if matches!(self.table.entry(&name), Ok(Entry::Here(_))) {
+            return;
+        }
+        match Vm::adopt(&record.definition, &record.qmp, &self.launch_settings()).await {
+            Ok(vm) => {
+                tracing::info!(vm = name, pid = vm.pid(), "found again");
+                self.put(Arc::new(vm));
+            }
+            Err(hypervisor::Error::Connect { .. }) => {
+                self.table
+                    .depart(&name, "its QEMU had ended while transhumed was not running");
+            }
+            Err(error) => self.table.lose(record, error.to_string()),
+        }
+    }
+
+    /// Says how the migrations ended that an earlier process was in.
+    async fn finish_interrupted(&self) {
+        for job in self.jobs.all().into_iter().filter(|job| job.is_running()) {
+            let vm = job.vm();
+            let to = job.info().to;
+            let status = match self.table.here(vm) {
+                Ok(vm) => vm.qmp().status().await.map(|status| status.status).ok(),
+                Err(_) => None,
+            };
+            let (state, said) = match status.as_deref() {
+                Some("running") => (
+                    JobState::Failed,
+                    format!(
+                        "transhumed ended during this migration; {vm} runs on here; start the migration again"
+                    ),
+                ),
+                status => (
+                    JobState::Unresolved,
+                    format!(
+                        "transhumed ended during this migration, and {vm} does not run here ({}).\nLook at {to} \
+                         with `transhume vm show {vm}`. If it runs there: `transhume vm stop {vm} --force` here. \
+                         If it does not, and cannot any more: `transhume vm resume {vm}` here.",
+                        status.unwrap_or("it is not here")
+                    ),
+                ),
+            };
+            self.jobs.finish(&job, Ending::Failed(state, said));
+        }
+    }
+
+    /// Its configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn launch_settings(&self) -> LaunchSettings {
+        self.config.launch_settings()
+    }
+
+    fn put(self: &Arc<Self>, vm: Arc<Vm>) {
+        self.table.put(vm.clone());
+        let span = tracing::info_span!("vm", vm = vm.name());
+        tokio::spawn(watch(self.clone(), vm).instrument(span));
+    }
+
+    fn arrive(self: &Arc<Self>, vm: Arc<Vm>) {
+        if let Err(error) = self.table.note(&Table::record(&vm)) {
+            tracing::error!(vm = vm.name(), %error, "not noted on disk: a restarted transhumed will not find it");
+        }
+        self.put(vm);
+    }
+
+    /// Carries a request out. [`Request::JobFollow`] is the server's business.
+    pub async fn handle(self: &Arc<Self>, request: Request) -> Response {
+        let result = match request {
+            Request::VmStart { definition } => self.start(&definition).await,
+            Request::VmAdopt { definition, qmp } => self.adopt(&definition, qmp).await,
+            Request::VmArguments { definition } => self.arguments(&definition),
+            Request::VmList => Ok(self.list().await),
+            Request::VmShow { name } => self.show(&name).await,
+            Request::VmStop { name, force } => self.stop(&name, force).await,
+            Request::VmResume { name } => self.resume(&name).await,
+            Request::Migrate { name, to, dry_run } => self.migrate(&name, &to, dry_run),
+            Request::JobList => Ok(Response::Jobs(
+                self.jobs.all().iter().map(|job| job.info()).collect(),
+            )),
+            Request::JobShow { id } | Request::JobFollow { id } => self
+                .jobs
+                .get(id)
+                .map(|job| Response::Job(Box::new(job.info()))),
+            Request::JobCancel { id } => self.cancel(id).await,
+        };
+        result.unwrap_or_else(|error| Response::Error(Failure::from(error)))
+    }
+
+    async fn start(self: &Arc<Self>, definition: &str) -> Result<Response> {
+        let definition = Definition::parse(definition)?;
+        let settings = self.launch_settings();
+        let kept = self.table.reserve_while(&definition.name)?;
+        let refusals = preflight::check_here(&definition, &settings, &[]).await;
+        if !refusals.is_empty() {
+            return Err(Error::Unfit(refusals));
+        }
+        // Noted before it runs: a service that is killed in between finds it again.
+        let record = Record {
+            qmp: settings.files(&definition.name).qmp(),
+            definition: definition.clone(),
+        };
+        self.table.note(&record)?;
+        let vm = match Vm::launch(&definition, &settings, Start::Running).await {
+            Ok(vm) => Arc::new(vm),
+            Err(error) => {
+                self.table.forget(&definition.name);
+                return Err(error.into());
+            }
+        };
+        self.put(vm.clone());
+        drop(kept);
+        Ok(Response::Vm(Box::new(self.info(&vm).await)))
+    }
+
+    async fn adopt(self: &Arc<Self>, definition: &str, qmp: PathBuf) -> Result<Response> {
+        let definition = Definition::parse(definition)?;
+        if !qmp.is_absolute() {
+            return Err(Error::refused(
+                format!("the QMP socket {} is no absolute path", qmp.display()),
+                "write it from / on",
+            ));
+        }
+        let same = |record: &Record| record.qmp == qmp;
+        let kept = match self.table.entry(&definition.name) {
+            // Given up on before; its operator says that it is well.
+            Ok(Entry::Lost { record, .. }) if same(&record) => None,
+            _ => Some(self.table.reserve_while(&definition.name)?),
+        };
+        let others = self.table.all().into_iter().any(
+            |(name, entry)| matches!(entry, Entry::Here(vm) if vm.qmp_path() == qmp && name != definition.name),
+        );
+        if others {
+            return Err(Error::refused(
+                format!("another VM of this host has its QEMU at {}", qmp.display()),
+                "`transhume vm list` shows it",
+            ));
+        }
+        let vm = Arc::new(Vm::adopt(&definition, &qmp, &self.launch_settings()).await?);
+        self.table.note(&Table::record(&vm))?;
+        tracing::info!(vm = vm.name(), pid = vm.pid(), "adopted");
+        self.put(vm.clone());
+        drop(kept);
+        Ok(Response::Vm(Box::new(self.info(&vm).await)))
+    }
+
+    fn arguments(&self, definition: &str) -> Result<Response> {
+        let definition = Definition::parse(definition)?;
+        let settings = self.launch_settings();
+        definition.check_host(&settings.host)?;
+        let files = settings.files(&definition.name);
+        let binary = settings.binary(&definition).display().to_string();
+        let arguments = command_line::arguments(
+            &definition,
+            &settings.host,
+            &files,
+            Start::Running,
+            hypervisor::is_block_device,
+        );
+        Ok(Response::Arguments([vec![binary], arguments].concat()))
+    }
+
+    async fn list(&self) -> Response {
+        let mut all = Vec::new();
+        for (name, entry) in self.table.all() {
+            all.push(self.describe(name, entry).await);
+        }
+        Response::Vms(all)
+    }
+
+    async fn show(self: &Arc<Self>, name: &str) -> Result<Response> {
+        if let Entry::Lost { record, .. } = self.table.entry(name)? {
+            self.readopt(*record).await;
+        }
+        let entry = self.table.entry(name)?;
+        Ok(Response::Vm(Box::new(
+            self.describe(name.to_owned(), entry).await,
+        )))
+    }
+
+    async fn describe(&self, name: String, entry: Entry) -> VmInfo {
+        let (state, note) = match entry {
+            Entry::Here(vm) => return self.info(&vm).await,
+            Entry::Coming => (
+                "starting",
+                "it is just being started, or coming from another host".to_owned(),
+            ),
+            Entry::Lost { reason, record } => (
+                "unreachable",
+                format!(
+                    "its QEMU at {} cannot be spoken to: {reason}",
+                    record.qmp.display()
+                ),
+            ),
+        };
+        VmInfo {
+            name,
+            state: state.to_owned(),
+            note: Some(note),
+            job: None,
+            machine: None,
+        }
+    }
+
+    async fn info(&self, vm: &Vm) -> VmInfo {
+        let (state, note) = match vm
+            .qmp()
+            .execute_within("query-status", Value::Null, GLANCE)
+            .await
+        {
+            Ok(status) => (
+                status["status"].as_str().unwrap_or("unknown").to_owned(),
+                None,
+            ),
+            Err(error) => ("unreachable".to_owned(), Some(error.to_string())),
+        };
+        let definition = vm.definition();
+        let files = vm.files();
+        // An adopted VM has its own.
+        let ours = vm.qmp_path() == files.qmp();
+        let console = &definition.console;
+        let disks = definition.disks.iter().map(|disk| DiskInfo {
+            id: disk.id.clone(),
+            format: disk.format.to_string(),
+            path: definition.disk_path(disk, &self.config.host).to_owned(),
+            read_only: disk.read_only,
+        });
+        VmInfo {
+            name: vm.name().to_owned(),
+            state,
+            note,
+            job: self.jobs.active(vm.name()).map(|job| job.id()),
+            machine: Some(MachineInfo {
+                machine_type: vm.machine_type().to_owned(),
+                accelerator: definition.accelerator.to_string(),
+                cpu: definition.cpu_model().to_owned(),
+                memory_bytes: definition.memory.bytes(),
+                vcpus: definition.vcpus,
+                qemu_version: vm.qmp().version().to_string(),
+                pid: vm.pid(),
+                qmp: vm.qmp_path().to_owned(),
+                agent: vm.agent_socket().map(PathBuf::from),
+                serial: (ours && console.serial).then(|| files.serial()),
+                vnc: (ours && console.vnc.is_some()).then(|| files.vnc()),
+                log: ours.then(|| files.qemu_log()),
+                disks: disks.collect(),
+            }),
+        }
+    }
+
+    fn refuse_while_moving(&self, name: &str) -> Result<()> {
+        match self.jobs.active(name) {
+            None => Ok(()),
+            Some(job) => Err(Error::refused(
+                format!("job {} moves {name} to {}", job.id(), job.info().to),
+                format!(
+                    "end it first by `transhume job cancel {}`, or wait for it",
+                    job.id()
+                ),
+            )),
+        }
+    }
+
+    async fn stop(&self, name: &str, force: bool) -> Result<Response> {
+        self.refuse_while_moving(name)?;
+        let lost = match self.table.entry(name)? {
+            Entry::Lost { record, reason } => Some((record, reason)),
+            _ => None,
+        };
+        match lost {
+            None => self.table.here(name)?.stop(force).await?,
+            Some((record, _)) if force => {
+                let settings = self.launch_settings();
+                match Vm::adopt(&record.definition, &record.qmp, &settings).await {
+                    Ok(vm) => vm.kill().await?,
+                    // Nobody listens there: it is gone.
+                    Err(hypervisor::Error::Connect { .. }) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Some((_, reason)) => {
+                return Err(Error::refused(
+                    format!("{name}'s QEMU cannot be spoken to: {reason}"),
+                    format!("`transhume vm stop {name} --force` ends it, if it can be found"),
+                ));
+            }
+        }
+        let how = if force {
+            "it was stopped by force"
+        } else {
+            "it was stopped"
+        };
+        self.table.depart(name, how);
+        Ok(Response::Done(format!("{name} has stopped.")))
+    }
+
+    async fn resume(&self, name: &str) -> Result<Response> {
+        self.refuse_while_moving(name)?;
+        let vm = self.table.here(name)?;
+        let status = vm.qmp().status().await?;
+        if status.running {
+            return Err(Error::refused(
+                format!("{name} runs already"),
+                "there is nothing to do",
+            ));
+        }
+        tracing::warn!(
+            vm = name,
+            status = status.status,
+            "the operator lets it run again"
+        );
+        vm.qmp().cont().await?;
+        Ok(Response::Vm(Box::new(self.info(&vm).await)))
+    }
+
+    async fn cancel(&self, id: u64) -> Result<Response> {
+        let job = self.jobs.get(id)?;
+        if !job.is_running() {
+            return Err(Error::refused(
+                format!("job {id} has ended already"),
+                format!("see `transhume job show {id}`"),
+            ));
+        }
+        job.cancel();
+        // The answer says what became of the VM, unless that takes long.
+        let _ = tokio::time::timeout(FAREWELL, job.ended()).await;
+        Ok(Response::Job(Box::new(job.info())))
+    }
+
+    fn migrate(self: &Arc<Self>, name: &str, to: &str, dry_run: bool) -> Result<Response> {
+        let vm = self.table.here(name)?;
+        let host = &self.config.host;
+        if to == host {
+            return Err(Error::refused(
+                format!("{name} is on {host} already"),
+                "name another host by --to",
+            ));
+        }
+        let Some(peer) = self.config.hosts.get(to) else {
+            let known: Vec<&str> = self.config.hosts.keys().map(String::as_str).collect();
+            let known = if known.is_empty() {
+                "none".to_owned()
+            } else {
+                known.join(", ")
+            };
+            return Err(Error::refused(
+                format!("{host} knows no host named {to} (it knows: {known})"),
+                format!(
+                    "add [hosts.{to}] with its `address` to transhumed.toml and restart transhumed"
+                ),
+            ));
+        };
+        let job = self.jobs.begin(name, host, to, dry_run)?;
+        let request = source::Request {
+            vm,
+            from: host.clone(),
+            to: to.to_owned(),
+            address: peer.address.clone(),
+            dry_run,
+        };
+        let span = tracing::info_span!("migration", vm = name, job = job.id(), to);
+        tokio::spawn(self.clone().run(job.clone(), request).instrument(span));
+        Ok(Response::Job(Box::new(job.info())))
+    }
+
+    async fn run(self: Arc<Self>, job: Arc<Job>, request: source::Request) {
+        tracing::info!(dry_run = request.dry_run, "begins");
+        let (progress, cancel) = (job.progress().clone(), job.cancelled());
+        let migration = source::migrate(request, progress, cancel).in_current_span();
+        // In a task of its own: a panic in it must not leave a job that never ends.
+        let ending = match tokio::spawn(migration).await {
+            Ok(Ok(source::Outcome::Migrated(summary))) => {
+                let to = &job.info().to;
+                self.table
+                    .depart(job.vm(), format!("it moved to {to} (job {})", job.id()));
+                Ending::Completed(summary)
+            }
+            Ok(Ok(source::Outcome::Planned(plan))) => {
+                let text = plan.to_string();
+                Ending::Planned(serde_json::to_value(plan).unwrap_or_default(), text)
+            }
+            Ok(Err(error)) => failed(&error),
+            Err(error) => Ending::Failed(
+                JobState::Unresolved,
+                format!(
+                    "transhumed has a defect ({error}); see with `transhume vm show {}` where the VM runs",
+                    job.vm()
+                ),
+            ),
+        };
+        match &ending {
+            Ending::Failed(state, error) => tracing::error!(?state, error, "ended"),
+            Ending::Completed(_) | Ending::Planned(..) => tracing::info!("ended well"),
+        }
+        self.jobs.finish(&job, ending);
+    }
+
+    /// Ends what is under way: running migrations are cancelled, so that their VMs run on here.
+    pub async fn close(&self) {
+        let running: Vec<Arc<Job>> = self
+            .jobs
+            .all()
+            .into_iter()
+            .filter(|job| job.is_running())
+            .collect();
+        for job in &running {
+            tracing::info!(job = job.id(), vm = job.vm(), "cancelled: transhumed ends");
+            job.cancel();
+        }
+        let all = async {
+            for job in &running {
+                job.ended().await;
+            }
+        };
+        if tokio::time::timeout(FAREWELL, all).await.is_err() {
+            tracing::warn!("a migration did not end in time");
+        }
+    }
+}
+
+fn failed(error: &relay::Error) -> Ending {
+    let state = match error.kind() {
+        ErrorKind::Refused => JobState::Refused,
+        ErrorKind::Failed => JobState::Failed,
+        ErrorKind::Cancelled => JobState::Cancelled,
+        ErrorKind::Unresolved => JobState::Unresolved,
+    };
+    Ending::Failed(state, error.to_string())
+}
+
+/// What arriving VMs need of the service.
+#[derive(Debug)]
+pub struct Door(pub Arc<Daemon>);
+
+impl destination::Host for Door {
+    fn name(&self) -> &str {
+        &self.0.config.host
+    }
+
+    fn launch_settings(&self) -> LaunchSettings {
+        self.0.launch_settings()
+    }
+
+    fn reserve(&self, vm: &str) -> std::result::Result<(), String> {
+        self.0.table.reserve(vm).map_err(|error| error.to_string())
+    }
+
+    fn release(&self, vm: &str) {
+        self.0.table.release(vm);
+    }
+
+    fn arrived(&self, vm: Arc<Vm>) {
+        self.0.arrive(vm);
+    }
+}
+
+impl Error {
+    /// For a client that could not be served at all.
+    pub(super) fn busy(cause: impl Into<String>) -> Self {
+        Self::Answered(Failure {
+            kind: FailureKind::Failed,
+            message: cause.into(),
+        })
+    }
+}

@@ -1,0 +1,315 @@
+//! The table of migrations: one of a VM at a time, the ended ones kept up to a number, in memory and in
+//! the state directory.
+
+use super::api::{JobInfo, JobState};
+use super::state::State;
+use super::{Error, Result};
+use crate::relay::progress::{Progress, Summary};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+use tokio::sync::watch;
+
+/// Ended jobs that are kept.
+const KEPT: usize = 100;
+
+/// All jobs of this host.
+#[derive(Debug)]
+pub struct Jobs {
+    state: Arc<State>,
+    table: Mutex<BTreeMap<u64, Arc<Job>>>,
+}
+
+/// A migration, running or ended.
+#[derive(Debug)]
+pub struct Job {
+    started: JobInfo,
+    progress: Arc<Progress>,
+    cancel: watch::Sender<bool>,
+    ended: watch::Sender<Option<JobInfo>>,
+}
+
+/// How a job ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Ending {
+    /// The VM runs at its destination.
+    Completed(Summary),
+    /// A dry run's plan, for programs and for people.
+    Planned(serde_json::Value, String),
+    /// It did not succeed: one of the other states, and why.
+    Failed(JobState, String),
+}
+
+impl Job {
+    fn new(started: JobInfo, progress: Progress) -> Self {
+        let ended = (started.state != JobState::Running).then(|| started.clone());
+        Self {
+            started,
+            progress: Arc::new(progress),
+            cancel: watch::Sender::new(false),
+            ended: watch::Sender::new(ended),
+        }
+    }
+
+    /// Its number.
+    pub fn id(&self) -> u64 {
+        self.started.id
+    }
+
+    /// The VM that it moves.
+    pub fn vm(&self) -> &str {
+        &self.started.vm
+    }
+
+    /// What its relay writes to.
+    pub fn progress(&self) -> &Arc<Progress> {
+        &self.progress
+    }
+
+    /// Turns true when it is to end.
+    pub fn cancelled(&self) -> watch::Receiver<bool> {
+        self.cancel.subscribe()
+    }
+
+    /// Asks it to end.
+    pub fn cancel(&self) {
+        self.cancel.send_replace(true);
+    }
+
+    /// Whether it goes on.
+    pub fn is_running(&self) -> bool {
+        self.ended.borrow().is_none()
+    }
+
+    /// Waits for its end.
+    pub async fn ended(&self) {
+        // An error would mean that the sender is gone, which we hold.
+        let _ = self.ended.subscribe().wait_for(Option::is_some).await;
+    }
+
+    /// How it stands now, or stood when it ended.
+    pub fn info(&self) -> JobInfo {
+        let ended = self.ended.borrow().clone();
+        ended.unwrap_or_else(|| JobInfo {
+            progress: self.progress.snapshot(),
+            ..self.started.clone()
+        })
+    }
+}
+
+impl Jobs {
+    /// The jobs that an earlier process left. What was running then is given to [`Jobs::finish`] by
+    /// whoever finds out how it ended.
+    pub(super) fn load(state: Arc<State>) -> Result<Self> {
+        let jobs = state.jobs()?.into_iter().map(|info| {
+            let progress = Progress::new();
+            progress.enter(info.progress.phase);
+            (info.id, Arc::new(Job::new(info, progress)))
+        });
+        let table = Mutex::new(jobs.collect());
+        Ok(Self { state, table })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Job>>> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes a new job.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] while another one moves the same VM.
+    pub fn begin(&self, vm: &str, from: &str, to: &str, dry_run: bool) -> Result<Arc<Job>> {
+        let job = {
+            let mut table = self.lock();
+            if let Some(other) = find_active(&table, vm) {
+                return Err(Error::refused(
+                    format!("job {} moves {vm} already", other.id()),
+                    format!(
+                        "see `transhume job show {0}`, or end it by `transhume job cancel {0}`",
+                        other.id()
+                    ),
+                ));
+            }
+            let since = SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .unwrap_or_default();
+            let progress = Progress::new();
+            let info = JobInfo {
+                id: table.keys().next_back().map_or(1, |last| last + 1),
+                vm: vm.to_owned(),
+                from: from.to_owned(),
+                to: to.to_owned(),
+                dry_run,
+                state: JobState::Running,
+                started_ms: u64::try_from(since.as_millis()).unwrap_or_default(),
+                progress: progress.snapshot(),
+                error: None,
+                summary: None,
+                plan: None,
+                plan_text: None,
+            };
+            let job = Arc::new(Job::new(info, progress));
+            table.insert(job.id(), job.clone());
+            job
+        };
+        self.save(&job.started);
+        Ok(job)
+    }
+
+    /// Notes how a job ended, and forgets the oldest ended ones.
+    pub fn finish(&self, job: &Job, ending: Ending) {
+        let mut info = JobInfo {
+            progress: job.progress.snapshot(),
+            ..job.started.clone()
+        };
+        match ending {
+            Ending::Completed(summary) => {
+                info.state = JobState::Completed;
+                info.summary = Some(summary);
+            }
+            Ending::Planned(plan, text) => {
+                info.state = JobState::Planned;
+                info.plan = Some(plan);
+                info.plan_text = Some(text);
+            }
+            Ending::Failed(state, error) => {
+                info.state = state;
+                info.error = Some(error);
+            }
+        }
+        self.save(&info);
+        job.ended.send_replace(Some(info));
+        for id in self.forget_oldest() {
+            if let Err(error) = self.state.forget_job(id) {
+                tracing::warn!(job = id, %error, "an old job's file stays");
+            }
+        }
+    }
+
+    fn save(&self, info: &JobInfo) {
+        // A job that cannot be noted is no reason to fail a migration.
+        if let Err(error) = self.state.save_job(info) {
+            tracing::error!(job = info.id, vm = info.vm, %error, "the job is not noted on disk");
+        }
+    }
+
+    fn forget_oldest(&self) -> Vec<u64> {
+        let mut table = self.lock();
+        let ended: Vec<u64> = table
+            .iter()
+            .filter(|(_, job)| !job.is_running())
+            .map(|(id, _)| *id)
+            .collect();
+        let oldest = ended[..ended.len().saturating_sub(KEPT)].to_vec();
+        for id in &oldest {
+            table.remove(id);
+        }
+        oldest
+    }
+
+    /// The job of that number.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if there is none.
+    pub fn get(&self, id: u64) -> Result<Arc<Job>> {
+        self.lock().get(&id).cloned().ok_or_else(|| {
+            Error::refused(
+                format!("there is no job {id} on this host"),
+                format!("`transhume job list` shows the last {KEPT}"),
+            )
+        })
+    }
+
+    /// All jobs, the oldest first.
+    pub fn all(&self) -> Vec<Arc<Job>> {
+        self.lock().values().cloned().collect()
+    }
+
+    /// The job that moves a VM now.
+    pub fn active(&self, vm: &str) -> Option<Arc<Job>> {
+        find_active(&self.lock(), vm)
+    }
+}
+
+fn find_active(table: &BTreeMap<u64, Arc<Job>>, vm: &str) -> Option<Arc<Job>> {
+    table
+        .values()
+        .find(|job| job.vm() == vm && job.is_running())
+        .cloned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn jobs(folder: &std::path::Path) -> Jobs {
+        Jobs::load(Arc::new(State::open(folder).expect("a state"))).expect("jobs")
+    }
+
+    fn failed() -> Ending {
+        Ending::Failed(JobState::Failed, "the link broke".to_owned())
+    }
+
+    #[tokio::test]
+    async fn one_migration_of_a_vm_at_a_time() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let jobs = jobs(folder.path());
+        let first = jobs.begin("web1", "hosta", "hostb", false).expect("a job");
+        let error = jobs
+            .begin("web1", "hosta", "hostc", true)
+            .expect_err("it moves already");
+        assert!(
+            error.to_string().contains("job 1 moves web1 already"),
+            "{error}"
+        );
+        jobs.begin("web2", "hosta", "hostb", false)
+            .expect("another VM");
+        assert_eq!(jobs.active("web1").expect("a job").id(), 1);
+
+        let cancelled = first.cancelled();
+        first.cancel();
+        assert!(*cancelled.borrow());
+        jobs.finish(&first, failed());
+        first.ended().await;
+        assert!(jobs.active("web1").is_none());
+        let info = first.info();
+        assert_eq!(
+            (info.state, info.error.as_deref()),
+            (JobState::Failed, Some("the link broke"))
+        );
+        assert_eq!(
+            jobs.begin("web1", "hosta", "hostb", false)
+                .expect("again")
+                .id(),
+            3
+        );
+    }
+
+    #[test]
+    fn keeps_the_last_jobs_over_a_restart() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let before = jobs(folder.path());
+        let runs = before
+            .begin("web0", "hosta", "hostb", false)
+            .expect("a job");
+        for _ in 0..KEPT + 5 {
+            let job = before
+                .begin("web1", "hosta", "hostb", false)
+                .expect("a job");
+            before.finish(&job, failed());
+        }
+        assert!(before.get(2).is_err());
+        let after = jobs(folder.path());
+        let ids: Vec<u64> = after.all().iter().map(|job| job.id()).collect();
+        assert_eq!(ids.len(), KEPT + 1);
+        assert_eq!((ids[0], ids[1]), (runs.id(), 7));
+        assert!(after.get(1).expect("the first").is_running());
+        assert_eq!(
+            after
+                .begin("web2", "hosta", "hostb", true)
+                .expect("a job")
+                .id(),
+            107
+        );
+    }
+}

@@ -1,0 +1,19 @@
+//! The service's own room: its API, its tables of VMs and jobs, and the command line that speaks to it.
+
+pub mod api;
+pub mod cli;
+pub mod client;
+pub mod config;
+pub mod daemon;
+mod error;
+pub mod jobs;
+pub mod server;
+mod show;
+mod state;
+mod table;
+mod watch;
+
+pub use error::Error;
+
+/// What this room's functions return.
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,191 @@
+//! The service's process: its sockets, its clients, its end.
+
+use super::api::{Failure, FailureKind, MAX_REQUEST, Request, Response};
+use super::config::Config;
+use super::daemon::{Daemon, Door};
+use super::{Error, Result};
+use crate::hypervisor::lines::Lines;
+use crate::relay::destination;
+use nix::sys::stat::{Mode, umask};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncWriteExt, WriteHalf};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Semaphore;
+use tracing::Instrument;
+
+/// Clients served at once.
+const CLIENTS: usize = 64;
+/// How long a client may say nothing between two requests.
+const IDLE: Duration = Duration::from_secs(300);
+/// How long a client may take to read an answer.
+const SLOW: Duration = Duration::from_secs(10);
+/// How often a job's followers are told.
+const BEAT: Duration = Duration::from_millis(250);
+
+/// Runs the service until it is told to end by SIGTERM or SIGINT. Its VMs go on.
+///
+/// # Errors
+/// If it cannot begin: a socket or a directory that it cannot have.
+pub async fn run(config: Config) -> Result<()> {
+    let socket = config.control_socket();
+    let control = bind_control(&socket).await?;
+    let listen = config.listen;
+    let link = TcpListener::bind(listen)
+        .await
+        .map_err(|source| Error::File {
+            action: "listen at",
+            path: PathBuf::from(listen.to_string()),
+            source,
+            cure: "; change `listen` in transhumed.toml, or end what listens there (`ss -tlnp`)",
+        })?;
+    let signals = |kind| signal(kind).map_err(|error| Error::file("handle", "signals", error));
+    let (mut terminate, mut interrupt) = (
+        signals(SignalKind::terminate())?,
+        signals(SignalKind::interrupt())?,
+    );
+    let daemon = Daemon::open(config).await?;
+    let host = &daemon.config().host;
+    tracing::info!(host, control = %socket.display(), %listen, "transhumed is ready");
+    tokio::select! {
+        () = serve(&control, &daemon) => {}
+        () = destination::serve(link, Arc::new(Door(daemon.clone()))) => {
+            tracing::error!("the host link cannot be served any more");
+        }
+        _ = terminate.recv() => tracing::info!("SIGTERM: transhumed ends, its VMs go on"),
+        _ = interrupt.recv() => tracing::info!("SIGINT: transhumed ends, its VMs go on"),
+    }
+    daemon.close().await;
+    // The next one replaces what stays.
+    let _ = std::fs::remove_file(&socket);
+    Ok(())
+}
+
+/// The control socket, for its owner and group only.
+async fn bind_control(path: &Path) -> Result<UnixListener> {
+    if let Some(folder) = path.parent() {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(folder)
+            .map_err(|source| Error::File {
+                action: "create",
+                path: folder.to_owned(),
+                source,
+                cure: "; transhumed needs to write to its `run-directory`",
+            })?;
+    }
+    if UnixStream::connect(path).await.is_ok() {
+        return Err(Error::refused(
+            format!("another transhumed answers at {}", path.display()),
+            "end it first, or give this one a `run-directory` of its own",
+        ));
+    }
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(Error::file("remove", path, error));
+        }
+        _ => {}
+    }
+    let before = umask(Mode::from_bits_truncate(0o117));
+    let bound = UnixListener::bind(path);
+    umask(before);
+    bound.map_err(|error| Error::file("listen at", path, error))
+}
+
+async fn serve(listener: &UnixListener, daemon: &Arc<Daemon>) {
+    let permits = Arc::new(Semaphore::new(CLIENTS));
+    for number in 1_u64.. {
+        let mut stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Out of descriptors, most likely: wait for some to be closed.
+                tracing::warn!(%error, "cannot accept a client");
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                continue;
+            }
+        };
+        let Ok(permit) = permits.clone().try_acquire_owned() else {
+            let busy = Error::busy(format!(
+                "transhumed serves {CLIENTS} clients already; try again"
+            ));
+            let line = encode(&Response::Error(busy.into()));
+            // Never wait for a client that is one too many.
+            let _ = stream.try_write(&line);
+            let _ = stream.shutdown().await;
+            continue;
+        };
+        let daemon = daemon.clone();
+        let span = tracing::debug_span!("client", number);
+        let client = async move {
+            if let Err(error) = attend(stream, &daemon).await {
+                tracing::debug!(%error, "client dropped");
+            }
+            drop(permit);
+        };
+        tokio::spawn(client.instrument(span));
+    }
+}
+
+async fn attend(stream: UnixStream, daemon: &Arc<Daemon>) -> io::Result<()> {
+    let (reader, mut writer) = tokio::io::split(stream);
+    let mut lines = Lines::new(reader, MAX_REQUEST);
+    while let Some(line) = tokio::time::timeout(IDLE, lines.next()).await?? {
+        match serde_json::from_slice::<Request>(&line) {
+            Ok(Request::JobFollow { id }) => follow(daemon, id, &mut writer).await?,
+            Ok(request) => {
+                tracing::debug!(?request);
+                answer(&mut writer, &daemon.handle(request).await).await?;
+            }
+            Err(error) => {
+                let message = format!("this is no request that this transhumed knows: {error}");
+                let failure = Failure {
+                    kind: FailureKind::Failed,
+                    message,
+                };
+                answer(&mut writer, &Response::Error(failure)).await?;
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn follow(
+    daemon: &Arc<Daemon>,
+    id: u64,
+    writer: &mut WriteHalf<UnixStream>,
+) -> io::Result<()> {
+    let Ok(job) = daemon.jobs.get(id) else {
+        return answer(writer, &daemon.handle(Request::JobShow { id }).await).await;
+    };
+    loop {
+        let running = job.is_running();
+        answer(writer, &Response::Job(Box::new(job.info()))).await?;
+        if !running {
+            return Ok(());
+        }
+        // Either way it is looked at again.
+        let _ = tokio::time::timeout(BEAT, job.ended()).await;
+    }
+}
+
+async fn answer(writer: &mut WriteHalf<UnixStream>, response: &Response) -> io::Result<()> {
+    tokio::time::timeout(SLOW, writer.write_all(&encode(response))).await?
+}
+
+fn encode(response: &Response) -> Vec<u8> {
+    let mut line = serde_json::to_vec(response).unwrap_or_else(|error| {
+        format!("{{\"error\":{{\"kind\":\"failed\",\"message\":\"no JSON: {error}\"}}}}")
+            .into_bytes()
+    });
+    line.push(b'\n');
+    line
+}
+
+#[cfg(test)]
+#[path = "server_tests.rs"]
+mod tests;

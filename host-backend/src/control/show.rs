@@ -1,0 +1,459 @@
+//! Answers as people read them.
+
+use super::api::{JobInfo, JobState, MachineInfo, Response, VmInfo};
+use crate::relay::progress::{Phase, Snapshot, Summary, Traffic};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::fmt::Write;
+use std::time::{Duration, Instant};
+
+const PAGE: u64 = 4096;
+/// How often a line is written where there is no terminal.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// For programs: the answer's content, on one line.
+pub(super) fn json(response: &Response) -> String {
+    let whole = serde_json::to_value(response).unwrap_or_default();
+    match (response, whole) {
+        // What went wrong keeps its name, so that it cannot be taken for an answer.
+        (Response::Error(_) | Response::Done(_), whole) => whole.to_string(),
+        (_, serde_json::Value::Object(object)) => object
+            .into_iter()
+            .next()
+            .map(|(_, content)| content.to_string())
+            .unwrap_or_default(),
+        (_, whole) => whole.to_string(),
+    }
+}
+
+/// For people.
+pub(super) fn people(response: &Response) -> String {
+    match response {
+        Response::Vm(info) => vm(info),
+        Response::Vms(all) => vms(all),
+        Response::Arguments(arguments) => shell(arguments),
+        Response::Job(info) => job(info),
+        Response::Jobs(all) => jobs(all),
+        Response::Done(text) => text.clone(),
+        Response::Error(failure) => failure.message.clone(),
+    }
+}
+
+/// A number of bytes in three digits or so.
+pub(super) fn bytes(number: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut unit = 0;
+    let mut scaled = to_float(number);
+    while scaled >= 1000.0 && unit + 1 < units.len() {
+        scaled /= 1024.0;
+        unit += 1;
+    }
+    let digits = match scaled {
+        _ if unit == 0 => 0,
+        scaled if scaled < 10.0 => 2,
+        scaled if scaled < 100.0 => 1,
+        _ => 0,
+    };
+    format!("{scaled:.digits$} {}", units[unit])
+}
+
+#[expect(clippy::cast_precision_loss, reason = "for showing")]
+fn to_float(number: u64) -> f64 {
+    number as f64
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "for showing; it saturates"
+)]
+fn to_number(float: f64) -> u64 {
+    float as u64
+}
+
+/// Milliseconds in a unit that fits.
+fn duration(ms: f64) -> String {
+    let seconds = ms / 1000.0;
+    match ms {
+        ms if ms < 10.0 => format!("{ms:.1} ms"),
+        ms if ms < 1000.0 => format!("{ms:.0} ms"),
+        _ if seconds < 60.0 => format!("{seconds:.2} s"),
+        _ => {
+            let whole = to_number(seconds);
+            format!("{} min {:02} s", whole / 60, whole % 60)
+        }
+    }
+}
+
+fn rows(head: &[&str], body: &[Vec<String>]) -> String {
+    let width = |column: usize| {
+        let cells = body.iter().map(|row| row[column].chars().count());
+        cells.chain([head[column].len()]).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    let head: Vec<String> = head.iter().map(|&cell| cell.to_owned()).collect();
+    let lines = std::iter::once(&head).chain(body).map(|row| {
+        let cells = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:width$}"));
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+fn vms(all: &[VmInfo]) -> String {
+    if all.is_empty() {
+        return "No VMs here. `transhume vm start DEFINITION.toml` starts one.".to_owned();
+    }
+    let body: Vec<Vec<String>> = all
+        .iter()
+        .map(|info| {
+            let machine =
+                |show: fn(&MachineInfo) -> String| info.machine.as_ref().map_or("-".into(), show);
+            vec![
+                info.name.clone(),
+                info.job.map_or(info.state.clone(), |job| {
+                    format!("{} (job {job})", info.state)
+                }),
+                machine(|one| one.machine_type.clone()),
+                machine(|one| bytes(one.memory_bytes)),
+                machine(|one| one.vcpus.to_string()),
+                machine(|one| one.qemu_version.clone()),
+                machine(|one| one.pid.map_or("-".into(), |pid| pid.to_string())),
+            ]
+        })
+        .collect();
+    rows(
+        &["NAME", "STATE", "MACHINE", "MEMORY", "VCPUS", "QEMU", "PID"],
+        &body,
+    )
+}
+
+fn vm(info: &VmInfo) -> String {
+    let mut lines = vec![("name", info.name.clone()), ("state", info.state.clone())];
+    lines.extend(info.note.clone().map(|note| ("", note)));
+    lines.extend(info.job.map(|job| {
+        (
+            "moves",
+            format!("job {job}: `transhume job show {job} --follow`"),
+        )
+    }));
+    if let Some(machine) = &info.machine {
+        let path = |path: &std::path::Path| path.display().to_string();
+        lines.push((
+            "machine",
+            format!("{} by {}", machine.machine_type, machine.accelerator),
+        ));
+        lines.push(("memory", bytes(machine.memory_bytes)));
+        lines.push(("vcpus", format!("{} of {}", machine.vcpus, machine.cpu)));
+        let process = machine
+            .pid
+            .map_or(String::new(), |pid| format!(", process {pid}"));
+        lines.push(("qemu", format!("{}{process}", machine.qemu_version)));
+        for disk in &machine.disks {
+            let read_only = if disk.read_only { ", read-only" } else { "" };
+            let text = format!(
+                "{}: {} ({}{read_only})",
+                disk.id,
+                path(&disk.path),
+                disk.format
+            );
+            lines.push(("disk", text));
+        }
+        let agent = machine
+            .agent
+            .as_deref()
+            .map_or("no channel".to_owned(), path);
+        lines.push(("agent", agent));
+        lines.extend(
+            machine
+                .serial
+                .as_deref()
+                .map(|socket| ("serial", path(socket))),
+        );
+        lines.extend(machine.vnc.as_deref().map(|socket| ("vnc", path(socket))));
+        lines.push(("qmp", path(&machine.qmp)));
+        lines.extend(machine.log.as_deref().map(|log| ("log", path(log))));
+    }
+    let lines = lines
+        .iter()
+        .map(|(key, value)| format!("{key:<8} {value}").trim_end().to_owned());
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// A command line that a shell takes back, an option a line.
+fn shell(arguments: &[String]) -> String {
+    let mut text = String::new();
+    for (index, argument) in arguments.iter().enumerate() {
+        if index > 0 {
+            text.push_str(if argument.starts_with('-') {
+                " \\\n  "
+            } else {
+                " "
+            });
+        }
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./,:=@+".contains(&byte);
+        if !argument.is_empty() && argument.bytes().all(plain) {
+            text.push_str(argument);
+        } else {
+            let _ = write!(text, "'{}'", argument.replace('\'', "'\\''"));
+        }
+    }
+    text
+}
+
+fn state_word(job: &JobInfo) -> String {
+    let phase = |phase: Phase| match phase {
+        Phase::Negotiate => "agreeing with the other host",
+        Phase::Prepare => "preparing the other host",
+        Phase::PreCopy => "copying memory",
+        Phase::Switchover => "switching over",
+        Phase::Commit => "handing over",
+        Phase::Completed | Phase::Failed | Phase::Cancelled | Phase::Unresolved => "ending",
+    };
+    match job.state {
+        JobState::Running => phase(job.progress.phase).to_owned(),
+        JobState::Completed => "completed".to_owned(),
+        JobState::Planned => "dry run".to_owned(),
+        JobState::Refused => "refused".to_owned(),
+        JobState::Failed => "failed".to_owned(),
+        JobState::Cancelled => "cancelled".to_owned(),
+        JobState::Unresolved => "UNRESOLVED".to_owned(),
+    }
+}
+
+fn jobs(all: &[JobInfo]) -> String {
+    if all.is_empty() {
+        return "No migrations yet. `transhume migrate NAME --to HOST` starts one.".to_owned();
+    }
+    let body: Vec<Vec<String>> = all
+        .iter()
+        .map(|job| {
+            let summary = job.summary.as_ref();
+            let elapsed = summary.map_or(to_float(job.progress.elapsed_ms), |one| one.total_ms);
+            vec![
+                job.id.to_string(),
+                job.vm.clone(),
+                job.to.clone(),
+                state_word(job),
+                duration(elapsed),
+                summary.map_or("-".to_owned(), |one| duration(one.downtime.total_ms)),
+                bytes(job.progress.traffic.wire_bytes),
+            ]
+        })
+        .collect();
+    rows(
+        &[
+            "JOB",
+            "VM",
+            "TO",
+            "STATE",
+            "TIME",
+            "DOWNTIME",
+            "ON THE WIRE",
+        ],
+        &body,
+    )
+}
+
+/// A job, and its summary if it is completed.
+pub(super) fn job(job: &JobInfo) -> String {
+    let JobInfo { id, vm, to, .. } = job;
+    match (job.state, &job.summary, &job.plan_text, &job.error) {
+        (JobState::Completed, Some(all), ..) => summary(all),
+        (JobState::Planned, _, Some(plan), _) => plan.clone(),
+        (JobState::Running, ..) => format!(
+            "job {id} moves {vm} to {to}: {}\nFollow it by `transhume job show {id} --follow`, end it by \
+             `transhume job cancel {id}`.",
+            moment(job, None)
+        ),
+        (_, _, _, Some(error)) => format!("job {id}, {vm} to {to}, {}: {error}", state_word(job)),
+        _ => format!("job {id}, {vm} to {to}: {}", state_word(job)),
+    }
+}
+
+fn share(pages: u64, all: u64) -> String {
+    let percent = if all == 0 {
+        0.0
+    } else {
+        100.0 * to_float(pages) / to_float(all)
+    };
+    format!("{:>10}  {percent:>4.1} %", bytes(pages * PAGE))
+}
+
+fn summary(summary: &Summary) -> String {
+    let Summary {
+        vm,
+        from,
+        to,
+        downtime,
+        traffic,
+        ..
+    } = summary;
+    let mut text = format!(
+        "{vm} runs on {to} now; it left {from} in {}.\n",
+        duration(summary.total_ms)
+    );
+    let _ = writeln!(
+        text,
+        "  downtime       {:>10}  (memory {}, devices {}, hand-over {})",
+        duration(downtime.total_ms),
+        duration(downtime.memory_ms),
+        duration(downtime.devices_ms),
+        duration(downtime.handover_ms)
+    );
+    let kinds = kinds(traffic);
+    let all = kinds.iter().map(|(_, pages)| pages).sum();
+    for (name, pages) in kinds {
+        let _ = writeln!(text, "  {name:<14} {}", share(pages, all));
+    }
+    let _ = writeln!(
+        text,
+        "  on the wire    {:>10}  of {} that QEMU sent",
+        bytes(traffic.wire_bytes),
+        bytes(traffic.stream_bytes)
+    );
+    let _ = write!(
+        text,
+        "  page cache     {:>10}  named by the guest's agent",
+        bytes(summary.hinted_pages * PAGE)
+    );
+    for remark in &summary.remarks {
+        let _ = write!(text, "\n  note: {remark}");
+    }
+    text
+}
+
+fn kinds(traffic: &Traffic) -> [(&'static str, u64); 5] {
+    [
+        ("from disk", traffic.disk_pages),
+        ("zero pages", traffic.zero_pages),
+        ("data", traffic.data_pages),
+        ("sent again", traffic.resent_pages),
+        ("disk differed", traffic.mismatched_pages),
+    ]
+}
+
+/// A running job in one line. `rates`: bytes of stream and of link in a second.
+fn moment(job: &JobInfo, rates: Option<(f64, f64)>) -> String {
+    let Snapshot {
+        traffic,
+        elapsed_ms,
+        ..
+    } = &job.progress;
+    let mut text = format!("{}, {}", state_word(job), duration(to_float(*elapsed_ms)));
+    if traffic.stream_bytes == 0 {
+        return text;
+    }
+    for (name, pages) in kinds(traffic) {
+        if pages > 0 {
+            let _ = write!(text, ", {name} {}", bytes(pages * PAGE));
+        }
+    }
+    let _ = write!(text, ", wire {}", bytes(traffic.wire_bytes));
+    if let Some((stream, wire)) = rates {
+        let _ = write!(text, " ({}/s)", bytes(to_number(wire)));
+        if let Some(left) = job.progress.remaining_bytes
+            && stream > 1.0
+            && job.progress.phase == Phase::PreCopy
+        {
+            let _ = write!(
+                text,
+                ", about {} left",
+                duration(1000.0 * to_float(left) / stream)
+            );
+        }
+    }
+    text
+}
+
+/// Shows how a job goes: a bar on a terminal, lines elsewhere, nothing for programs. On standard error.
+pub(super) struct Progress {
+    bar: Option<ProgressBar>,
+    silent: bool,
+    last: Option<(Instant, Phase)>,
+    before: Option<(Instant, Traffic)>,
+    rates: Option<(f64, f64)>,
+}
+
+impl Progress {
+    pub(super) fn new(terminal: bool, silent: bool) -> Self {
+        let bar = terminal.then(|| {
+            let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr());
+            // A template without mistakes always parses.
+            if let Ok(style) = ProgressStyle::with_template("[{bar:24}] {percent:>3} %  {wide_msg}")
+            {
+                bar.set_style(style.progress_chars("=> "));
+            }
+            bar
+        });
+        Self {
+            bar,
+            silent,
+            last: None,
+            before: None,
+            rates: None,
+        }
+    }
+
+    fn measure(&mut self, traffic: Traffic) {
+        let now = Instant::now();
+        let Some((then, before)) = self.before else {
+            self.before = Some((now, traffic));
+            return;
+        };
+        let seconds = (now - then).as_secs_f64();
+        if seconds < 0.2 {
+            return;
+        }
+        let rate = |new: u64, old: u64| to_float(new.saturating_sub(old)) / seconds;
+        let fresh = (
+            rate(traffic.stream_bytes, before.stream_bytes),
+            rate(traffic.wire_bytes, before.wire_bytes),
+        );
+        // Smoothed, for a number that can be read.
+        let mix = |old: f64, new: f64| 0.7 * old + 0.3 * new;
+        self.rates = Some(
+            self.rates
+                .map_or(fresh, |old| (mix(old.0, fresh.0), mix(old.1, fresh.1))),
+        );
+        self.before = Some((now, traffic));
+    }
+
+    pub(super) fn show(&mut self, job: &JobInfo) {
+        if self.silent {
+            return;
+        }
+        self.measure(job.progress.traffic);
+        let text = moment(job, self.rates);
+        if let Some(bar) = &self.bar {
+            let total = job.progress.total_bytes.max(1);
+            bar.set_length(total);
+            bar.set_position(
+                job.progress
+                    .remaining_bytes
+                    .map_or(0, |left| total.saturating_sub(left)),
+            );
+            bar.set_message(text);
+            return;
+        }
+        let phase = job.progress.phase;
+        let due = self
+            .last
+            .is_none_or(|(at, before)| before != phase || at.elapsed() >= LINE_EVERY);
+        if due {
+            eprintln!("{}: {text}", job.vm);
+            self.last = Some((Instant::now(), phase));
+        }
+    }
+
+    pub(super) fn clear(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "show_tests.rs"]
+mod tests;

@@ -1,0 +1,152 @@
+use super::super::api::{Failure, FailureKind};
+use super::*;
+use crate::relay::progress::Downtime;
+
+fn job(state: JobState) -> JobInfo {
+    JobInfo {
+        id: 3,
+        vm: "web1".to_owned(),
+        from: "hosta".to_owned(),
+        to: "hostb".to_owned(),
+        dry_run: false,
+        state,
+        started_ms: 0,
+        progress: Snapshot {
+            phase: Phase::PreCopy,
+            elapsed_ms: 1500,
+            traffic: Traffic {
+                zero_pages: 256,
+                disk_pages: 512,
+                data_pages: 256,
+                wire_bytes: 2 << 20,
+                stream_bytes: 4 << 20,
+                ..Traffic::default()
+            },
+            remaining_bytes: Some(10 << 20),
+            total_bytes: 64 << 20,
+            hinted_pages: 600,
+        },
+        error: None,
+        summary: None,
+        plan: None,
+        plan_text: None,
+    }
+}
+
+#[test]
+fn shows_numbers_as_people_read_them() {
+    for (number, text) in [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1 << 10, "1.00 KiB"),
+        (1000 << 10, "0.98 MiB"),
+        (20 << 20, "20.0 MiB"),
+        (999 << 20, "999 MiB"),
+        (u64::MAX, "16777216 TiB"),
+    ] {
+        assert_eq!(bytes(number), text);
+    }
+    for (ms, text) in [
+        (0.25, "0.2 ms"),
+        (43.4, "43 ms"),
+        (5821.0, "5.82 s"),
+        (125_000.0, "2 min 05 s"),
+        (f64::NAN, "0 min 00 s"),
+    ] {
+        assert_eq!(duration(ms), text);
+    }
+}
+
+#[test]
+fn tells_a_running_job_with_what_can_be_done() {
+    let text = super::job(&job(JobState::Running));
+    assert!(text.contains("copying memory, 1.50 s, from disk 2.00 MiB, zero pages 1.00 MiB, data 1.00 MiB, wire 2.00 MiB"), "{text}");
+    assert!(text.contains("transhume job cancel 3"), "{text}");
+    let text = moment(&job(JobState::Running), Some((1_048_576.0, 524_288.0)));
+    assert!(
+        text.ends_with("wire 2.00 MiB (512 KiB/s), about 10.00 s left"),
+        "{text}"
+    );
+}
+
+#[test]
+fn sums_up_with_the_downtime_in_its_parts() {
+    let mut job = job(JobState::Completed);
+    job.summary = Some(Summary {
+        vm: "web1".to_owned(),
+        from: "hosta".to_owned(),
+        to: "hostb".to_owned(),
+        total_ms: 5821.0,
+        downtime: Downtime {
+            memory_ms: 12.0,
+            devices_ms: 20.0,
+            handover_ms: 11.0,
+            total_ms: 43.0,
+        },
+        traffic: job.progress.traffic,
+        hinted_pages: 600,
+        remarks: vec!["the agent has no module".to_owned()],
+    });
+    let expected = "\
+web1 runs on hostb now; it left hosta in 5.82 s.
+  downtime            43 ms  (memory 12 ms, devices 20 ms, hand-over 11 ms)
+  from disk        2.00 MiB  50.0 %
+  zero pages       1.00 MiB  25.0 %
+  data             1.00 MiB  25.0 %
+  sent again            0 B   0.0 %
+  disk differed         0 B   0.0 %
+  on the wire      2.00 MiB  of 4.00 MiB that QEMU sent
+  page cache       2.34 MiB  named by the guest's agent
+  note: the agent has no module";
+    assert_eq!(super::job(&job), expected);
+}
+
+#[test]
+fn tells_why_a_job_failed() {
+    let mut job = job(JobState::Failed);
+    job.error = Some("the link broke; web1 runs on at hosta".to_owned());
+    assert_eq!(
+        super::job(&job),
+        "job 3, web1 to hostb, failed: the link broke; web1 runs on at hosta"
+    );
+}
+
+#[test]
+fn programs_get_the_content_and_failures_their_name() {
+    assert_eq!(json(&Response::Vms(Vec::new())), "[]");
+    assert!(json(&Response::Job(Box::new(job(JobState::Running)))).starts_with("{\"dry-run\":"));
+    let failure = Failure {
+        kind: FailureKind::Refused,
+        message: "no".to_owned(),
+    };
+    let text = json(&Response::Error(failure));
+    assert_eq!(text, r#"{"error":{"kind":"refused","message":"no"}}"#);
+}
+
+#[test]
+fn quotes_for_a_shell() {
+    let arguments = [
+        "/usr/bin/qemu",
+        "-append",
+        "a b's",
+        "-netdev",
+        "user,id=net0",
+        "-x",
+        "",
+    ];
+    let arguments: Vec<String> = arguments.iter().map(|&one| one.to_owned()).collect();
+    let text = shell(&arguments);
+    assert_eq!(
+        text,
+        "/usr/bin/qemu \\\n  -append 'a b'\\''s' \\\n  -netdev user,id=net0 \\\n  -x ''"
+    );
+}
+
+#[test]
+fn lines_up_columns() {
+    let text = rows(
+        &["NAME", "STATE"],
+        &[vec!["a".to_owned(), "running".to_owned()]],
+    );
+    assert_eq!(text, "NAME  STATE\na     running");
+}
