@@ -14,5 +14,7 @@ pub mod layout;
 pub mod packages;
 pub mod progress;
 pub mod qemu;
+pub mod scenario;
+pub mod suite;
 
 pub use error::{Error, Result};

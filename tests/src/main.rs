@@ -8,7 +8,8 @@ use testbed::hosts::Hosts;
 use testbed::layout::Layout;
 use testbed::packages::{Kernel, Packages, Qemu, tools};
 use testbed::qemu::migrate::Stock;
-use testbed::{Result, cleanup};
+use testbed::scenario::{self, Bed};
+use testbed::{Result, cleanup, suite};
 
 /// Moves real guests between two hosts on this machine.
 #[derive(Debug, Parser)]
@@ -23,6 +24,18 @@ enum Task {
     /// Gets the Debian packages that everything else needs, without installing them
     #[command(after_help = "Example:\n  cargo testbed packages")]
     Packages,
+    /// Runs everything: format, lints, unit tests, the module for both kernels, and the scenarios
+    #[command(
+        after_help = "Examples:\n  cargo testbed test\n  cargo testbed test --list\n  cargo testbed test --only guest-6.1\n\nExit codes: 0 all passed, 1 some failed, 2 usage."
+    )]
+    Test {
+        /// Only the scenarios whose names contain this, and nothing else
+        #[arg(long, value_name = "NAME")]
+        only: Option<String>,
+        /// Lists the scenarios
+        #[arg(long)]
+        list: bool,
+    },
     /// Moves the bench's guest by stock QEMU alone, and prints what was measured
     #[command(after_help = "Example:\n  cargo testbed stock --qemu 10.0 --channels 2")]
     Stock {
@@ -50,12 +63,27 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<ExitCode> {
+    if let Task::Test { list: true, .. } = arguments.command {
+        for scenario in scenario::all() {
+            println!("{}: {}", scenario.name, scenario.about);
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
     cleanup::watch_signals()?;
     let layout = Layout::find()?;
     tools::ensure()?;
     let packages = Packages::new(&layout);
     match &arguments.command {
         Task::Packages => packages.all()?,
+        Task::Test { only, .. } => {
+            let bed = Bed { layout, packages };
+            let passed = suite::run(&bed, only.as_deref())?;
+            return Ok(if passed {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            });
+        }
         Task::Stock {
             qemu,
             channels,
