@@ -14,6 +14,7 @@ pub mod layout;
 pub mod packages;
 pub mod progress;
 pub mod qemu;
+pub mod report;
 pub mod scenario;
 pub mod suite;
 
