@@ -14,5 +14,8 @@ pub mod layout;
 pub mod packages;
 pub mod progress;
 pub mod qemu;
+pub mod report;
+pub mod scenario;
+pub mod suite;
 
 pub use error::{Error, Result};

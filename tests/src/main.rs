@@ -1,14 +1,14 @@
 //! `cargo testbed …`
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::process::ExitCode;
-use std::time::Duration;
-use testbed::bench::{self, Profile, Side};
-use testbed::hosts::Hosts;
-use testbed::layout::Layout;
-use testbed::packages::{Kernel, Packages, Qemu, tools};
+use testbed::bench::{SIDES, Setup, Side, compare};
+use testbed::layout::{Layout, write_whole};
+use testbed::packages::{Packages, Qemu, tools};
+use testbed::progress::say;
 use testbed::qemu::migrate::Stock;
-use testbed::{Result, cleanup};
+use testbed::scenario::{self, Bed};
+use testbed::{Result, bench, cleanup, report, suite};
 
 /// Moves real guests between two hosts on this machine.
 #[derive(Debug, Parser)]
@@ -20,28 +20,105 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    /// Moves a Linux guest from hosta to hostb over 1 Gbit/s: first by stock QEMU, then by Transhume
+    ///
+    /// Prints the comparison, the guest's own check of its data included, and writes an HTML report with a
+    /// timeline of bytes by kind.
+    #[command(after_help = "Example:\n  cargo testbed demo")]
+    Demo(Choice),
+    /// Measures Transhume against stock QEMU at its best
+    #[command(
+        after_help = "Examples:\n  cargo testbed bench page-cache --json\n  cargo testbed bench page-cache --quick"
+    )]
+    Bench {
+        /// What to measure
+        #[arg(value_enum)]
+        what: Bench,
+        /// One run a side, of a small guest
+        #[arg(long)]
+        quick: bool,
+        /// Prints one JSON object as the last line
+        #[arg(long)]
+        json: bool,
+        /// Runs a side
+        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=99))]
+        runs: u8,
+        #[command(flatten)]
+        choice: Choice,
+    },
+    /// Runs everything: format, lints, unit tests, the module for both kernels, and the scenarios
+    #[command(
+        after_help = "Examples:\n  cargo testbed test\n  cargo testbed test --list\n  cargo testbed test --only guest-6.1\n\nExit codes: 0 all passed, 1 some failed, 2 usage."
+    )]
+    Test {
+        /// Only the scenarios whose names contain this, and nothing else
+        #[arg(long, value_name = "NAME")]
+        only: Option<String>,
+        /// Lists the scenarios
+        #[arg(long)]
+        list: bool,
+    },
     /// Gets the Debian packages that everything else needs, without installing them
     #[command(after_help = "Example:\n  cargo testbed packages")]
     Packages,
-    /// Moves the bench's guest by stock QEMU alone, and prints what was measured
-    #[command(after_help = "Example:\n  cargo testbed stock --qemu 10.0 --channels 2")]
-    Stock {
-        /// QEMU's release: 7.2 or 10.0
-        #[arg(long, default_value = "10.0")]
-        qemu: String,
-        /// Channels of multifd with zstd; without it, one plain connection
-        #[arg(long)]
-        channels: Option<u8>,
-        /// A small guest
-        #[arg(long)]
-        quick: bool,
-    },
+}
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Bench {
+    /// A guest whose memory is mostly clean page cache.
+    PageCache,
+}
+
+#[derive(Debug, Args)]
+struct Choice {
+    /// QEMU's release
+    #[arg(long, value_enum, default_value_t = Release::V10_0)]
+    qemu: Release,
+    /// Stock QEMU alone
+    #[arg(long)]
+    stock_only: bool,
+    /// Channels of stock QEMU's multifd
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=16))]
+    channels: u8,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Release {
+    #[value(name = "7.2")]
+    V7_2,
+    #[value(name = "10.0")]
+    V10_0,
+}
+
+impl Choice {
+    fn qemu(&self) -> Qemu {
+        match self.qemu {
+            Release::V7_2 => Qemu::V7_2,
+            Release::V10_0 => Qemu::V10_0,
+        }
+    }
+
+    fn sides(&self) -> Vec<Side> {
+        let channels = self.channels;
+        SIDES
+            .into_iter()
+            .filter(|side| !self.stock_only || *side != Side::Transhume)
+            .map(|side| match side {
+                Side::Stock(Stock::MultifdZstd { .. }) => {
+                    Side::Stock(Stock::MultifdZstd { channels })
+                }
+                side => side,
+            })
+            .collect()
+    }
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    match run(&arguments) {
-        Ok(code) => code,
+    match run(arguments.command) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("testbed: {error}");
             ExitCode::FAILURE
@@ -49,58 +126,73 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(arguments: &Arguments) -> Result<ExitCode> {
+/// Says whether all went well.
+fn run(task: Task) -> Result<bool> {
+    if let Task::Test { list: true, .. } = task {
+        for scenario in scenario::all() {
+            println!("{}: {}", scenario.name, scenario.about);
+        }
+        return Ok(true);
+    }
     cleanup::watch_signals()?;
     let layout = Layout::find()?;
     tools::ensure()?;
     let packages = Packages::new(&layout);
-    match &arguments.command {
+    match task {
         Task::Packages => packages.all()?,
-        Task::Stock {
-            qemu,
-            channels,
+        Task::Test { only, .. } => return suite::run(&Bed { layout, packages }, only.as_deref()),
+        Task::Demo(choice) => demo(&layout, &packages, &choice)?,
+        Task::Bench {
+            what: Bench::PageCache,
             quick,
+            json,
+            runs,
+            choice,
         } => {
-            stock(&layout, &packages, qemu, *channels, *quick)?;
+            let (profile, runs) = if quick {
+                (bench::Profile::QUICK, 1)
+            } else {
+                (bench::Profile::BENCH, usize::from(runs))
+            };
+            let setup = Setup::prepare(
+                &layout,
+                &packages,
+                profile,
+                choice.qemu(),
+                !choice.stock_only,
+            )?;
+            let comparison = compare(&setup, &choice.sides(), runs)?;
+            println!("{}", comparison.table());
+            if json {
+                println!("{}", comparison.json("page-cache"));
+            }
         }
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(true)
 }
 
-fn stock(
-    layout: &Layout,
-    packages: &Packages,
-    version: &str,
-    channels: Option<u8>,
-    quick: bool,
-) -> Result<()> {
-    let version = Qemu::ALL
-        .into_iter()
-        .find(|qemu| qemu.version() == version)
-        .ok_or_else(|| {
-            testbed::Error::machine(format!("No QEMU {version} here"), "Say 7.2 or 10.0")
-        })?;
-    let profile = if quick {
-        Profile::QUICK
-    } else {
-        Profile::BENCH
-    };
-    let qemu = packages.qemu(version)?;
-    let machine = profile.machine(layout, packages, Kernel::V6_12)?;
-    let way = channels.map_or(Stock::Plain, |channels| Stock::MultifdZstd { channels });
-    let hosts = Hosts::new(Some(profile.rate))?;
-    let run = bench::run(&hosts, &machine, &qemu, Side::Stock(way), Duration::ZERO)?;
-    println!(
-        "{}: total {:.0} ms (stream {:.0}), downtime {:.0} ms (gap {:.0}), {:.0} MB on the wire, {:.0} requests in the total (pace before: {:.0}/s), {}",
-        run.side,
-        run.total_ms(),
-        run.stream_ms(),
-        run.downtime_ms(),
-        run.gap_ms(),
-        run.wire_bytes as f64 / 1e6,
-        run.work_in(Duration::from_secs_f64(run.total_ms() / 1000.0)),
-        run.pace_before(),
-        run.check
+fn demo(layout: &Layout, packages: &Packages, choice: &Choice) -> Result<()> {
+    let setup = Setup::prepare(
+        layout,
+        packages,
+        bench::Profile::DEMO,
+        choice.qemu(),
+        !choice.stock_only,
+    )?;
+    let comparison = compare(&setup, &choice.sides(), 1)?;
+    println!("{}", comparison.table());
+    let path = layout.base.join("demo.html");
+    let about = format!(
+        "A Linux guest with {} MiB of memory, most of it page cache, serves requests and writes 20 MiB/s while it moves \
+         from hosta to hostb over one link of {} Mbit/s (QEMU {}, both hosts on one machine, no KVM). Afterwards it compares all its data.",
+        setup.machine.memory,
+        setup.rate,
+        choice.qemu().version()
     );
+    write_whole(
+        &path,
+        report::html("A guest moves", &about, &comparison).as_bytes(),
+    )?;
+    say(format!("the report is {}", path.display()));
     Ok(())
 }

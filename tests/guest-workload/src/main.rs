@@ -13,7 +13,8 @@
 //! | `beat MS WORK DIRTIED` | its clock in ms, requests served, pages written |
 //! | `bad WHAT` | a comparison failed |
 //! | `check ok pieces=N pages=N` / `check bad …` | the answer to `check` |
-//! | `check`, `dirty MIB_PER_S`, `quit` | what it is told |
+//! | `said LINE`, then `ran STATUS` | the output of a command, and how it ended |
+//! | `check`, `dirty MIB_PER_S`, `run COMMAND`, `quit` | what it is told |
 //!
 //! Its settings are on the kernel's command line, as `testbed.KEY=VALUE`.
 
@@ -162,8 +163,26 @@ fn obey(counters: &Counters, files: &Files, memory: &Mutex<Memory>) {
                     say(&format!("dirty {rate}"));
                 }
             }
+            (Some("run"), Some(_)) => run_command(line.trim_start().trim_start_matches("run ")),
             (Some("quit"), _) => return,
             _ => {}
+        }
+    }
+}
+
+/// Runs a command in a shell, with what it prints passed on.
+fn run_command(command: &str) {
+    let output = std::process::Command::new("/bin/sh")
+        .args(["-c", &format!("{command} 2>&1")])
+        .stdin(std::process::Stdio::null())
+        .output();
+    match output {
+        Err(error) => say(&format!("ran {error}")),
+        Ok(output) => {
+            for line in String::from_utf8_lossy(&output.stdout).lines() {
+                say(&format!("said {line}"));
+            }
+            say(&format!("ran {}", output.status.code().unwrap_or(-1)));
         }
     }
 }

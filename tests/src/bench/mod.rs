@@ -1,7 +1,15 @@
 //! Side-by-side measurements of the same guest over the same link.
+//!
+//! Every side is measured alike: from the command, when the destination's QEMU does not run yet, to the
+//! guest running there; bytes by the link's own counters, both ways; work and silence by the guest's
+//! serial line; and afterwards the guest compares all its data.
 
+pub mod compare;
 pub mod measure;
 pub mod profile;
+pub mod setup;
 
+pub use compare::{Comparison, SIDES, compare};
 pub use measure::{Measured, Side, run};
 pub use profile::Profile;
+pub use setup::Setup;

@@ -6,13 +6,14 @@ use crate::command::Process;
 use crate::guest::Boot;
 use crate::hosts::Host;
 use crate::{Error, Result};
+use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
 /// How long a guest may take to boot and warm up.
-const BOOT: Duration = Duration::from_secs(180);
+pub(crate) const BOOT: Duration = Duration::from_secs(180);
 
 /// A disk of a guest.
 #[derive(Debug, Clone)]
@@ -53,6 +54,30 @@ impl Machine {
             .map(|(key, value)| format!(" testbed.{key}={value}"))
             .collect();
         format!("console=ttyS0 quiet panic=-1 mitigations=off{settings}")
+    }
+
+    /// The definition of the same machine for `transhume vm start`.
+    pub fn definition(&self) -> String {
+        let mut text = format!(
+            "name = \"{}\"\nmachine = \"{}\"\naccelerator = \"tcg\"\nmemory = \"{}MiB\"\nvcpus = {}\n\n\
+             [boot]\nkernel = \"{}\"\ninitrd = \"{}\"\nappend = \"{}\"\n\n\
+             [console]\nserial = true\n",
+            self.name,
+            self.machine,
+            self.memory,
+            self.vcpus,
+            self.boot.kernel.display(),
+            self.boot.initrd.display(),
+            self.append(),
+        );
+        for DiskImage { id, path, format } in &self.disks {
+            let _ = write!(
+                text,
+                "\n[[disk]]\nid = \"{id}\"\nformat = \"{format}\"\npath = \"{}\"\n",
+                path.display()
+            );
+        }
+        text
     }
 
     fn arguments(&self, folder: &Path) -> Vec<String> {

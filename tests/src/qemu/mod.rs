@@ -5,4 +5,5 @@ pub mod migrate;
 pub mod qmp;
 pub mod serial;
 
+pub(crate) use launch::BOOT;
 pub use launch::{DiskImage, Machine, Vm};

@@ -174,6 +174,30 @@ impl Console {
         }
     }
 
+    /// Has the guest run a command, and returns what it prints. A failed command is an error.
+    pub fn run(
+        &self,
+        side: Side,
+        command: &str,
+        limit: Duration,
+        alive: impl Fn() -> Result<()>,
+    ) -> Result<String> {
+        let mark = self.mark();
+        self.tell(side, &format!("run {command}"))?;
+        let answer = self.wait_for("ran ", mark, limit, alive)?;
+        let log = self.log();
+        let said = log.lines[mark..]
+            .iter()
+            .filter_map(|(_, line)| line.strip_prefix("said "));
+        let said = said.collect::<Vec<_>>().join("\n");
+        drop(log);
+        if answer == "ran 0" {
+            Ok(said)
+        } else {
+            Err(self.wrong(format!("`{command}`: {answer}: {said}")))
+        }
+    }
+
     /// Has the guest compare all its data; returns its answer when all is well.
     pub fn check(
         &self,

@@ -1,0 +1,258 @@
+//! A host's Transhume: its daemon, and the command line that talks to it.
+
+use super::{HOST_A, HOST_B, Host, Hosts};
+use crate::command::{Process, Run};
+use crate::{Error, Result};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+use std::time::{Duration, Instant, SystemTime};
+
+/// The daemons' port on the link.
+const PORT: u16 = 7465;
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A running `transhumed`. Dropping it kills it.
+#[derive(Debug)]
+pub struct Daemon {
+    host: Host,
+    programs: PathBuf,
+    process: Process,
+    log: PathBuf,
+}
+
+/// A message of `transhume migrate --json`, and when it came.
+#[derive(Debug, Clone)]
+pub struct Message {
+    /// When.
+    pub at: SystemTime,
+    /// A snapshot, or at last a summary or an error.
+    pub value: Value,
+}
+
+/// How a `transhume` ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// Its exit code.
+    pub code: i32,
+    /// Its messages.
+    pub messages: Vec<Message>,
+    /// What it said to people.
+    pub errors: String,
+}
+
+impl Daemon {
+    /// Starts a host's daemon and waits until it answers.
+    pub fn start(hosts: &Hosts, host: &Host, programs: &Path, qemu: &Path) -> Result<Self> {
+        let peer = if host.name == HOST_A {
+            &hosts.b
+        } else {
+            &hosts.a
+        };
+        let configuration = host.folder.join("transhumed.toml");
+        fs::write(&configuration, Self::configuration(host, peer, qemu))
+            .map_err(Error::file("write", &configuration))?;
+        let log = host.folder.join("transhumed.log");
+        let output = File::options()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .map_err(Error::file("open", &log))?;
+        let errors = output.try_clone().map_err(Error::file("copy", &log))?;
+        let mut run = host
+            .run(programs.join("transhumed"))?
+            .arg("--config")
+            .arg(&configuration)
+            .cure("Build it: cargo build --release -p transhume-host");
+        run.command()
+            .stdout(Stdio::from(output))
+            .stderr(Stdio::from(errors));
+        let daemon = Self {
+            host: host.clone(),
+            programs: programs.to_owned(),
+            process: run.spawn()?,
+            log,
+        };
+        daemon.wait_until_it_answers()?;
+        Ok(daemon)
+    }
+
+    fn configuration(host: &Host, peer: &Host, qemu: &Path) -> String {
+        let mut text = String::new();
+        let _ = write!(
+            text,
+            "host = \"{}\"\nlisten = \"{}:{PORT}\"\nrun-directory = \"{}\"\nstate-directory = \"{}\"\nqemu = \"{}\"\n\n\
+             [hosts.{}]\naddress = \"{}:{PORT}\"\n",
+            host.name,
+            host.address,
+            host.folder.join("run").display(),
+            host.folder.join("state").display(),
+            qemu.display(),
+            peer.name,
+            peer.address,
+        );
+        text
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.host.folder.join("run/control.sock")
+    }
+
+    fn wait_until_it_answers(&self) -> Result<()> {
+        let start = Instant::now();
+        while UnixStream::connect(self.socket()).is_err() {
+            self.alive()?;
+            if start.elapsed() > PATIENCE {
+                return Err(Error::Late {
+                    what: format!("transhumed's control socket on {}", self.host.name),
+                    seconds: PATIENCE.as_secs(),
+                    hint: self.words(),
+                });
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    /// The end of its log.
+    pub fn words(&self) -> String {
+        let text = fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(30)..].join("\n")
+    }
+
+    /// Fails when it has ended.
+    pub fn alive(&self) -> Result<()> {
+        if self.process.ended() {
+            return Err(Error::Check(format!(
+                "transhumed on {} has ended:\n{}",
+                self.host.name,
+                self.words()
+            )));
+        }
+        Ok(())
+    }
+
+    /// Kills it as a crash would.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        self.process.signal(signal)
+    }
+
+    /// The most memory that it ever had, in bytes.
+    pub fn peak_memory(&self) -> Option<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.process.id())).ok()?;
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:"))?;
+        Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+    }
+
+    /// The run folder of a VM on this host.
+    pub fn vm_folder(&self, vm: &str) -> PathBuf {
+        self.host.folder.join("run/vms").join(vm)
+    }
+
+    fn transhume(&self, arguments: &[&str]) -> Run {
+        Run::new(self.programs.join("transhume"))
+            .env("TRANSHUME_SOCKET", self.socket())
+            .args(arguments)
+            .cure("See its words, and the daemons' logs")
+    }
+
+    /// Runs `transhume` to its end, whatever that is.
+    pub fn try_run(&self, arguments: &[&str]) -> Result<Output> {
+        self.transhume(arguments).finish().map(|(_, output)| output)
+    }
+
+    /// Runs `transhume`; anything but success is an error.
+    pub fn run(&self, arguments: &[&str]) -> Result<String> {
+        self.transhume(arguments)
+            .text()
+            .map_err(|error| self.with_log(error))
+    }
+
+    fn with_log(&self, error: Error) -> Error {
+        match error {
+            Error::Command {
+                program,
+                status,
+                cure,
+                output,
+            } => {
+                let output = format!(
+                    "{output}\ntranshumed on {}:\n{}",
+                    self.host.name,
+                    self.words()
+                );
+                Error::Command {
+                    program,
+                    status,
+                    cure,
+                    output,
+                }
+            }
+            other => other,
+        }
+    }
+
+    /// Runs `transhume migrate --json`, with each message shown to `watch` as it comes.
+    pub fn migrate(
+        &self,
+        vm: &str,
+        more: &[&str],
+        mut watch: impl FnMut(&Message),
+    ) -> Result<Ended> {
+        let to = if self.host.name == HOST_A {
+            HOST_B
+        } else {
+            HOST_A
+        };
+        let mut run = self
+            .transhume(&["migrate", vm, "--to", to, "--json"])
+            .args(more);
+        run.command().stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut process = run.spawn()?;
+        let out = process.child().stdout.take();
+        let mut err = process.child().stderr.take();
+        let mut messages = Vec::new();
+        let errors = std::thread::scope(|scope| {
+            let errors = scope.spawn(|| {
+                let mut text = String::new();
+                if let Some(err) = err.as_mut() {
+                    // What came before an error is what there is to show.
+                    let _ = err.read_to_string(&mut text);
+                }
+                text
+            });
+            for line in out.into_iter().flat_map(|out| BufReader::new(out).lines()) {
+                let Ok(line) = line else { break };
+                if let Ok(value) = serde_json::from_str(&line) {
+                    let message = Message {
+                        at: SystemTime::now(),
+                        value,
+                    };
+                    watch(&message);
+                    messages.push(message);
+                }
+            }
+            errors.join().unwrap_or_default()
+        });
+        let status = process.wait()?;
+        crate::cleanup::still_time()?;
+        Ok(Ended {
+            code: status.code().unwrap_or(-1),
+            messages,
+            errors,
+        })
+    }
+}

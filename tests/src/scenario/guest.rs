@@ -1,0 +1,167 @@
+//! The test bed's own ground: the Linux guest boots on both kernels and both QEMUs, works, checks itself,
+//! reports its page cache, and finds what is wrong.
+
+use super::{Bed, Scenario};
+use crate::error::check;
+use crate::guest::disk::{self, Amount, Kind};
+use crate::guest::{self};
+use crate::hosts::Hosts;
+use crate::packages::{Kernel, Qemu};
+use crate::qemu::migrate::Stock;
+use crate::qemu::serial::{Console, Side};
+use crate::qemu::{DiskImage, Machine, Vm};
+use crate::{Error, Result};
+use std::time::Duration;
+
+const LIMIT: Duration = Duration::from_secs(240);
+const ANSWER: Duration = Duration::from_secs(60);
+
+pub(super) fn scenarios() -> Vec<Scenario> {
+    vec![
+        Scenario {
+            name: "guest-6.1-reports-its-page-cache",
+            about: "ext4, XFS and a partition on Linux 6.1: the agent names clean pages by way of the module",
+            limit: LIMIT,
+            run: |bed| reports(bed, Kernel::V6_1, Qemu::V7_2),
+        },
+        Scenario {
+            name: "guest-6.12-reports-its-page-cache",
+            about: "the same on Linux 6.12",
+            limit: LIMIT,
+            run: |bed| reports(bed, Kernel::V6_12, Qemu::V10_0),
+        },
+        Scenario {
+            name: "guest-without-the-module",
+            about: "the agent falls back to user space and says so",
+            limit: LIMIT,
+            run: without_module,
+        },
+        Scenario {
+            name: "guest-finds-a-changed-byte",
+            about: "a disk that changes under the guest is found by its check",
+            limit: LIMIT,
+            run: finds_a_change,
+        },
+        Scenario {
+            name: "stock-qemu-moves-the-guest",
+            about: "QEMU 10.0 and 7.2 alone move the guest over the link, and its data is right",
+            limit: LIMIT,
+            run: stock_moves,
+        },
+    ]
+}
+
+/// A small guest with a disk of each kind.
+fn machine(bed: &Bed, kernel: Kernel) -> Result<Machine> {
+    let image = |id: &str, kind, size| -> Result<DiskImage> {
+        let path = disk::make(&bed.layout, &bed.packages, kind, Amount::Some(size))?;
+        Ok(DiskImage {
+            id: id.into(),
+            path,
+            format: "raw",
+        })
+    };
+    Ok(Machine {
+        name: "small".into(),
+        machine: "q35".into(),
+        memory: 384,
+        vcpus: 2,
+        boot: guest::boot(&bed.layout, &bed.packages, kernel)?,
+        disks: vec![
+            image("ext4", Kind::Ext4, 40)?,
+            image("part", Kind::Partitioned, 40)?,
+            image("xfs", Kind::Xfs, 40)?,
+        ],
+        settings: vec![
+            ("cache-mib", "110".into()),
+            ("memory-mib", "16".into()),
+            ("dirty-mib", "5".into()),
+        ],
+    })
+}
+
+/// The agent's own check: `… N pages … by …`.
+fn agent_check(vm: &Vm, console: &Console) -> Result<String> {
+    console.run(Side::Source, "/bin/transhume-agent --check", ANSWER, || {
+        vm.alive()
+    })
+}
+
+fn reports(bed: &Bed, kernel: Kernel, version: Qemu) -> Result<()> {
+    let machine = machine(bed, kernel)?;
+    let qemu = bed.packages.qemu(version)?;
+    let hosts = Hosts::new(None)?;
+    let console = Console::new(&machine.name);
+    let vm = machine.start_warm(&hosts.a, &qemu, &console)?;
+    let summary = agent_check(&vm, &console)?;
+    println!("  {summary}");
+    console.check(Side::Source, ANSWER, || vm.alive())?;
+    Ok(())
+}
+
+fn without_module(bed: &Bed) -> Result<()> {
+    let mut machine = machine(bed, Kernel::V6_12)?;
+    machine.settings.push(("module", "no".into()));
+    let hosts = Hosts::new(None)?;
+    let console = Console::new(&machine.name);
+    let vm = machine.start_warm(&hosts.a, &bed.packages.qemu(Qemu::V10_0)?, &console)?;
+    let summary = agent_check(&vm, &console)?;
+    println!("  {summary}");
+    check(summary.contains("user"), || {
+        format!("The agent does not say that it has no module: {summary}")
+    })
+}
+
+/// The test of the test: the workload must notice.
+fn finds_a_change(bed: &Bed) -> Result<()> {
+    let mut machine = machine(bed, Kernel::V6_12)?;
+    let disk = machine.disks.swap_remove(0);
+    let copy = bed.layout.folder("disks")?.join("changed.raw");
+    std::fs::copy(&disk.path, &copy).map_err(Error::file("copy", &disk.path))?;
+    machine.disks = vec![DiskImage {
+        path: copy.clone(),
+        ..disk
+    }];
+    machine.settings = vec![
+        ("cache-mib", "30".into()),
+        ("memory-mib", "4".into()),
+        ("workers", "0".into()),
+    ];
+    let hosts = Hosts::new(None)?;
+    let console = Console::new(&machine.name);
+    let vm = machine.start_warm(&hosts.a, &bed.packages.qemu(Qemu::V10_0)?, &console)?;
+    console.check(Side::Source, ANSWER, || vm.alive())?;
+    // The first file, changed behind the page cache's back, which is then dropped.
+    let change = "f=$(find /disk/ext4/d000 -type f | sort | head -n 1); set -- $(ls -l $f); \
+                  dd if=/dev/urandom of=$f bs=4096 count=1 conv=notrunc; echo 3 > /proc/sys/vm/drop_caches";
+    console.run(Side::Source, change, ANSWER, || vm.alive())?;
+    let answer = console.check(Side::Source, ANSWER, || vm.alive());
+    drop(vm);
+    std::fs::remove_file(&copy).map_err(Error::file("remove", &copy))?;
+    check(answer.is_err(), || "A changed file went unnoticed".into())
+}
+
+fn stock_moves(bed: &Bed) -> Result<()> {
+    for (version, stock) in [
+        (Qemu::V10_0, Stock::MultifdZstd { channels: 2 }),
+        (Qemu::V7_2, Stock::Plain),
+    ] {
+        let machine = machine(bed, Kernel::V6_12)?;
+        let qemu = bed.packages.qemu(version)?;
+        let hosts = Hosts::new(Some(1000))?;
+        let console = Console::new(&machine.name);
+        let mut source = machine.start_warm(&hosts.a, &qemu, &console)?;
+        let mut destination = machine.start(&hosts.b, &qemu, true)?;
+        destination.listen(&console, Side::Destination)?;
+        stock.migrate(&mut source, &mut destination, hosts.b.address)?;
+        console.check(Side::Destination, ANSWER, || destination.alive())?;
+        let beats = console.beats();
+        let last = beats
+            .last()
+            .ok_or_else(|| Error::Check("The guest never beat".into()))?;
+        check(last.side == Side::Destination, || {
+            "The guest's last beat came from the source".into()
+        })?;
+    }
+    Ok(())
+}

@@ -1,0 +1,29 @@
+//! The integration tests: scenarios with real QEMUs, each by a name, run one after the other with a bound
+//! on its time.
+
+mod bed;
+mod guest;
+mod runner;
+
+pub use bed::Bed;
+pub use runner::{Outcome, run_all};
+
+use crate::Result;
+use std::time::Duration;
+
+/// One test.
+pub struct Scenario {
+    /// For `--only`.
+    pub name: &'static str,
+    /// What must hold.
+    pub about: &'static str,
+    /// When it is given up.
+    pub limit: Duration,
+    /// The test itself.
+    pub run: fn(&Bed) -> Result<()>,
+}
+
+/// All of them, in the order in which they run.
+pub fn all() -> Vec<Scenario> {
+    [guest::scenarios()].into_iter().flatten().collect()
+}

@@ -1,0 +1,106 @@
+//! `cargo testbed test`: everything that is checked before a change lands.
+
+use crate::command::on_path;
+use crate::guest::build::{cargo, kernel_module};
+use crate::packages::Kernel;
+use crate::progress::{say, step};
+use crate::scenario::{self, Bed, Outcome};
+use crate::{Error, Result};
+
+/// Runs all checks, or only the scenarios of a name; says at the end how many passed.
+pub fn run(bed: &Bed, only: Option<&str>) -> Result<bool> {
+    let mut outcome = Outcome::default();
+    if only.is_none() {
+        for (name, passed) in checks(bed) {
+            println!("test {name} ... {}", if passed { "ok" } else { "FAILED" });
+            *(if passed {
+                &mut outcome.passed
+            } else {
+                &mut outcome.failed
+            }) += 1;
+        }
+    }
+    let mut scenarios = scenario::all();
+    if let Some(only) = only {
+        scenarios.retain(|scenario| scenario.name.contains(only));
+        if scenarios.is_empty() {
+            return Err(Error::machine(
+                format!("No scenario is called {only}"),
+                "`cargo testbed test --list` names them",
+            ));
+        }
+    }
+    let Outcome { passed, failed } = scenario::run_all(bed, &scenarios);
+    outcome.passed += passed;
+    outcome.failed += failed;
+    println!("{} passed, {} failed", outcome.passed, outcome.failed);
+    Ok(outcome.failed == 0)
+}
+
+/// The checks that need no guest, by name, and whether each passed. What they print is shown.
+fn checks(bed: &Bed) -> Vec<(&'static str, bool)> {
+    let nextest = on_path("cargo-nextest");
+    let unit: &[&str] = if nextest {
+        &[
+            "nextest",
+            "run",
+            "--workspace",
+            "--no-fail-fast",
+            "--status-level",
+            "fail",
+        ]
+    } else {
+        &["test", "--quiet", "--workspace", "--no-fail-fast"]
+    };
+    let mut list: Vec<(&str, &[&str])> = vec![
+        ("format", &["fmt", "--all", "--check"]),
+        (
+            "lints",
+            &[
+                "clippy",
+                "--quiet",
+                "--workspace",
+                "--all-targets",
+                "--",
+                "-D",
+                "warnings",
+            ],
+        ),
+        ("unit-tests", unit),
+    ];
+    if nextest {
+        // nextest leaves documentation's examples out.
+        list.push((
+            "documentation-tests",
+            &["test", "--quiet", "--workspace", "--doc"],
+        ));
+    }
+    if on_path("cargo-deny") {
+        list.push(("dependencies", &["deny", "check"]));
+    } else {
+        say("cargo-deny is not installed: dependencies are not checked");
+    }
+    let mut results: Vec<_> = list
+        .into_iter()
+        .map(|(name, arguments)| {
+            let passed = step(&format!("cargo {}", arguments.join(" ")), || {
+                cargo().folder(&bed.layout.source).args(arguments).show()
+            });
+            (name, shown(passed))
+        })
+        .collect();
+    for (name, kernel) in [("module-6.1", Kernel::V6_1), ("module-6.12", Kernel::V6_12)] {
+        results.push((
+            name,
+            shown(kernel_module(&bed.layout, &bed.packages, kernel).map(|_| true)),
+        ));
+    }
+    results
+}
+
+fn shown(result: Result<bool>) -> bool {
+    result.unwrap_or_else(|error| {
+        say(error.to_string());
+        false
+    })
+}
