@@ -46,11 +46,21 @@ pub fn connect(
     stream.set_read_timeout(Some(TICK)).map_err(io)?;
     stream.set_write_timeout(Some(patience)).map_err(io)?;
     let mut decoder = Box::new(Decoder::new());
-    send(&stream, &HostMessage::Hello { oldest: VERSION, newest: VERSION, session }).map_err(io)?;
+    send(
+        &stream,
+        &HostMessage::Hello {
+            oldest: VERSION,
+            newest: VERSION,
+            session,
+        },
+    )
+    .map_err(io)?;
     let mut buffer = vec![0; MAX_FRAME_LEN];
     loop {
         if Instant::now() >= deadline {
-            return Err("the guest's agent does not answer; is it installed and running?".to_owned());
+            return Err(
+                "the guest's agent does not answer; is it installed and running?".to_owned(),
+            );
         }
         let read = match read(&stream, &mut buffer) {
             Ok(Some(0)) => return Err("the agent's channel was closed".to_owned()),
@@ -71,7 +81,10 @@ pub fn connect(
                         page_shift,
                         agent,
                     }) if theirs == session => {
-                        let greeting = Greeting { agent: agent.to_owned(), source };
+                        let greeting = Greeting {
+                            agent: agent.to_owned(),
+                            source,
+                        };
                         if version != VERSION {
                             return Err(format!(
                                 "the guest's agent ({agent}) wants version {version} of the channel, \
@@ -81,7 +94,15 @@ pub fn connect(
                         let collector = Collector::new(disks, page_shift).ok_or_else(|| {
                             format!("the guest's pages are of 2^{page_shift} bytes, not of 4 KiB")
                         })?;
-                        return Ok((Agent { stream, decoder, session, collector }, greeting));
+                        return Ok((
+                            Agent {
+                                stream,
+                                decoder,
+                                session,
+                                collector,
+                            },
+                            greeting,
+                        ));
                     }
                     Ok(AgentMessage::Trouble { text }) => {
                         return Err(format!("the guest's agent says: {}", printable(text)));
@@ -96,7 +117,9 @@ pub fn connect(
 
 /// A guest's text, made safe for terminals and logs.
 fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+    text.chars()
+        .map(|c| if c.is_control() { '?' } else { c })
+        .collect()
 }
 
 fn send(mut stream: &UnixStream, message: &HostMessage) -> io::Result<()> {
@@ -112,9 +135,7 @@ fn read(mut stream: &UnixStream, buffer: &mut [u8]) -> io::Result<Option<usize>>
         Err(error)
             if matches!(
                 error.kind(),
-                io::ErrorKind::WouldBlock
-                    | io::ErrorKind::TimedOut
-                    | io::ErrorKind::Interrupted
+                io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted
             ) =>
         {
             Ok(None)
@@ -127,7 +148,13 @@ impl Agent {
     /// Asks for reports, with a pause between them and a share of one CPU in thousandths.
     pub fn start_reports(&mut self, interval: Duration, cpu_permille: u16) -> io::Result<()> {
         let interval_ms = u32::try_from(interval.as_millis()).unwrap_or(u32::MAX);
-        send(&self.stream, &HostMessage::ReportStart { interval_ms, cpu_permille })
+        send(
+            &self.stream,
+            &HostMessage::ReportStart {
+                interval_ms,
+                cpu_permille,
+            },
+        )
     }
 
     /// Ends the reports.
@@ -145,7 +172,9 @@ impl Agent {
     ) -> io::Result<()> {
         let mut buffer = vec![0; 64 * 1024];
         while go_on() {
-            let Some(read) = read(&self.stream, &mut buffer)? else { continue };
+            let Some(read) = read(&self.stream, &mut buffer)? else {
+                continue;
+            };
             if read == 0 {
                 return Ok(());
             }

@@ -75,7 +75,12 @@ impl Collector {
     /// Takes a message. Returns the report when this message completes it.
     pub fn take(&mut self, message: &AgentMessage<'_>) -> Option<Report> {
         match *message {
-            AgentMessage::Disk { index, sectors, serial, .. } => {
+            AgentMessage::Disk {
+                index,
+                sectors,
+                serial,
+                ..
+            } => {
                 self.name_disk(index, sectors, serial);
             }
             AgentMessage::EpochBegin { epoch } => {
@@ -115,9 +120,15 @@ impl Collector {
         let by_serial = self.disks.iter().position(|disk| disk.serial == serial);
         let ours = by_serial.or_else(|| {
             let size = sectors.checked_mul(SECTOR)?;
-            let mut same = self.disks.iter().enumerate().filter(|(_, disk)| disk.size == size);
+            let mut same = self
+                .disks
+                .iter()
+                .enumerate()
+                .filter(|(_, disk)| disk.size == size);
             let first = same.next();
-            first.filter(|_| serial.is_empty() && same.next().is_none()).map(|(at, _)| at)
+            first
+                .filter(|_| serial.is_empty() && same.next().is_none())
+                .map(|(at, _)| at)
         });
         let ours = ours.and_then(|at| u16::try_from(at).ok());
         if let Some(known) = self.known.iter_mut().find(|(known, _)| *known == index) {
@@ -135,7 +146,10 @@ mod tests {
 
     fn disks() -> Vec<DiskName> {
         [("root", 1 << 30), ("data", 1 << 20)]
-            .map(|(serial, size)| DiskName { serial: serial.to_owned(), size })
+            .map(|(serial, size)| DiskName {
+                serial: serial.to_owned(),
+                size,
+            })
             .to_vec()
     }
 
@@ -154,20 +168,45 @@ mod tests {
 
     #[test]
     fn a_report_is_whole_only_between_its_marks() {
-        let range = Range { pfn: 3, sector: 16, pages: 2 };
+        let range = Range {
+            pfn: 3,
+            sector: 16,
+            pages: 2,
+        };
         let mut collector = Collector::new(disks(), 12).unwrap();
         give(&mut collector, 0, &[range]);
         assert_eq!(collector.report().ranges, []);
-        let data = AgentMessage::Disk { index: 7, sectors: 2048, serial: "", name: "vdb" };
+        let data = AgentMessage::Disk {
+            index: 7,
+            sectors: 2048,
+            serial: "",
+            name: "vdb",
+        };
         assert_eq!(collector.take(&data), None);
         assert_eq!(collector.take(&AgentMessage::EpochBegin { epoch: 1 }), None);
         assert_eq!(give(&mut collector, 7, &[range]), None);
         assert_eq!(give(&mut collector, 8, &[range]), None);
-        let wrong = AgentMessage::EpochEnd { epoch: 2, pages: 0, cpu_us: 0 };
+        let wrong = AgentMessage::EpochEnd {
+            epoch: 2,
+            pages: 0,
+            cpu_us: 0,
+        };
         assert_eq!(collector.take(&wrong), None);
-        let end = AgentMessage::EpochEnd { epoch: 1, pages: 0, cpu_us: 0 };
+        let end = AgentMessage::EpochEnd {
+            epoch: 1,
+            pages: 0,
+            cpu_us: 0,
+        };
         let report = collector.take(&end).unwrap();
-        assert_eq!(report.ranges, [GuestRange { pfn: 3, pages: 2, disk: 1, sector: 16 }]);
+        assert_eq!(
+            report.ranges,
+            [GuestRange {
+                pfn: 3,
+                pages: 2,
+                disk: 1,
+                sector: 16
+            }]
+        );
         assert_eq!((report.complete, report.left_out), (true, 1));
     }
 

@@ -79,7 +79,9 @@ impl Error {
     }
 
     pub(super) fn refused(reason: impl ToString) -> Self {
-        Self::Refused { reasons: vec![reason.to_string()] }
+        Self::Refused {
+            reasons: vec![reason.to_string()],
+        }
     }
 }
 

@@ -39,7 +39,11 @@ impl AsRef<[u8]> for Pooled {
 impl Drop for Pooled {
     fn drop(&mut self) {
         if let Some(buffer) = self.buffer.take() {
-            let mut free = self.pool.free.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut free = self
+                .pool
+                .free
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             if free.len() < THREADS {
                 free.push(buffer);
             }
@@ -68,7 +72,12 @@ impl DiskReader {
     }
 
     fn read(&self, read: &Read) -> Option<(super::output::Contents, Vec<Digest>)> {
-        let free = self.pool.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let free = self
+            .pool
+            .free
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
         let mut buffer = match free {
             Some(buffer) => buffer,
             None => AlignedBuffer::allocate(READ_PAGES * PAGE_SIZE).ok()?,
@@ -89,7 +98,10 @@ impl DiskReader {
             .iter()
             .map(|&(_, index)| pages.get(index).map(|page| self.digester.digest(page)))
             .collect::<Option<_>>()?;
-        let contents = Pooled { buffer: Some(buffer), pool: Arc::clone(&self.pool) };
+        let contents = Pooled {
+            buffer: Some(buffer),
+            pool: Arc::clone(&self.pool),
+        };
         Some((Arc::new(contents), digests))
     }
 }

@@ -52,8 +52,11 @@ impl Engine {
     ) -> Result<Arc<Self>, RelayError> {
         let (replies, queue) = mpsc::channel();
         let output = Arc::new(Output::new());
-        let placement =
-            Arc::new(Placement::new(Arc::clone(&output), replies.clone(), volumes.len()));
+        let placement = Arc::new(Placement::new(
+            Arc::clone(&output),
+            replies.clone(),
+            volumes.len(),
+        ));
         let socket = || qemu.try_clone().map_err(RelayError::Socket);
         let (write_half, read_half) = (socket()?, socket()?);
         let engine = Arc::new(Self {
@@ -179,7 +182,10 @@ fn return_path(mut qemu: UnixStream, replies: &mpsc::Sender<Reply>) -> Result<()
         match qemu.read(&mut buffer) {
             Ok(0) => return Ok(()),
             Ok(read) => {
-                if replies.send(Reply::ReturnPath(buffer[..read].to_vec())).is_err() {
+                if replies
+                    .send(Reply::ReturnPath(buffer[..read].to_vec()))
+                    .is_err()
+                {
                     return Ok(());
                 }
             }

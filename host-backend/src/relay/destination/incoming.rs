@@ -36,7 +36,11 @@ struct Reservation {
 impl Reservation {
     fn make(host: &Arc<dyn Host>, vm: &str) -> Result<Self, String> {
         host.reserve(vm)?;
-        Ok(Self { host: Arc::clone(host), vm: vm.to_owned(), kept: false })
+        Ok(Self {
+            host: Arc::clone(host),
+            vm: vm.to_owned(),
+            kept: false,
+        })
     }
 }
 
@@ -64,10 +68,18 @@ pub(super) async fn take(
     let mut reservation = match Reservation::make(&host, &name) {
         Ok(reservation) => reservation,
         Err(reason) => {
-            return send(&mut connection, &Control::Refused { reasons: vec![reason] });
+            return send(
+                &mut connection,
+                &Control::Refused {
+                    reasons: vec![reason],
+                },
+            );
         }
     };
-    let accepted = Control::Accepted { qemu: fit.qemu, switchover_ack: fit.switchover_ack };
+    let accepted = Control::Accepted {
+        qemu: fit.qemu,
+        switchover_ack: fit.switchover_ack,
+    };
     send(&mut connection, &accepted)?;
     if offer.dry_run {
         return Ok(());
@@ -82,7 +94,12 @@ pub(super) async fn take(
         Ok(_) => return Err("something else came where the migration should begin".to_owned()),
         Err(error) => return Err(error.to_string()),
     };
-    tracing::info!(vm = name, from = offer.from, job = offer.job, "migration arrives");
+    tracing::info!(
+        vm = name,
+        from = offer.from,
+        job = offer.job,
+        "migration arrives"
+    );
     let outcome = outcomes.begin(offer.job);
     let prepared = Prepared::new(&fit, &settings, &offer, switchover_ack).await;
     let prepared = match prepared {
@@ -99,8 +116,15 @@ pub(super) async fn take(
         send(&mut connection, &Control::Ready)?;
         let (sender, receiver, closer) = connection.split();
         let digester = Digester::new(&offer.digest_key);
-        Engine::start(sender, receiver, closer, prepared.stream, prepared.volumes, &digester)
-            .map_err(|error| error.to_string())
+        Engine::start(
+            sender,
+            receiver,
+            closer,
+            prepared.stream,
+            prepared.volumes,
+            &digester,
+        )
+        .map_err(|error| error.to_string())
     };
     let engine = match received.await {
         Ok(engine) => engine,
@@ -110,7 +134,11 @@ pub(super) async fn take(
         }
     };
     if let Err(reason) = receive(&engine, &vm, events).await {
-        tracing::warn!(vm = name, reason, "migration ends before the hand-over; QEMU ends");
+        tracing::warn!(
+            vm = name,
+            reason,
+            "migration ends before the hand-over; QEMU ends"
+        );
         abandon(&vm, &folder, &outcome).await;
         engine.send(Control::Abort { reason });
         tokio::time::sleep(FAREWELL).await;
@@ -222,12 +250,18 @@ impl Prepared {
         let volumes = open_volumes(fit, settings);
         let files = settings.files(&fit.definition.name);
         let folder = files.folder();
-        let text = fit.definition.to_toml().map_err(|error| error.to_string())?;
+        let text = fit
+            .definition
+            .to_toml()
+            .map_err(|error| error.to_string())?;
         std::fs::create_dir_all(folder)
             .and_then(|()| std::fs::write(folder.join("definition.toml"), text))
             .and_then(|()| recovery::mark(folder, Mark::Waiting, offer.job))
             .map_err(|error| format!("{}: {error}", folder.display()))?;
-        let launched = timeout(START_PATIENCE, Vm::launch(&fit.definition, settings, Start::Incoming));
+        let launched = timeout(
+            START_PATIENCE,
+            Vm::launch(&fit.definition, settings, Start::Incoming),
+        );
         let vm = match launched.await {
             Ok(Ok(vm)) => vm,
             Ok(Err(error)) => {
@@ -238,7 +272,11 @@ impl Prepared {
         };
         let stream = listen(&vm, folder, switchover_ack).await;
         match (stream, volumes.await) {
-            (Ok(stream), Ok(volumes)) => Ok(Self { vm, stream, volumes }),
+            (Ok(stream), Ok(volumes)) => Ok(Self {
+                vm,
+                stream,
+                volumes,
+            }),
             (Err(reason), _) | (_, Err(reason)) => {
                 if vm.kill().await.is_ok() {
                     let _ = recovery::clear(folder);
@@ -265,7 +303,10 @@ async fn open_volumes(
                 crate::hypervisor::definition::Format::Raw => volume::Format::Raw,
                 crate::hypervisor::definition::Format::Qcow2 => volume::Format::Qcow2,
             };
-            (fit.definition.disk_path(disk, &settings.host).to_owned(), format)
+            (
+                fit.definition.disk_path(disk, &settings.host).to_owned(),
+                format,
+            )
         })
         .collect();
     let opened = tokio::task::spawn_blocking(move || {
@@ -274,7 +315,10 @@ async fn open_volumes(
             .map(|(path, format)| volume::open(path, *format, &run))
             .collect::<Result<Vec<_>, _>>()
     });
-    opened.await.map_err(|error| error.to_string())?.map_err(|error| error.to_string())
+    opened
+        .await
+        .map_err(|error| error.to_string())?
+        .map_err(|error| error.to_string())
 }
 
 /// Lets QEMU wait for the stream on a socket of ours, and connects to it.
@@ -284,10 +328,16 @@ async fn listen(vm: &Vm, folder: &Path, switchover_ack: bool) -> Result<UnixStre
     if switchover_ack {
         capabilities.push(("switchover-ack", true));
     }
-    vm.qmp().migrate_set_capabilities(&capabilities).await.map_err(text)?;
+    vm.qmp()
+        .migrate_set_capabilities(&capabilities)
+        .await
+        .map_err(text)?;
     let path = folder.join("incoming.sock");
     let _ = std::fs::remove_file(&path);
-    vm.qmp().migrate_incoming(&format!("unix:{}", path.display())).await.map_err(text)?;
+    vm.qmp()
+        .migrate_incoming(&format!("unix:{}", path.display()))
+        .await
+        .map_err(text)?;
     let stream = UnixStream::connect(&path).map_err(|error| error.to_string());
     let _ = std::fs::remove_file(&path);
     stream

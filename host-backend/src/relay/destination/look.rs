@@ -23,11 +23,18 @@ pub(super) async fn at(offer: &Offer, settings: &LaunchSettings) -> Result<Fit, 
     let [major, minor, micro] = offer.qemu;
     let judged = preflight::Offer {
         definition: offer.definition.clone(),
-        version: Version { major, minor, micro },
+        version: Version {
+            major,
+            minor,
+            micro,
+        },
         disks: offer
             .disks
             .iter()
-            .map(|disk| preflight::OfferedDisk { id: disk.id.clone(), bytes: disk.size })
+            .map(|disk| preflight::OfferedDisk {
+                id: disk.id.clone(),
+                bytes: disk.size,
+            })
             .collect(),
         cpu_flags: offer.cpu_flags.clone(),
     };
@@ -36,7 +43,10 @@ pub(super) async fn at(offer: &Offer, settings: &LaunchSettings) -> Result<Fit, 
         .await
         .map_err(|refusals| refusals.iter().map(ToString::to_string).collect::<Vec<_>>())?;
     let Some(version) = preflight::version_here(&definition, settings).await else {
-        return Err(vec![format!("QEMU on {} does not tell its version", settings.host)]);
+        return Err(vec![format!(
+            "QEMU on {} does not tell its version",
+            settings.host
+        )]);
     };
     Ok(Fit {
         definition,

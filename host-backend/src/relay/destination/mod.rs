@@ -75,14 +75,15 @@ impl Outcomes {
     async fn of(&self, job: u64) -> Option<bool> {
         let receiver = {
             let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-            known.iter().rev().find(|(known, _)| *known == job).map(|(_, outcome)| outcome.clone())
+            known
+                .iter()
+                .rev()
+                .find(|(known, _)| *known == job)
+                .map(|(_, outcome)| outcome.clone())
         };
         let mut receiver = receiver?;
-        let decided = tokio::time::timeout(
-            DECISION_PATIENCE,
-            receiver.wait_for(Option::is_some),
-        )
-        .await;
+        let decided =
+            tokio::time::timeout(DECISION_PATIENCE, receiver.wait_for(Option::is_some)).await;
         match decided {
             Ok(Ok(outcome)) => *outcome,
             // Its task ended without a decision: it never took the VM.
@@ -97,7 +98,9 @@ pub async fn serve(listener: TcpListener, host: Arc<dyn Host>) {
     let outcomes = Arc::new(Outcomes::default());
     let permits = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
-        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
+            return;
+        };
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {

@@ -32,9 +32,17 @@ pub(super) enum Piece {
     /// It ends.
     Close,
     /// Pages that hold one repeated byte.
-    Zero { block: u16, page: u64, count: u32, fill: u8 },
+    Zero {
+        block: u16,
+        page: u64,
+        count: u32,
+        fill: u8,
+    },
     /// Pages, and where each one lies in the memory.
-    Pages { contents: Contents, pages: Vec<(PageKey, u32)> },
+    Pages {
+        contents: Contents,
+        pages: Vec<(PageKey, u32)>,
+    },
 }
 
 struct Queue {
@@ -51,8 +59,15 @@ pub(super) struct Output {
 
 impl Output {
     pub(super) fn new() -> Self {
-        let queue = Queue { pieces: VecDeque::new(), data: 0, stopped: false };
-        Self { queue: Mutex::new(queue), changed: Condvar::new() }
+        let queue = Queue {
+            pieces: VecDeque::new(),
+            data: 0,
+            stopped: false,
+        };
+        Self {
+            queue: Mutex::new(queue),
+            changed: Condvar::new(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
@@ -69,9 +84,16 @@ impl Output {
     pub(super) fn wait_for_room(&self) -> Result<(), RelayError> {
         let mut queue = self.lock();
         while !queue.stopped && queue.data >= QUEUE_LIMIT {
-            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            queue = self
+                .changed
+                .wait(queue)
+                .unwrap_or_else(PoisonError::into_inner);
         }
-        if queue.stopped { Err(RelayError::Stopped) } else { Ok(()) }
+        if queue.stopped {
+            Err(RelayError::Stopped)
+        } else {
+            Ok(())
+        }
     }
 
     /// Puts a piece into the queue, room or not: so that it can be done under the lock that decided the
@@ -98,7 +120,10 @@ impl Output {
                 }
                 return Ok(piece);
             }
-            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            queue = self
+                .changed
+                .wait(queue)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
@@ -113,7 +138,12 @@ pub(super) struct Writer {
 
 impl Writer {
     pub(super) fn new(qemu: UnixStream, output: Arc<Output>) -> Self {
-        Self { qemu, output, encoder: None, section: None }
+        Self {
+            qemu,
+            output,
+            encoder: None,
+            section: None,
+        }
     }
 
     /// Writes until the queue is stopped.
@@ -140,7 +170,12 @@ impl Writer {
                     self.section = None;
                     close(self.encoder()?, &mut heads);
                 }
-                Piece::Zero { block, page, count, fill } => {
+                Piece::Zero {
+                    block,
+                    page,
+                    count,
+                    fill,
+                } => {
                     let own = self.open_own(&mut heads)?;
                     let encoder = self.encoder()?;
                     for page in page..page.saturating_add(u64::from(count)) {
@@ -162,7 +197,9 @@ impl Writer {
     }
 
     fn encoder(&mut self) -> Result<&mut Encoder, RelayError> {
-        self.encoder.as_mut().ok_or(RelayError::Misplaced("page before the table of RAM blocks"))
+        self.encoder
+            .as_mut()
+            .ok_or(RelayError::Misplaced("page before the table of RAM blocks"))
     }
 
     /// Begins a PART of our own where no section is open; says whether it did.
@@ -187,7 +224,13 @@ impl Writer {
         let mut ends = Vec::with_capacity(pages.len());
         for (key, _) in pages {
             let offset = key.page * PAGE_SIZE as u64;
-            encoder.page_header(Page { block: key.block, offset }, heads)?;
+            encoder.page_header(
+                Page {
+                    block: key.block,
+                    offset,
+                },
+                heads,
+            )?;
             ends.push(heads.len());
         }
         if own {

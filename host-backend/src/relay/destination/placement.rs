@@ -78,7 +78,10 @@ impl Verdicts {
     fn of(&mut self, batch: u64) -> &mut Verdict {
         let index = self.0.iter().rposition(|verdict| verdict.batch == batch);
         let index = index.unwrap_or_else(|| {
-            self.0.push(Verdict { batch, ..Verdict::default() });
+            self.0.push(Verdict {
+                batch,
+                ..Verdict::default()
+            });
             self.0.len() - 1
         });
         &mut self.0[index]
@@ -120,7 +123,9 @@ impl State {
     }
 
     fn in_section(&self) -> Result<(), RelayError> {
-        self.section.map(|_| ()).ok_or(RelayError::Misplaced("page outside of a RAM section"))
+        self.section
+            .map(|_| ())
+            .ok_or(RelayError::Misplaced("page outside of a RAM section"))
     }
 }
 
@@ -137,7 +142,13 @@ impl Placement {
             section: None,
             ended: false,
         };
-        Self { state: Mutex::new(state), changed: Condvar::new(), output, replies, disks }
+        Self {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            output,
+            replies,
+            disks,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -167,7 +178,10 @@ impl Placement {
             .iter()
             .map(|block| {
                 let pages = block.length / PAGE_SIZE as u64;
-                BlockState { spoken: Bitmap::new(pages), reading: Bitmap::new(pages) }
+                BlockState {
+                    spoken: Bitmap::new(pages),
+                    reading: Bitmap::new(pages),
+                }
             })
             .collect();
         state.may_read_ahead = true;
@@ -179,9 +193,14 @@ impl Placement {
     /// Takes part of the guest's report. What lies outside of memory or disks is left out.
     pub(super) fn hint(&self, run: HintRun) {
         let mut state = self.lock();
-        let inside = state.blocks.get(usize::from(run.block)).is_some_and(|block| {
-            run.page.checked_add(u64::from(run.pages)).is_some_and(|end| end <= block.spoken.len())
-        });
+        let inside = state
+            .blocks
+            .get(usize::from(run.block))
+            .is_some_and(|block| {
+                run.page
+                    .checked_add(u64::from(run.pages))
+                    .is_some_and(|end| end <= block.spoken.len())
+            });
         if inside && usize::from(run.disk) < self.disks {
             state.plan.add_hint(run);
             self.changed.notify_all();
@@ -219,7 +238,9 @@ impl Placement {
             Some(SectionKind::Part) => {}
             Some(SectionKind::End) => {
                 if !state.awaited.is_empty() {
-                    return Err(RelayError::Misplaced("end of memory while pages are awaited"));
+                    return Err(RelayError::Misplaced(
+                        "end of memory while pages are awaited",
+                    ));
                 }
                 state.ended = true;
             }
@@ -240,7 +261,10 @@ impl Placement {
         let mut state = self.lock();
         state.in_section()?;
         let end = page.saturating_add(u64::from(count));
-        state.block(PageKey { block, page: end.saturating_sub(1) })?;
+        state.block(PageKey {
+            block,
+            page: end.saturating_sub(1),
+        })?;
         for page in page..end {
             if let Some(awaited) = state.replace(PageKey { block, page })? {
                 verdicts.settle(awaited);
@@ -248,8 +272,15 @@ impl Placement {
         }
         let mut page = page;
         while page < end {
-            let count = u32::try_from(end - page).unwrap_or(u32::MAX).min(ZERO_PAGES);
-            self.output.push(Piece::Zero { block, page, count, fill });
+            let count = u32::try_from(end - page)
+                .unwrap_or(u32::MAX)
+                .min(ZERO_PAGES);
+            self.output.push(Piece::Zero {
+                block,
+                page,
+                count,
+                fill,
+            });
             page += u64::from(count);
         }
         drop(state);
@@ -317,12 +348,20 @@ impl Placement {
         let mut state = self.lock();
         state.in_section()?;
         for (n, digest) in (0_u64..).zip(digests) {
-            let key = PageKey { block: first.block, page: first.page.saturating_add(n) };
+            let key = PageKey {
+                block: first.block,
+                page: first.page.saturating_add(n),
+            };
             let known = state.ahead.get(&key).copied();
             if let Some(before) = state.replace(key)? {
                 verdicts.settle(before);
             }
-            let mut awaited = Awaited { batch, index: *index, digest: *digest, asked: false };
+            let mut awaited = Awaited {
+                batch,
+                index: *index,
+                digest: *digest,
+                asked: false,
+            };
             *index += 1;
             let sector = n
                 .checked_mul(SECTORS_PER_PAGE)
@@ -333,7 +372,13 @@ impl Placement {
                     state.awaited.insert(key, awaited);
                     if !state.block(key)?.reading.contains(key.page) {
                         state.block(key)?.reading.insert(key.page);
-                        needed.push((Place { disk: place.disk, sector }, key));
+                        needed.push((
+                            Place {
+                                disk: place.disk,
+                                sector,
+                            },
+                            key,
+                        ));
                     }
                 }
                 _ => {
@@ -370,7 +415,13 @@ impl Placement {
                 return Ok(read);
             }
             if state.may_read_ahead && state.ahead.len() < AHEAD_MOST {
-                let State { plan, blocks, position, ahead, .. } = &mut *state;
+                let State {
+                    plan,
+                    blocks,
+                    position,
+                    ahead,
+                    ..
+                } = &mut *state;
                 let wanted = |key: PageKey| {
                     blocks.get(usize::from(key.block)).is_some_and(|block| {
                         !block.spoken.contains(key.page) && !block.reading.contains(key.page)
@@ -383,7 +434,10 @@ impl Placement {
                     return Ok(read);
                 }
             }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -420,7 +474,10 @@ impl Placement {
         if let Some((contents, _)) = found
             && !placed.is_empty()
         {
-            self.output.push(Piece::Pages { contents, pages: placed });
+            self.output.push(Piece::Pages {
+                contents,
+                pages: placed,
+            });
         }
         drop(state);
         self.changed.notify_all();

@@ -50,7 +50,11 @@ pub(super) fn join(pages: &mut [(Place, PageKey)]) -> Vec<Read> {
                 continue;
             }
         }
-        reads.push(Read { place, pages: 1, targets: vec![(key, 0)] });
+        reads.push(Read {
+            place,
+            pages: 1,
+            targets: vec![(key, 0)],
+        });
     }
     reads
 }
@@ -73,7 +77,10 @@ impl Plan {
     pub(super) fn add_hint(&mut self, run: HintRun) {
         if self.runs < MAX_RUNS {
             self.runs += 1;
-            let key = PageKey { block: run.block, page: run.page };
+            let key = PageKey {
+                block: run.block,
+                page: run.page,
+            };
             self.windows.entry(window(key)).or_default().push(run);
         }
     }
@@ -112,8 +119,17 @@ impl Plan {
             for run in runs {
                 let places = (0..u64::from(run.pages)).map_while(|n| {
                     let sector = run.sector.checked_add(n.checked_mul(SECTORS_PER_PAGE)?)?;
-                    let key = PageKey { block: run.block, page: run.page + n };
-                    Some((Place { disk: run.disk, sector }, key))
+                    let key = PageKey {
+                        block: run.block,
+                        page: run.page + n,
+                    };
+                    Some((
+                        Place {
+                            disk: run.disk,
+                            sector,
+                        },
+                        key,
+                    ))
                 });
                 pages.extend(places.filter(|&(_, key)| wanted(key)));
             }
@@ -156,7 +172,12 @@ mod tests {
 
     #[test]
     fn neighbours_on_disk_are_one_read() {
-        let mut pages = vec![page(0, 80, 1), page(0, 8, 7), page(0, 16, 3), page(0, 4000, 2)];
+        let mut pages = vec![
+            page(0, 80, 1),
+            page(0, 8, 7),
+            page(0, 16, 3),
+            page(0, 4000, 2),
+        ];
         let reads = join(&mut pages);
         assert_eq!(reads.len(), 2);
         assert_eq!(reads[0].pages, 10);
@@ -164,18 +185,40 @@ mod tests {
 
     #[test]
     fn demand_comes_first_and_windows_in_order() {
-        let run = |page, sector| HintRun { block: 0, page, pages: 2, disk: 0, sector };
+        let run = |page, sector| HintRun {
+            block: 0,
+            page,
+            pages: 2,
+            disk: 0,
+            sector,
+        };
         let mut plan = Plan::default();
         plan.add_hint(run(5 * WINDOW_PAGES, 0));
         plan.add_hint(run(0, 800));
         plan.add_hint(run(3 * WINDOW_PAGES, 1600));
         plan.demand(join(&mut [page(0, 8, 9)]));
         assert_eq!(plan.next_demand().map(|read| read.place.sector), Some(8));
-        let position = PageKey { block: 0, page: WINDOW_PAGES };
-        let next = plan.next_ahead(position, |_| true).expect("a window is left");
+        let position = PageKey {
+            block: 0,
+            page: WINDOW_PAGES,
+        };
+        let next = plan
+            .next_ahead(position, |_| true)
+            .expect("a window is left");
         assert_eq!(next.place.sector, 1600);
-        let next = plan.next_ahead(position, |key| key.page % 2 == 1).expect("a window is left");
-        assert_eq!(next.targets, [(PageKey { block: 0, page: 5 * WINDOW_PAGES + 1 }, 1)]);
+        let next = plan
+            .next_ahead(position, |key| key.page % 2 == 1)
+            .expect("a window is left");
+        assert_eq!(
+            next.targets,
+            [(
+                PageKey {
+                    block: 0,
+                    page: 5 * WINDOW_PAGES + 1
+                },
+                1
+            )]
+        );
         assert_eq!(plan.next_ahead(position, |_| true), None);
     }
 }

@@ -34,7 +34,13 @@ impl Intake {
         replies: mpsc::Sender<Reply>,
     ) -> Result<Self, RelayError> {
         let decompressor = Decompressor::new().map_err(RelayError::Decompress)?;
-        Ok(Self { receiver, placement, replies, decompressor, done: 0 })
+        Ok(Self {
+            receiver,
+            placement,
+            replies,
+            decompressor,
+            done: 0,
+        })
     }
 
     /// Receives until the source commits.
@@ -109,14 +115,25 @@ impl Intake {
                 }
                 Record::SectionOpen(kind) => self.placement.open(kind)?,
                 Record::SectionClose => self.placement.close()?,
-                Record::Zero { block, page, count, fill } => {
+                Record::Zero {
+                    block,
+                    page,
+                    count,
+                    fill,
+                } => {
                     self.placement.zero(block, page, count, fill)?;
                 }
                 Record::Data { block, page, count } => {
                     let pages = run(block, page, count, &mut offset);
                     self.placement.data(Arc::clone(&contents), pages)?;
                 }
-                Record::References { block, page, disk, sector, digests } => {
+                Record::References {
+                    block,
+                    page,
+                    disk,
+                    sector,
+                    digests,
+                } => {
                     let first = PageKey { block, page };
                     self.placement.references(
                         header.number,
@@ -143,7 +160,8 @@ impl Intake {
                 return Err(RelayError::Misplaced("record in a fill"));
             };
             let pages = run(block, page, count, &mut offset);
-            self.placement.fill(reader.header.number, Arc::clone(&contents), pages)?;
+            self.placement
+                .fill(reader.header.number, Arc::clone(&contents), pages)?;
         }
         Ok(())
     }
@@ -155,7 +173,13 @@ fn run(block: u16, page: u64, count: u32, offset: &mut usize) -> Vec<(PageKey, u
             // Data are at most MAX_BATCH_DATA long.
             let at = u32::try_from(*offset).unwrap_or(u32::MAX);
             *offset += PAGE_SIZE;
-            (PageKey { block, page: page + n }, at)
+            (
+                PageKey {
+                    block,
+                    page: page + n,
+                },
+                at,
+            )
         })
         .collect()
 }

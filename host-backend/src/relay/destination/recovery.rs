@@ -88,12 +88,20 @@ pub async fn recover(settings: &LaunchSettings) -> Vec<Vm> {
     let Ok(folders) = std::fs::read_dir(settings.run_directory.join("vms")) else {
         return arrived;
     };
-    let folders: Vec<PathBuf> = folders.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    let folders: Vec<PathBuf> = folders
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .collect();
     for folder in folders {
-        let Some((mark, job)) = read(&folder) else { continue };
+        let Some((mark, job)) = read(&folder) else {
+            continue;
+        };
         match recover_one(settings, &folder, mark).await {
             Ok(vm) => {
-                let noted = if vm.is_some() { settle(&folder, job) } else { clear(&folder) };
+                let noted = if vm.is_some() {
+                    settle(&folder, job)
+                } else {
+                    clear(&folder)
+                };
                 if let Err(error) = noted {
                     tracing::warn!(folder = %folder.display(), %error, "mark of an arriving VM");
                 }
@@ -122,14 +130,20 @@ async fn recover_one(
     match mark {
         Mark::Waiting => {
             if let Ok(vm) = adopted {
-                tracing::info!(vm = definition.name, "its migration was cut off here: QEMU ends");
+                tracing::info!(
+                    vm = definition.name,
+                    "its migration was cut off here: QEMU ends"
+                );
                 vm.kill().await?;
             }
             Ok(None)
         }
         Mark::Committed => {
             let vm = adopted?;
-            tracing::info!(vm = definition.name, "it had been handed over: it runs here");
+            tracing::info!(
+                vm = definition.name,
+                "it had been handed over: it runs here"
+            );
             vm.qmp().cont().await?;
             Ok(Some(vm))
         }

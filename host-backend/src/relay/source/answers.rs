@@ -25,7 +25,12 @@ pub(super) struct Answers {
 
 impl Answers {
     pub(super) fn new(receiver: Receiver, shared: Arc<Shared>, qemu: UnixStream) -> Self {
-        Self { receiver, shared, qemu, partial: Vec::new() }
+        Self {
+            receiver,
+            shared,
+            qemu,
+            partial: Vec::new(),
+        }
     }
 
     /// Receives until the link ends or a control message closes the matter.
@@ -33,7 +38,9 @@ impl Answers {
         let mut counted = self.receiver.bytes();
         loop {
             let frame = self.receiver.receive()?;
-            self.shared.progress.add(Counter::WireBytes, self.receiver.bytes() - counted);
+            self.shared
+                .progress
+                .add(Counter::WireBytes, self.receiver.bytes() - counted);
             counted = self.receiver.bytes();
             match frame.kind {
                 FrameKind::Alive => {}

@@ -23,8 +23,15 @@ pub(super) struct Buffer {
 
 impl Pool {
     pub(super) fn take(self: &Arc<Self>) -> Buffer {
-        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        Buffer { bytes: free.unwrap_or_else(|| vec![0; BUFFER_LEN]), pool: Arc::clone(self) }
+        let free = self
+            .free
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
+        Buffer {
+            bytes: free.unwrap_or_else(|| vec![0; BUFFER_LEN]),
+            pool: Arc::clone(self),
+        }
     }
 }
 
@@ -44,7 +51,11 @@ impl DerefMut for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let mut free = self.pool.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut free = self
+            .pool
+            .free
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if free.len() < KEPT {
             free.push(std::mem::take(&mut self.bytes));
         }

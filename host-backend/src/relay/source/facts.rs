@@ -39,9 +39,22 @@ pub struct Plan {
 
 impl fmt::Display for Plan {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(out, "{} can move from {} to {}.", self.vm, self.from, self.to)?;
-        writeln!(out, "  machine  {}, {} MiB", self.machine, self.memory_bytes >> 20)?;
-        write!(out, "  QEMU     {} here, {} there", self.qemu_from, self.qemu_to)
+        writeln!(
+            out,
+            "{} can move from {} to {}.",
+            self.vm, self.from, self.to
+        )?;
+        writeln!(
+            out,
+            "  machine  {}, {} MiB",
+            self.machine,
+            self.memory_bytes >> 20
+        )?;
+        write!(
+            out,
+            "  QEMU     {} here, {} there",
+            self.qemu_from, self.qemu_to
+        )
     }
 }
 
@@ -71,7 +84,10 @@ pub(super) async fn examine(vm: &Vm, from: &str, dry_run: bool) -> Result<Facts,
     let capabilities = qmp.migrate_capabilities().await.map_err(Error::refused)?;
     let vm_offer = preflight::Offer::of(vm).await.map_err(Error::refused)?;
     let version = vm_offer.version;
-    let disk = |disk: preflight::OfferedDisk| OfferedDisk { id: disk.id, size: disk.bytes };
+    let disk = |disk: preflight::OfferedDisk| OfferedDisk {
+        id: disk.id,
+        size: disk.bytes,
+    };
     let offer = Offer {
         from: from.to_owned(),
         job: u64::from_le_bytes(random()?),
@@ -84,7 +100,12 @@ pub(super) async fn examine(vm: &Vm, from: &str, dry_run: bool) -> Result<Facts,
     };
     let capabilities = capabilities.into_iter().map(|(name, _)| name).collect();
     let layout = layout.regions().to_vec();
-    Ok(Facts { offer, layout, capabilities, running: status.running })
+    Ok(Facts {
+        offer,
+        layout,
+        capabilities,
+        running: status.running,
+    })
 }
 
 fn random() -> Result<[u8; 8], Error> {
@@ -102,18 +123,26 @@ pub(super) struct Accepted {
 }
 
 /// Offers the VM to a peer. Blocks.
-pub(super) fn negotiate(
-    address: &str,
-    offer: Offer,
-    has_ack: bool,
-) -> Result<Accepted, Error> {
+pub(super) fn negotiate(address: &str, offer: Offer, has_ack: bool) -> Result<Accepted, Error> {
     let mut connection = Connection::open(address).map_err(Error::refused)?;
-    connection.send(&Control::Offer(Box::new(offer))).map_err(Error::refused)?;
-    match connection.receive(LOOK_PATIENCE.max(PATIENCE)).map_err(Error::refused)? {
-        Control::Accepted { qemu, switchover_ack } => {
-            Ok(Accepted { connection, qemu, switchover_ack: switchover_ack && has_ack })
-        }
+    connection
+        .send(&Control::Offer(Box::new(offer)))
+        .map_err(Error::refused)?;
+    match connection
+        .receive(LOOK_PATIENCE.max(PATIENCE))
+        .map_err(Error::refused)?
+    {
+        Control::Accepted {
+            qemu,
+            switchover_ack,
+        } => Ok(Accepted {
+            connection,
+            qemu,
+            switchover_ack: switchover_ack && has_ack,
+        }),
         Control::Refused { reasons } => Err(Error::Refused { reasons }),
-        _ => Err(Error::refused("the other host answered an offer with something else")),
+        _ => Err(Error::refused(
+            "the other host answered an offer with something else",
+        )),
     }
 }

@@ -55,7 +55,11 @@ pub(super) struct Outgoing {
 pub(super) enum Next {
     Control(Vec<u8>),
     Hints(Vec<u8>),
-    Fill { batch: u64, buffer: Arc<Buffer>, pages: Vec<Content> },
+    Fill {
+        batch: u64,
+        buffer: Arc<Buffer>,
+        pages: Vec<Content>,
+    },
     Batch(Outgoing),
     Alive,
 }
@@ -106,7 +110,11 @@ impl State {
             // Twice what was settled in the time, so that a disk that could do more shows it.
             let rate = self.settled as f64 / elapsed.as_secs_f64();
             let limit = 2.0 * rate * SETTLE_TIME.as_secs_f64();
-            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped")]
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "clamped"
+            )]
             let limit = limit.clamp(RETAINED_LEAST as f64, RETAINED_MOST as f64) as usize;
             self.limit = limit;
         }
@@ -142,7 +150,9 @@ impl Flow {
     }
 
     fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+        self.changed
+            .wait(state)
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends everyone's waiting with an error.
@@ -190,9 +200,14 @@ impl Flow {
             (&outgoing.buffer, u32::try_from(references.len()))
         {
             let buffer = Arc::clone(buffer);
-            state
-                .retained
-                .insert(outgoing.header.number, Retained { buffer, references, unsettled });
+            state.retained.insert(
+                outgoing.header.number,
+                Retained {
+                    buffer,
+                    references,
+                    unsettled,
+                },
+            );
         }
         state.queued_data += data;
         state.queue.push_back(outgoing);
@@ -211,10 +226,20 @@ impl Flow {
         let mut state = self.lock();
         let mut pages = 0;
         let retained = std::mem::take(&mut state.retained);
-        for (batch, Retained { buffer, references, .. }) in retained {
+        for (
+            batch,
+            Retained {
+                buffer, references, ..
+            },
+        ) in retained
+        {
             pages += references.len() as u64;
             // Behind the batches that hold the references: the destination must know them first.
-            state.urgent.push_back(Next::Fill { batch, buffer, pages: references });
+            state.urgent.push_back(Next::Fill {
+                batch,
+                buffer,
+                pages: references,
+            });
         }
         self.changed.notify_all();
         pages
@@ -226,7 +251,11 @@ impl Flow {
         while !state.stopped && !(state.queue.is_empty() && state.urgent.is_empty()) {
             state = self.wait(state);
         }
-        if state.stopped { Err(RelayError::Stopped) } else { Ok(()) }
+        if state.stopped {
+            Err(RelayError::Stopped)
+        } else {
+            Ok(())
+        }
     }
 
     /// What is to be sent next; waits for it, at most `alive` long.
@@ -253,16 +282,26 @@ impl Flow {
             if state.queue.is_empty()
                 && state.last_sent.elapsed() >= IDLE
                 && let Some(&batch) = state.retained.keys().max()
-                && let Some(Retained { buffer, references, .. }) = state.retained.remove(&batch)
+                && let Some(Retained {
+                    buffer, references, ..
+                }) = state.retained.remove(&batch)
             {
                 state.last_sent = Instant::now();
-                return Ok(Next::Fill { batch, buffer, pages: references });
+                return Ok(Next::Fill {
+                    batch,
+                    buffer,
+                    pages: references,
+                });
             }
             let now = Instant::now();
             if now >= deadline {
                 return Ok(Next::Alive);
             }
-            let pause = if state.retained.is_empty() { deadline - now } else { IDLE };
+            let pause = if state.retained.is_empty() {
+                deadline - now
+            } else {
+                IDLE
+            };
             let (guard, _) = self
                 .changed
                 .wait_timeout(state, pause.min(deadline - now))
@@ -280,7 +319,9 @@ impl Flow {
     pub(super) fn acknowledge(&self, bytes: u64) -> Result<(), RelayError> {
         let mut state = self.lock();
         if bytes > state.sent || bytes < state.acknowledged {
-            return Err(RelayError::Misplaced("acknowledgement of bytes that were not sent"));
+            return Err(RelayError::Misplaced(
+                "acknowledgement of bytes that were not sent",
+            ));
         }
         state.acknowledged = bytes;
         self.changed.notify_all();
@@ -317,7 +358,11 @@ impl Flow {
         state.settled += judged as usize * PAGE_LEN;
         state.adapt();
         if !wanted.is_empty() {
-            state.urgent.push_back(Next::Fill { batch: verdict.batch, buffer, pages: wanted });
+            state.urgent.push_back(Next::Fill {
+                batch: verdict.batch,
+                buffer,
+                pages: wanted,
+            });
         }
         self.changed.notify_all();
         Ok(counts)

@@ -33,7 +33,11 @@ pub(super) struct Hints {
 
 impl Hints {
     pub(super) fn new(layout: Vec<Region>, flow: Arc<Flow>) -> Self {
-        Self { layout, flow, state: Mutex::default() }
+        Self {
+            layout,
+            flow,
+            state: Mutex::default(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -48,8 +52,16 @@ impl Hints {
     /// Pages named in the last report.
     pub(super) fn pages(&self) -> u64 {
         let state = self.lock();
-        let waiting: u64 = state.ranges.iter().map(|range| u64::from(range.pages)).sum();
-        if waiting > 0 { waiting } else { state.table.pages() }
+        let waiting: u64 = state
+            .ranges
+            .iter()
+            .map(|range| u64::from(range.pages))
+            .sum();
+        if waiting > 0 {
+            waiting
+        } else {
+            state.table.pages()
+        }
     }
 
     /// Takes a report, which replaces the one before.
@@ -88,7 +100,9 @@ impl Hints {
     /// Cuts a range along the regions of memory; what lies outside of them is dropped.
     fn translate(&self, range: GuestRange, blocks: &[Block], runs: &mut Vec<HintRun>) {
         let page_size = PAGE_SIZE as u64;
-        let Some(end) = range.pfn.checked_add(u64::from(range.pages)) else { return };
+        let Some(end) = range.pfn.checked_add(u64::from(range.pages)) else {
+            return;
+        };
         for region in &self.layout {
             let first = region.start / page_size;
             let last = first + region.length / page_size;
@@ -97,7 +111,9 @@ impl Hints {
                 continue;
             }
             let block = blocks.iter().position(|block| block.name == region.block);
-            let Some(block) = block.and_then(|at| u16::try_from(at).ok()) else { continue };
+            let Some(block) = block.and_then(|at| u16::try_from(at).ok()) else {
+                continue;
+            };
             let Some(sector) = (from - range.pfn)
                 .checked_mul(SECTORS_PER_PAGE)
                 .and_then(|sectors| range.sector.checked_add(sectors))
@@ -134,17 +150,42 @@ mod tests {
         };
         let layout = vec![region(0, 2 * GIB, 0), region(4 * GIB, 3 * GIB, 2 * GIB)];
         let hints = Hints::new(layout, Arc::new(Flow::new()));
-        let block = |name: &str, length| Block { name: name.to_owned(), length };
+        let block = |name: &str, length| Block {
+            name: name.to_owned(),
+            length,
+        };
         hints.set_blocks(&[block("vga.vram", 1 << 24), block("pc.ram", 5 * GIB)]);
         // The last two pages below the hole, two in the hole; the last of the hole and the first above.
-        let hole = GuestRange { pfn: 2 * GIB / 4096 - 2, pages: 4, disk: 0, sector: 80 };
-        let above = GuestRange { pfn: 4 * GIB / 4096 - 1, pages: 2, disk: 1, sector: 800 };
+        let hole = GuestRange {
+            pfn: 2 * GIB / 4096 - 2,
+            pages: 4,
+            disk: 0,
+            sector: 80,
+        };
+        let above = GuestRange {
+            pfn: 4 * GIB / 4096 - 1,
+            pages: 2,
+            disk: 1,
+            sector: 800,
+        };
         hints.report(vec![hole, above]);
         let table = hints.current();
         assert_eq!(table.pages(), 3);
         let found = |page| table.look_up(PageKey { block: 1, page }, &mut 0);
-        assert_eq!(found(2 * GIB / 4096 - 1), Some(Place { disk: 0, sector: 88 }));
-        assert_eq!(found(2 * GIB / 4096), Some(Place { disk: 1, sector: 808 }));
+        assert_eq!(
+            found(2 * GIB / 4096 - 1),
+            Some(Place {
+                disk: 0,
+                sector: 88
+            })
+        );
+        assert_eq!(
+            found(2 * GIB / 4096),
+            Some(Place {
+                disk: 1,
+                sector: 808
+            })
+        );
         assert_eq!(found(2 * GIB / 4096 + 1), None);
     }
 }

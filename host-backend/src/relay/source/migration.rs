@@ -106,7 +106,10 @@ pub async fn migrate(
 ) -> Result<Outcome, Error> {
     progress.enter(Phase::Negotiate);
     let facts = facts::examine(&request.vm, &request.from, request.dry_run).await?;
-    let has_ack = facts.capabilities.iter().any(|name| name == "switchover-ack");
+    let has_ack = facts
+        .capabilities
+        .iter()
+        .any(|name| name == "switchover-ack");
     let (address, offer) = (request.address.clone(), facts.offer.clone());
     let accepted = blocking(move || facts::negotiate(&address, offer, has_ack)).await?;
     if request.dry_run {
@@ -162,7 +165,14 @@ struct Migration {
 
 impl Migration {
     fn new(request: Request, facts: Facts, progress: Arc<Progress>) -> Self {
-        Self { request, facts, progress, shared: None, reports: None, closer: None }
+        Self {
+            request,
+            facts,
+            progress,
+            shared: None,
+            reports: None,
+            closer: None,
+        }
     }
 
     /// Phases [`Phase::Prepare`] to [`Phase::Switchover`]. This host owns the VM throughout.
@@ -204,7 +214,11 @@ impl Migration {
         let digester = Digester::new(&self.facts.offer.digest_key);
         shared.start(sender, receiver, digester)?;
         let (paused, completed) = self.watch(&shared, events, cancel).await?;
-        Ok(Copied { shared, paused, completed })
+        Ok(Copied {
+            shared,
+            paused,
+            completed,
+        })
     }
 
     fn listen_to_agent(&self, hints: &Arc<Hints>) -> Reports {
@@ -214,7 +228,10 @@ impl Migration {
             .offer
             .disks
             .iter()
-            .map(|disk| DiskName { serial: disk.id.clone(), size: disk.size })
+            .map(|disk| DiskName {
+                serial: disk.id.clone(),
+                size: disk.size,
+            })
             .collect();
         Reports::start(
             vm.agent_socket().map(PathBuf::from),
@@ -231,7 +248,9 @@ impl Migration {
         switchover_ack: bool,
     ) -> Result<Connection, Stop> {
         let prepared = tokio::task::spawn_blocking(move || {
-            connection.send(&Control::Prepare { switchover_ack }).map_err(|e| e.to_string())?;
+            connection
+                .send(&Control::Prepare { switchover_ack })
+                .map_err(|e| e.to_string())?;
             match connection.receive(START_PATIENCE) {
                 Ok(Control::Ready) => Ok(connection),
                 Ok(Control::Abort { reason }) => Err(reason),
@@ -249,8 +268,11 @@ impl Migration {
     async fn set_up_qemu(&self, switchover_ack: bool) -> Result<(), Stop> {
         let qmp = self.request.vm.qmp();
         let known = |name: &&str| self.facts.capabilities.iter().any(|known| known == name);
-        let mut capabilities: Vec<(&str, bool)> =
-            OFF.iter().filter(|name| known(name)).map(|&name| (name, false)).collect();
+        let mut capabilities: Vec<(&str, bool)> = OFF
+            .iter()
+            .filter(|name| known(name))
+            .map(|&name| (name, false))
+            .collect();
         // With it QEMU learns of an error at the destination, and the VM runs on here.
         capabilities.push(("return-path", true));
         capabilities.push(("events", true));
@@ -274,10 +296,16 @@ impl Migration {
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(&path)?;
         let accepted = async {
-            self.request.vm.qmp().migrate(&format!("unix:{}", path.display())).await?;
+            self.request
+                .vm
+                .qmp()
+                .migrate(&format!("unix:{}", path.display()))
+                .await?;
             match timeout(QEMU_PATIENCE, listener.accept()).await {
                 Ok(accepted) => Ok(accepted?.0.into_std()?),
-                Err(_) => Err(Stop::Failed("QEMU did not connect to the relay's socket".into())),
+                Err(_) => Err(Stop::Failed(
+                    "QEMU did not connect to the relay's socket".into(),
+                )),
             }
         }
         .await;
@@ -374,7 +402,9 @@ impl Migration {
         let mark = self.request.vm.files().folder().join("handed-over");
         let note = format!("{} {:016x}\n", self.request.to, self.facts.offer.job);
         if let Err(error) = std::fs::write(&mark, note) {
-            return Err(self.undo(Stop::Failed(format!("{}: {error}", mark.display()))).await);
+            return Err(self
+                .undo(Stop::Failed(format!("{}: {error}", mark.display())))
+                .await);
         }
         let commit = match encode_control(&Control::Commit) {
             Ok(commit) => commit,
@@ -396,7 +426,11 @@ impl Migration {
             let _ = std::fs::remove_file(&mark);
             return Err(self.undo(Stop::Failed(reason)).await);
         }
-        let remarks = self.reports.take().map(|reports| reports.finish()).unwrap_or_default();
+        let remarks = self
+            .reports
+            .take()
+            .map(|reports| reports.finish())
+            .unwrap_or_default();
         copied.shared.stop(RelayError::Stopped);
         if let Err(error) = self.request.vm.kill().await {
             tracing::warn!(%error, "QEMU of the VM that has moved cannot be ended");
@@ -407,7 +441,8 @@ impl Migration {
     }
 
     fn summary(&self, copied: &Copied, running: Instant, remarks: Vec<String>) -> Summary {
-        let ms = |from: Instant, to: Instant| to.saturating_duration_since(from).as_secs_f64() * 1e3;
+        let ms =
+            |from: Instant, to: Instant| to.saturating_duration_since(from).as_secs_f64() * 1e3;
         let sent = copied.shared.memory_sent().unwrap_or(copied.completed);
         let snapshot = self.progress.snapshot();
         Summary {
@@ -475,7 +510,11 @@ impl Migration {
             closer.close();
         }
         drop(self.reports.take());
-        let runs = if lost { Err(qmp.closed().await) } else { self.run_again().await };
+        let runs = if lost {
+            Err(qmp.closed().await)
+        } else {
+            self.run_again().await
+        };
         let host = self.request.from.clone();
         match stop {
             Stop::Cancelled => {
@@ -518,7 +557,10 @@ impl Migration {
             if status.running || (!self.facts.running && status.status == "paused") {
                 return Ok(());
             }
-            let migration = qmp.query_migrate().await.map_err(|error| error.to_string())?;
+            let migration = qmp
+                .query_migrate()
+                .await
+                .map_err(|error| error.to_string())?;
             let over = matches!(
                 migration.status.as_deref(),
                 None | Some("none" | "failed" | "cancelled" | "completed")
@@ -545,7 +587,9 @@ async fn cancelled(cancel: &mut watch::Receiver<bool>) {
 
 /// The moment at which QEMU's clock showed `at`.
 fn instant(at: Duration) -> Instant {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let now = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
     let ago = now.saturating_sub(at).min(Duration::from_secs(60));
     Instant::now().checked_sub(ago).unwrap_or_else(Instant::now)
 }

@@ -39,10 +39,19 @@ impl Reports {
         let stop = Arc::new(AtomicBool::new(false));
         let remarks = Arc::new(Mutex::new(Vec::new()));
         let (ready, first) = watch::channel(false);
-        let reports =
-            Self { stop: Arc::clone(&stop), remarks: Arc::clone(&remarks), first };
+        let reports = Self {
+            stop: Arc::clone(&stop),
+            remarks: Arc::clone(&remarks),
+            first,
+        };
         let span = tracing::Span::current();
-        let listener = Listener { stop, remarks, ready, hints, progress };
+        let listener = Listener {
+            stop,
+            remarks,
+            ready,
+            hints,
+            progress,
+        };
         let thread = std::thread::Builder::new().name("relay-agent".to_owned());
         let spawned = thread.spawn(move || {
             let _entered = span.entered();
@@ -69,7 +78,10 @@ impl Reports {
     /// Ends the listening; what people should know of it.
     pub(super) fn finish(&self) -> Vec<String> {
         self.stop.store(true, Ordering::Relaxed);
-        self.remarks.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.remarks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 }
 
@@ -101,13 +113,19 @@ struct Listener {
 impl Listener {
     fn run(self, socket: Option<PathBuf>, disks: Vec<DiskName>, session: u64) {
         let Some(socket) = socket else {
-            remark(&self.remarks, "the VM has no agent channel: all memory crosses the link".into());
+            remark(
+                &self.remarks,
+                "the VM has no agent channel: all memory crosses the link".into(),
+            );
             return;
         };
         let (mut agent, greeting) = match guest::connect(&socket, disks, session, HELLO_PATIENCE) {
             Ok(connected) => connected,
             Err(reason) => {
-                remark(&self.remarks, format!("{reason} (all memory crosses the link)"));
+                remark(
+                    &self.remarks,
+                    format!("{reason} (all memory crosses the link)"),
+                );
                 return;
             }
         };

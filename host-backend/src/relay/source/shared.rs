@@ -185,7 +185,9 @@ impl Shared {
     pub(super) fn release_switchover(&self) -> Result<(), RelayError> {
         if let Some(message) = self.lock().switchover.take() {
             tracing::debug!("switch-over allowed");
-            (&self.qemu).write_all(&message).map_err(RelayError::Socket)?;
+            (&self.qemu)
+                .write_all(&message)
+                .map_err(RelayError::Socket)?;
         }
         Ok(())
     }
@@ -201,7 +203,8 @@ impl Shared {
         if let Some(before) = state.busy_until
             && started.duration_since(before).as_millis() < 2
         {
-            state.busy_seconds = state.busy_seconds * FADE + now.duration_since(before).as_secs_f64();
+            state.busy_seconds =
+                state.busy_seconds * FADE + now.duration_since(before).as_secs_f64();
             state.busy_bytes = state.busy_bytes * FADE + bytes as f64;
         }
         state.busy_until = Some(now);

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use transhume_protocol::link::{BatchBuilder, BatchEncoding, MAX_BATCH_DATA, SectionKind};
 use transhume_protocol::qemu::{Decoder, Kind, Page};
 
-use super::shared::Shared;
 use super::buffers::{BUFFER_LEN, Buffer, Pool};
 use super::flow::{Content, Outgoing};
+use super::shared::Shared;
 use crate::pages::bitmap::Bitmap;
 use crate::pages::digest::Digester;
 use crate::pages::hints::HintTable;
@@ -81,7 +81,10 @@ impl StreamReader {
         let (mut read, mut used) = (0, 0);
         self.begin_batch()?;
         loop {
-            let more = self.socket.read(&mut buffer[read..]).map_err(RelayError::Socket)?;
+            let more = self
+                .socket
+                .read(&mut buffer[read..])
+                .map_err(RelayError::Socket)?;
             if more == 0 {
                 return self.finish(buffer, read - used);
             }
@@ -123,8 +126,15 @@ impl StreamReader {
     }
 
     fn begin_batch(&mut self) -> Result<(), RelayError> {
-        let room = if self.final_section { 0 } else { self.shared.flow.reference_room()? };
-        self.batch = Batch { room, ..Batch::default() };
+        let room = if self.final_section {
+            0
+        } else {
+            self.shared.flow.reference_room()?
+        };
+        self.batch = Batch {
+            room,
+            ..Batch::default()
+        };
         let table = self.shared.hints.current();
         if !Arc::ptr_eq(&table, &self.table) {
             self.table = table;
@@ -144,7 +154,12 @@ impl StreamReader {
         progress.add(Counter::ResentPages, batch.again);
         let (header, records) = batch.builder.finish(self.number, BatchEncoding::Plain)?;
         self.number += 1;
-        let outgoing = Outgoing { header, records, buffer, data: batch.data };
+        let outgoing = Outgoing {
+            header,
+            records,
+            buffer,
+            data: batch.data,
+        };
         self.shared.flow.push(outgoing, batch.references)
     }
 
@@ -152,7 +167,9 @@ impl StreamReader {
     fn decode(&mut self, buffer: &Buffer, used: usize, read: usize) -> Result<usize, RelayError> {
         let mut at = used;
         while at < read {
-            let Some(item) = self.decoder.next(&buffer[at..read])? else { break };
+            let Some(item) = self.decoder.next(&buffer[at..read])? else {
+                break;
+            };
             let bytes = &buffer[at..at + item.length];
             at += item.length;
             let end = at;
@@ -197,7 +214,9 @@ impl StreamReader {
     }
 
     fn mark_sent(&mut self, key: PageKey) -> bool {
-        self.sent.get_mut(usize::from(key.block)).is_some_and(|sent| sent.insert(key.page))
+        self.sent
+            .get_mut(usize::from(key.block))
+            .is_some_and(|sent| sent.insert(key.page))
     }
 
     fn page(&mut self, page: Page, data: &[u8; PAGE_SIZE], offset: usize) {
@@ -231,12 +250,16 @@ impl StreamReader {
 
     fn announce_blocks(&mut self) {
         let blocks = self.decoder.blocks();
-        self.sent =
-            blocks.iter().map(|block| Bitmap::new(block.length / PAGE_SIZE as u64)).collect();
+        self.sent = blocks
+            .iter()
+            .map(|block| Bitmap::new(block.length / PAGE_SIZE as u64))
+            .collect();
         let section = self.decoder.ram_section().unwrap_or_default();
         self.batch.builder.blocks(
             section,
-            blocks.iter().map(|block| (block.name.as_bytes(), block.length)),
+            blocks
+                .iter()
+                .map(|block| (block.name.as_bytes(), block.length)),
         );
         self.shared.hints.set_blocks(blocks);
     }
@@ -276,5 +299,8 @@ impl StreamReader {
 }
 
 fn key(page: Page) -> PageKey {
-    PageKey { block: page.block, page: page.offset / PAGE_SIZE as u64 }
+    PageKey {
+        block: page.block,
+        page: page.offset / PAGE_SIZE as u64,
+    }
 }

@@ -33,7 +33,11 @@ pub(super) struct Switchover {
 
 impl Switchover {
     pub(super) fn new() -> Self {
-        Self { limit_ms: FIRST_LIMIT_MS, bytes: 0, at: Instant::now() }
+        Self {
+            limit_ms: FIRST_LIMIT_MS,
+            bytes: 0,
+            at: Instant::now(),
+        }
     }
 
     /// Looks at the migration as QEMU sees it, and steers.
@@ -43,8 +47,12 @@ impl Switchover {
         shared: &Shared,
         qmp: &Qmp,
     ) -> Result<(), RelayError> {
-        let Some(ram) = migration.ram else { return Ok(()) };
-        shared.progress.set(Counter::RemainingBytes, ram.remaining + 1);
+        let Some(ram) = migration.ram else {
+            return Ok(());
+        };
+        shared
+            .progress
+            .set(Counter::RemainingBytes, ram.remaining + 1);
         shared.progress.set(Counter::TotalBytes, ram.total);
         if ram.dirty_sync_count >= 2 && shared.flow.owes_little() {
             shared.release_switchover()?;
@@ -57,11 +65,17 @@ impl Switchover {
         let seen = (bytes - self.bytes) as f64 / seconds;
         self.bytes = bytes;
         self.at = Instant::now();
-        let limit_ms = limit(ram.dirty_sync_count, shared.rate().unwrap_or(ASSUMED_RATE), seen);
+        let limit_ms = limit(
+            ram.dirty_sync_count,
+            shared.rate().unwrap_or(ASSUMED_RATE),
+            seen,
+        );
         if limit_ms != self.limit_ms {
             self.limit_ms = limit_ms;
             // A QEMU that is just switching over may refuse: then it needs no limit any more.
-            let set = qmp.migrate_set_parameters(json!({ "downtime-limit": limit_ms })).await;
+            let set = qmp
+                .migrate_set_parameters(json!({ "downtime-limit": limit_ms }))
+                .await;
             if let Err(error) = set {
                 tracing::debug!(%error, "downtime-limit not set");
             }
@@ -72,9 +86,16 @@ impl Switchover {
 
 /// The limit for QEMU, in milliseconds, that makes the pause as long as it is meant to be.
 fn limit(scans: u64, link_rate: f64, seen_rate: f64) -> u64 {
-    let goal = GOALS_MS.iter().find(|(most, _)| scans < *most).map_or(300.0, |(_, goal)| *goal);
+    let goal = GOALS_MS
+        .iter()
+        .find(|(most, _)| scans < *most)
+        .map_or(300.0, |(_, goal)| *goal);
     let limit = goal * link_rate / seen_rate.max(1.0);
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "clamped"
+    )]
     let limit = limit.clamp(1.0, goal) as u64;
     limit
 }

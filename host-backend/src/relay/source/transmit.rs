@@ -8,9 +8,9 @@ use transhume_protocol::link::{
 };
 use zstd::bulk::Compressor;
 
-use super::shared::Shared;
 use super::buffers::Buffer;
 use super::flow::{Content, Next, Outgoing};
+use super::shared::Shared;
 use crate::link::{ALIVE_INTERVAL, Sender};
 use crate::relay::error::RelayError;
 use crate::relay::progress::Counter;
@@ -36,7 +36,12 @@ pub(super) struct Transmitter {
 impl Transmitter {
     pub(super) fn new(sender: Sender, shared: Arc<Shared>) -> Result<Self, RelayError> {
         let compressor = Compressor::new(LEVEL).map_err(RelayError::Decompress)?;
-        Ok(Self { sender, shared, compressor, plain: Vec::new() })
+        Ok(Self {
+            sender,
+            shared,
+            compressor,
+            plain: Vec::new(),
+        })
     }
 
     /// Sends until the flow is stopped.
@@ -48,14 +53,25 @@ impl Transmitter {
                 Next::Hints(payload) => self.sender.send(FrameKind::Hints, &[&payload])?,
                 Next::Alive => self.sender.send(FrameKind::Alive, &[])?,
                 Next::Batch(outgoing) => self.batch(outgoing)?,
-                Next::Fill { batch, buffer, pages } => self.fill(batch, &buffer, &pages)?,
+                Next::Fill {
+                    batch,
+                    buffer,
+                    pages,
+                } => self.fill(batch, &buffer, &pages)?,
             }
-            self.shared.progress.add(Counter::WireBytes, self.sender.bytes() - before);
+            self.shared
+                .progress
+                .add(Counter::WireBytes, self.sender.bytes() - before);
         }
     }
 
     fn batch(&mut self, outgoing: Outgoing) -> Result<(), RelayError> {
-        let Outgoing { header, records, buffer, data } = outgoing;
+        let Outgoing {
+            header,
+            records,
+            buffer,
+            data,
+        } = outgoing;
         let started = Instant::now();
         let pages: Vec<&[u8]> = match &buffer {
             Some(buffer) => data.iter().map(|&offset| content(buffer, offset)).collect(),
@@ -80,8 +96,10 @@ impl Transmitter {
                 builder.data(page.key.block, page.key.page);
             }
             let (header, records) = builder.finish(batch, BatchEncoding::Plain)?;
-            let contents: Vec<&[u8]> =
-                pages.iter().map(|page| content(buffer, page.offset)).collect();
+            let contents: Vec<&[u8]> = pages
+                .iter()
+                .map(|page| content(buffer, page.offset))
+                .collect();
             self.send(FrameKind::Fill, header, &records, &contents)?;
         }
         Ok(())
@@ -101,7 +119,8 @@ impl Transmitter {
         };
         let bytes = if let Some(compressed) = compressed {
             header.encoding = BatchEncoding::Zstd;
-            self.sender.send(kind, &[&header.encode(), records, &compressed])?;
+            self.sender
+                .send(kind, &[&header.encode(), records, &compressed])?;
             compressed.len()
         } else {
             let head = header.encode();
