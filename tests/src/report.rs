@@ -113,7 +113,7 @@ fn layers(run: &Measured) -> Vec<(&'static str, &'static str, Points)> {
         .map(|(_, colour, name)| (*colour, *name, Points::new()))
         .collect();
     for message in &run.messages {
-        let traffic = &message.value["traffic"];
+        let traffic = &message.value["progress"]["traffic"];
         if traffic.is_null() {
             continue;
         }

@@ -26,7 +26,7 @@ struct Arguments {
         default_value = "/etc/transhume/transhumed.toml"
     )]
     config: PathBuf,
-    /// What to log: error, warn, info, debug, trace, or by part, as in "info,transhume_host::relay=debug"
+    /// What to log: error, warn, info, debug, trace, or by part, as in "`info,transhume_host::relay=debug`"
     #[arg(
         long,
         value_name = "FILTER",

@@ -145,7 +145,7 @@ enum JobCommand {
     Show {
         /// Its number
         id: u64,
-        /// Show how it goes until it has ended
+        /// Show how it goes until it has ended; with --json one object at each change
         #[arg(long)]
         follow: bool,
     },
@@ -235,6 +235,9 @@ impl Cli {
             };
             if job.state == super::api::JobState::Running {
                 progress.show(&job);
+                if self.json && matches!(self.command, Command::Job(_)) {
+                    print_line(&show::json(&Response::Job(job)));
+                }
                 continue;
             }
             progress.clear();

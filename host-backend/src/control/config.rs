@@ -87,7 +87,10 @@ impl Config {
             ("qemu", &config.qemu),
         ] {
             if !path.is_absolute() {
-                return Err(format!("`{key}` is {path:?}; write an absolute path"));
+                return Err(format!(
+                    "`{key}` is {}; write an absolute path",
+                    path.display()
+                ));
             }
         }
         for (host, peer) in &config.hosts {

@@ -134,7 +134,7 @@ fn read_all<T>(
         match read.and_then(|text| parse(&text)) {
             Ok(one) => all.push(one),
             Err(error) => {
-                tracing::error!(path = %path.display(), error, "cannot read what was saved; left as it is")
+                tracing::error!(path = %path.display(), error, "cannot read what was saved; left as it is");
             }
         }
     }

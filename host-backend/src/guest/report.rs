@@ -3,7 +3,7 @@
 use transhume_protocol::agent::AgentMessage;
 
 /// Most ranges of one report; what a guest names beyond them is left out.
-pub const MAX_RANGES: usize = crate::pages::hints::MAX_RUNS;
+pub(super) const MAX_RANGES: usize = crate::pages::hints::MAX_RUNS;
 /// Most disks that a guest may name.
 const MAX_DISKS: usize = 256;
 

@@ -78,6 +78,7 @@ impl Error {
         }
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "it stands in `map_err`")]
     pub(super) fn refused(reason: impl ToString) -> Self {
         Self::Refused {
             reasons: vec![reason.to_string()],
@@ -87,7 +88,7 @@ impl Error {
 
 /// Why a relay's thread stopped. The first one of a relay is what the migration failed of.
 #[derive(Debug, ThisError)]
-pub enum RelayError {
+pub(super) enum RelayError {
     /// The link to the other host.
     #[error(transparent)]
     Link(#[from] crate::link::Error),
@@ -112,6 +113,9 @@ pub enum RelayError {
     /// A page's content could not be decompressed.
     #[error("a batch of pages cannot be decompressed: {0}")]
     Decompress(std::io::Error),
+    /// The other side counts bytes wrongly.
+    #[error("the other host's count of bytes is wrong: {0}")]
+    Window(#[from] crate::link::window::WindowError),
     /// Another thread stopped first.
     #[error("the relay was stopped")]
     Stopped,

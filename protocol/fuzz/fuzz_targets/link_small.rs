@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use transhume_protocol::link::{Verdict, decode_ack, decode_hints, encode_ack, encode_hint};
+use transhume_protocol::link::{Ack, Verdict, decode_hints, encode_hint};
 
 fuzz_target!(|data: &[u8]| {
     let hints: Vec<_> = decode_hints(data).map_while(Result::ok).collect();
@@ -18,7 +18,7 @@ fuzz_target!(|data: &[u8]| {
     if let Ok(verdict) = Verdict::decode(data) {
         assert_eq!(Verdict::decode(&verdict.encode()), Ok(verdict));
     }
-    if let Ok(bytes) = decode_ack(data) {
-        assert_eq!(encode_ack(bytes), data);
+    if let Ok(ack) = Ack::decode(data) {
+        assert_eq!(ack.encode(), data);
     }
 });

@@ -18,7 +18,7 @@ pub const PAGE_LEN: usize = 4096;
 /// Most bytes of page content in one batch.
 pub const MAX_BATCH_DATA: usize = 1 << 20;
 /// Most RAM blocks in a VM.
-pub const MAX_BLOCKS: usize = 4096;
+pub const MAX_BLOCKS: usize = crate::qemu::MAX_BLOCKS;
 /// Length of a page's digest, in bytes.
 pub const DIGEST_LEN: usize = 16;
 /// Length of a batch's header, in bytes.

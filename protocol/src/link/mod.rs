@@ -38,7 +38,7 @@ pub use control::{Control, Offer, OfferedDisk, decode_control, encode_control};
 pub use frame::{
     Checksum, FRAME_HEADER_LEN, FrameHeader, FrameKind, MAX_FRAME_PAYLOAD, PREAMBLE_LEN, Preamble,
 };
-pub use small::{HintRun, Verdict, decode_ack, decode_hints, encode_ack, encode_hint};
+pub use small::{Ack, HintRun, Verdict, decode_hints, encode_hint};
 
 use thiserror::Error;
 

@@ -121,17 +121,34 @@ impl Verdict {
     }
 }
 
-/// Encodes an acknowledgement: bytes of batches worked off since the start.
-pub fn encode_ack(bytes: u64) -> [u8; 8] {
-    bytes.to_le_bytes()
+/// What the destination has done since the start. Two integers of 64 bits, little-endian.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Ack {
+    /// Bytes of batches that were worked off.
+    pub batch_bytes: u64,
+    /// Bytes that were read from disks.
+    pub disk_bytes: u64,
 }
 
-/// Decodes an acknowledgement.
-pub fn decode_ack(payload: &[u8]) -> Result<u64, LinkError> {
-    payload
-        .try_into()
-        .map(u64::from_le_bytes)
-        .map_err(|_| LinkError::Short("acknowledgement"))
+impl Ack {
+    /// Encodes the acknowledgement as a frame's payload.
+    pub fn encode(&self) -> [u8; 16] {
+        let mut out = [0; 16];
+        out[..8].copy_from_slice(&self.batch_bytes.to_le_bytes());
+        out[8..].copy_from_slice(&self.disk_bytes.to_le_bytes());
+        out
+    }
+
+    /// Decodes an acknowledgement.
+    pub fn decode(payload: &[u8]) -> Result<Self, LinkError> {
+        match payload.as_chunks::<8>() {
+            ([batch_bytes, disk_bytes], []) => Ok(Self {
+                batch_bytes: u64::from_le_bytes(*batch_bytes),
+                disk_bytes: u64::from_le_bytes(*disk_bytes),
+            }),
+            _ => Err(LinkError::Short("acknowledgement")),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -161,10 +178,16 @@ mod tests {
         }
 
         #[test]
+        fn acknowledgements_round_trip(batch_bytes: u64, disk_bytes: u64) {
+            let ack = Ack { batch_bytes, disk_bytes };
+            prop_assert_eq!(Ack::decode(&ack.encode()), Ok(ack));
+        }
+
+        #[test]
         fn no_payload_panics(payload in prop::collection::vec(any::<u8>(), 0..300)) {
             let _ = Verdict::decode(&payload);
             let _ = decode_hints(&payload).count();
-            let _ = decode_ack(&payload);
+            let _ = Ack::decode(&payload);
         }
     }
 }

@@ -53,7 +53,7 @@ pub struct Measured {
     pub beats: Vec<Beat>,
     /// What the guest said of its data afterwards.
     pub check: String,
-    /// The messages of `transhume migrate --json`; none for QEMU alone.
+    /// The job over time; none for QEMU alone.
     pub messages: Vec<Message>,
     /// The larger daemon's greatest memory, in bytes; 0 for QEMU alone.
     pub peak_memory: u64,
@@ -125,8 +125,7 @@ impl Measured {
 
     /// Transhume's own summary.
     pub fn summary(&self) -> Option<&Value> {
-        let last = &self.messages.last()?.value;
-        last.get("downtime").is_some().then_some(last)
+        self.messages.last()?.value.get("summary")
     }
 }
 
@@ -186,7 +185,7 @@ fn by_transhume(setup: &Setup, hosts: &Hosts, span: Duration) -> Result<Measured
     let ended = std::thread::scope(|scope| {
         // The socket is there once the destination's QEMU is.
         scope.spawn(|| console.attach(At::Destination, &destination, || b.alive()));
-        a.migrate(&machine.name, &[], |_| {})
+        a.migrate(&machine.name, |_| {})
     })?;
     let last = ended.messages.last();
     let (Some(last), 0) = (last, ended.code) else {
@@ -198,12 +197,9 @@ fn by_transhume(setup: &Setup, hosts: &Hosts, span: Duration) -> Result<Measured
             b.words()
         )));
     };
-    let downtime = last.value["downtime"]["total-ms"].as_f64().ok_or_else(|| {
-        Error::Check(format!(
-            "The last message of transhume migrate is no summary: {}",
-            last.value
-        ))
-    })?;
+    let downtime = last.value["summary"]["downtime"]["total-ms"]
+        .as_f64()
+        .ok_or_else(|| Error::Check(format!("The job has no summary: {}", last.value)))?;
     // The summary came after the guest ran there: the total is not made smaller by this.
     let moments = Moments {
         told: begun,

@@ -26,12 +26,12 @@ pub struct Daemon {
     log: PathBuf,
 }
 
-/// A message of `transhume migrate --json`, and when it came.
+/// A job as `transhume job show --follow --json` tells of it, and when it did.
 #[derive(Debug, Clone)]
 pub struct Message {
     /// When.
     pub at: SystemTime,
-    /// A snapshot, or at last a summary or an error.
+    /// The job.
     pub value: Value,
 }
 
@@ -205,21 +205,19 @@ impl Daemon {
         }
     }
 
-    /// Runs `transhume migrate --json`, with each message shown to `watch` as it comes.
-    pub fn migrate(
-        &self,
-        vm: &str,
-        more: &[&str],
-        mut watch: impl FnMut(&Message),
-    ) -> Result<Ended> {
+    /// Begins a migration and follows it to its end, with each message shown to `watch` as it comes.
+    pub fn migrate(&self, vm: &str, mut watch: impl FnMut(&Message)) -> Result<Ended> {
         let to = if self.host.name == HOST_A {
             HOST_B
         } else {
             HOST_A
         };
-        let mut run = self
-            .transhume(&["migrate", vm, "--to", to, "--json"])
-            .args(more);
+        let begun = self.run(&["migrate", vm, "--to", to, "--detach", "--json"])?;
+        let id = serde_json::from_str::<Value>(&begun)
+            .ok()
+            .and_then(|job| job["id"].as_u64());
+        let id = id.ok_or_else(|| Error::Check(format!("No job: {begun}")))?;
+        let mut run = self.transhume(&["job", "show", &id.to_string(), "--follow", "--json"]);
         run.command().stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = run.spawn()?;
         let out = process.child().stdout.take();

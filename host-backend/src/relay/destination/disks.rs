@@ -1,6 +1,7 @@
 //! The threads that read the shared disks.
 
 use std::ops::Deref;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use transhume_protocol::link::Digest;
@@ -10,7 +11,6 @@ use super::reads::{READ_PAGES, Read};
 use crate::pages::digest::Digester;
 use crate::pages::{PAGE_SIZE, SECTORS_PER_PAGE};
 use crate::relay::error::RelayError;
-use crate::relay::progress::{Counter, Progress};
 use crate::volume::{self, AlignedBuffer};
 
 /// Reads under way at once: enough for network storage to work on, and 8 MiB of memory.
@@ -57,7 +57,8 @@ pub(super) struct DiskReader {
     pub(super) volumes: Arc<Vec<Box<dyn volume::Reader>>>,
     pub(super) digester: Digester,
     pub(super) pool: Arc<Pool>,
-    pub(super) progress: Arc<Progress>,
+    /// Bytes read so far, by all readers.
+    pub(super) disk_bytes: Arc<AtomicU64>,
 }
 
 impl DiskReader {
@@ -91,7 +92,7 @@ impl DiskReader {
             tracing::debug!(disk = read.place.disk, offset, length, %error, "read ahead failed");
             return None;
         }
-        self.progress.add(Counter::DiskBytes, length as u64);
+        self.disk_bytes.fetch_add(length as u64, Ordering::Relaxed);
         let (pages, _) = buffer.deref().as_chunks::<PAGE_SIZE>();
         let digests = read
             .targets

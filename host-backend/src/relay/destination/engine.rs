@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 
@@ -17,7 +18,6 @@ use super::reply::{self, Reply};
 use crate::link::{Closer, Receiver, Sender};
 use crate::pages::digest::Digester;
 use crate::relay::error::RelayError;
-use crate::relay::progress::Progress;
 use crate::volume;
 
 /// Bytes read from QEMU's return path at once.
@@ -68,7 +68,13 @@ impl Engine {
             state: Mutex::default(),
             changed: Notify::new(),
         });
-        let intake = Intake::new(receiver, Arc::clone(&placement), replies.clone())?;
+        let disk_bytes = Arc::new(AtomicU64::new(0));
+        let intake = Intake::new(
+            receiver,
+            Arc::clone(&placement),
+            replies.clone(),
+            Arc::clone(&disk_bytes),
+        )?;
         let writer = Writer::new(write_half, output);
         let this = Arc::clone(&engine);
         engine.spawn("relay-link-in", move || {
@@ -81,14 +87,13 @@ impl Engine {
         engine.spawn("relay-return", move || return_path(read_half, &replies))?;
         let volumes = Arc::new(volumes);
         let pool = Arc::default();
-        let progress = Arc::new(Progress::new());
         for _ in 0..disks::THREADS {
             let reader = DiskReader {
                 placement: Arc::clone(&placement),
                 volumes: Arc::clone(&volumes),
                 digester: digester.clone(),
                 pool: Arc::clone(&pool),
-                progress: Arc::clone(&progress),
+                disk_bytes: Arc::clone(&disk_bytes),
             };
             engine.spawn("relay-disk", move || reader.run())?;
         }
@@ -166,12 +171,6 @@ impl Engine {
         let _ = self.qemu.shutdown(Shutdown::Both);
         self.finish();
         self.changed.notify_waiters();
-    }
-
-    /// Ends the threads that read disks and write the stream: the memory is in place. The link stays.
-    pub(super) fn end_memory(&self) {
-        self.placement.stop();
-        self.output.stop();
     }
 }
 

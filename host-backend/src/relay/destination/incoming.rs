@@ -84,11 +84,11 @@ pub(super) async fn take(
     if offer.dry_run {
         return Ok(());
     }
-    let received = tokio::task::spawn_blocking(move || {
+    let begun = tokio::task::spawn_blocking(move || {
         let message = connection.receive(PATIENCE);
         (connection, message)
     });
-    let (mut connection, message) = received.await.map_err(|error| error.to_string())?;
+    let (mut connection, message) = begun.await.map_err(|error| error.to_string())?;
     let switchover_ack = match message {
         Ok(Control::Prepare { switchover_ack }) => switchover_ack,
         Ok(_) => return Err("something else came where the migration should begin".to_owned()),
@@ -262,7 +262,8 @@ impl Prepared {
             START_PATIENCE,
             Vm::launch(&fit.definition, settings, Start::Incoming),
         );
-        let vm = match launched.await {
+        let (launched, volumes) = tokio::join!(launched, volumes);
+        let vm = match launched {
             Ok(Ok(vm)) => vm,
             Ok(Err(error)) => {
                 let _ = recovery::clear(folder);
@@ -271,7 +272,7 @@ impl Prepared {
             Err(_) => return Err("QEMU did not start in time".to_owned()),
         };
         let stream = listen(&vm, folder, switchover_ack).await;
-        match (stream, volumes.await) {
+        match (stream, volumes) {
             (Ok(stream), Ok(volumes)) => Ok(Self {
                 vm,
                 stream,
@@ -287,7 +288,7 @@ impl Prepared {
     }
 }
 
-/// Opens the disks for reading, away from the event loop, as soon as it is called.
+/// Opens the disks for reading, away from the event loop.
 async fn open_volumes(
     fit: &Fit,
     settings: &LaunchSettings,

@@ -180,7 +180,14 @@ impl Writer {
                     let encoder = self.encoder()?;
                     for page in page..page.saturating_add(u64::from(count)) {
                         let offset = page * PAGE_SIZE as u64;
-                        encoder.zero(Page { block, offset }, fill, &mut heads)?;
+                        let page = Page { block, offset };
+                        if fill == 0 {
+                            encoder.zero(page, 0, &mut heads)?;
+                        } else {
+                            // QEMU 10.0 takes no other byte in a record of this kind.
+                            encoder.page_header(page, &mut heads)?;
+                            heads.resize(heads.len() + PAGE_SIZE, fill);
+                        }
                     }
                     if own {
                         close(encoder, &mut heads);

@@ -1,10 +1,11 @@
 //! Takes the source's frames apart.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 
 use transhume_protocol::link::{
-    BATCH_HEADER_LEN, BatchEncoding, BatchReader, Control, FrameKind, LinkError, MAX_BLOCKS,
+    Ack, BATCH_HEADER_LEN, BatchEncoding, BatchReader, Control, FrameKind, LinkError, MAX_BLOCKS,
     Record, decode_control, decode_hints,
 };
 use transhume_protocol::qemu::Block;
@@ -25,6 +26,8 @@ pub(super) struct Intake {
     replies: mpsc::Sender<Reply>,
     decompressor: Decompressor<'static>,
     done: u64,
+    /// Counted by the disk readers.
+    disk_bytes: Arc<AtomicU64>,
 }
 
 impl Intake {
@@ -32,6 +35,7 @@ impl Intake {
         receiver: Receiver,
         placement: Arc<Placement>,
         replies: mpsc::Sender<Reply>,
+        disk_bytes: Arc<AtomicU64>,
     ) -> Result<Self, RelayError> {
         let decompressor = Decompressor::new().map_err(RelayError::Decompress)?;
         Ok(Self {
@@ -40,6 +44,7 @@ impl Intake {
             replies,
             decompressor,
             done: 0,
+            disk_bytes,
         })
     }
 
@@ -51,7 +56,11 @@ impl Intake {
                 FrameKind::Alive => {}
                 FrameKind::Batch => {
                     self.done += self.batch(frame.payload)?;
-                    let _ = self.replies.send(Reply::Ack(self.done));
+                    let ack = Ack {
+                        batch_bytes: self.done,
+                        disk_bytes: self.disk_bytes.load(Ordering::Relaxed),
+                    };
+                    let _ = self.replies.send(Reply::Ack(ack));
                 }
                 FrameKind::Fill => self.fill(frame.payload)?,
                 FrameKind::Hints => {

@@ -2,7 +2,7 @@
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 
-use transhume_protocol::link::{Control, FrameKind, Verdict, encode_ack};
+use transhume_protocol::link::{Ack, Control, FrameKind, Verdict};
 
 use crate::link::{ALIVE_INTERVAL, Sender};
 use crate::relay::error::RelayError;
@@ -11,8 +11,7 @@ use crate::relay::error::RelayError;
 #[derive(Debug)]
 pub(super) enum Reply {
     Verdict(Verdict),
-    /// Bytes of batches worked off since the start.
-    Ack(u64),
+    Ack(Ack),
     ReturnPath(Vec<u8>),
     Control(Control),
     /// Ends the thread when everything before was sent.
@@ -24,7 +23,7 @@ pub(super) fn run(mut sender: Sender, replies: &Receiver<Reply>) -> Result<(), R
     loop {
         match replies.recv_timeout(ALIVE_INTERVAL) {
             Ok(Reply::Verdict(verdict)) => sender.send(FrameKind::Verdict, &[&verdict.encode()])?,
-            Ok(Reply::Ack(bytes)) => sender.send(FrameKind::Ack, &[&encode_ack(bytes)])?,
+            Ok(Reply::Ack(ack)) => sender.send(FrameKind::Ack, &[&ack.encode()])?,
             Ok(Reply::ReturnPath(bytes)) => sender.send(FrameKind::ReturnPath, &[&bytes])?,
             Ok(Reply::Control(message)) => sender.send_control(&message)?,
             Err(RecvTimeoutError::Timeout) => sender.send(FrameKind::Alive, &[])?,

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use transhume_protocol::link::{Control, FrameKind, Verdict, decode_ack, decode_control};
+use transhume_protocol::link::{Ack, Control, FrameKind, Verdict, decode_control};
 use transhume_protocol::qemu::return_path::Message;
 
 use super::shared::Shared;
@@ -44,7 +44,11 @@ impl Answers {
             counted = self.receiver.bytes();
             match frame.kind {
                 FrameKind::Alive => {}
-                FrameKind::Ack => self.shared.flow.acknowledge(decode_ack(&frame.payload)?)?,
+                FrameKind::Ack => {
+                    let ack = Ack::decode(&frame.payload)?;
+                    self.shared.flow.acknowledge(ack.batch_bytes)?;
+                    self.shared.progress.set(Counter::DiskBytes, ack.disk_bytes);
+                }
                 FrameKind::Verdict => {
                     let verdict = Verdict::decode(&frame.payload)?;
                     let (settled, wanted) = self.shared.flow.judge(&verdict)?;

@@ -11,9 +11,10 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use transhume_protocol::link::{BatchHeader, PAGE_LEN, Verdict};
+use transhume_protocol::link::{BATCH_HEADER_LEN, BatchHeader, PAGE_LEN, Verdict};
 
 use super::buffers::{BUFFER_LEN, Buffer};
+use crate::link::window::Window;
 use crate::pages::PageKey;
 use crate::relay::error::RelayError;
 
@@ -50,6 +51,13 @@ pub(super) struct Outgoing {
     pub(super) data: Vec<u32>,
 }
 
+impl Outgoing {
+    /// Bytes that it takes in the window: its frame's payload before compression.
+    fn payload_len(&self) -> u64 {
+        (BATCH_HEADER_LEN + self.records.len() + self.header.data_len) as u64
+    }
+}
+
 /// Something to send.
 #[derive(Debug)]
 pub(super) enum Next {
@@ -77,8 +85,7 @@ struct State {
     urgent: VecDeque<Next>,
     queue: VecDeque<Outgoing>,
     queued_data: usize,
-    /// Payload bytes of batches sent, and of those worked off.
-    sent: u64,
+    /// Payload bytes of batches that the destination has worked off since the start.
     acknowledged: u64,
     retained: HashMap<u64, Retained>,
     limit: usize,
@@ -93,6 +100,7 @@ struct State {
 #[derive(Debug)]
 pub(super) struct Flow {
     state: Mutex<State>,
+    window: Window,
     changed: Condvar,
 }
 
@@ -132,7 +140,6 @@ impl Flow {
                 urgent: VecDeque::new(),
                 queue: VecDeque::new(),
                 queued_data: 0,
-                sent: 0,
                 acknowledged: 0,
                 retained: HashMap::new(),
                 limit: RETAINED_MOST / 2,
@@ -141,6 +148,7 @@ impl Flow {
                 looked: Instant::now(),
                 last_sent: Instant::now(),
             }),
+            window: Window::new(WINDOW),
             changed: Condvar::new(),
         }
     }
@@ -271,7 +279,10 @@ impl Flow {
                 self.changed.notify_all();
                 return Ok(next);
             }
-            let room = state.sent.saturating_sub(state.acknowledged) < WINDOW;
+            let room = match state.queue.front() {
+                Some(outgoing) => self.window.try_acquire(outgoing.payload_len())?,
+                None => false,
+            };
             if room && let Some(outgoing) = state.queue.pop_front() {
                 state.queued_data -= outgoing.header.data_len;
                 state.last_sent = Instant::now();
@@ -310,19 +321,13 @@ impl Flow {
         }
     }
 
-    /// Counts a batch's payload that was sent.
-    pub(super) fn sent(&self, bytes: u64) {
-        self.lock().sent += bytes;
-    }
-
     /// The destination has worked off so many bytes since the start.
     pub(super) fn acknowledge(&self, bytes: u64) -> Result<(), RelayError> {
         let mut state = self.lock();
-        if bytes > state.sent || bytes < state.acknowledged {
-            return Err(RelayError::Misplaced(
-                "acknowledgement of bytes that were not sent",
-            ));
-        }
+        let fresh = bytes
+            .checked_sub(state.acknowledged)
+            .ok_or(RelayError::Misplaced("acknowledgement that goes back"))?;
+        self.window.release(fresh)?;
         state.acknowledged = bytes;
         self.changed.notify_all();
         Ok(())
@@ -374,6 +379,6 @@ impl Flow {
         let state = self.lock();
         state.retained.is_empty()
             && state.queued_data < QUEUE_LIMIT / 4
-            && state.sent.saturating_sub(state.acknowledged) < WINDOW / 16
+            && self.window.out() < WINDOW / 16
     }
 }

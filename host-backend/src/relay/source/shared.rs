@@ -27,7 +27,7 @@ struct State {
     answer: Option<Result<(), String>>,
     /// The stream was read to its end and sent.
     memory_sent: Option<Instant>,
-    /// A SWITCHOVER_ACK that waits to be passed on.
+    /// A `SWITCHOVER_ACK` that waits to be passed on.
     switchover: Option<Vec<u8>>,
     /// Page data that were sent while the path was busy, in bytes, and how long it took, in seconds;
     /// both fade.

@@ -225,19 +225,16 @@ impl StreamReader {
         // The offset is below BUFFER_LEN.
         let offset = u32::try_from(offset).unwrap_or(u32::MAX);
         // A page that comes again was written after the guest named it.
-        if first && self.batch.references.len() < self.batch.room {
-            if let Some(place) = self.table.look_up(key, &mut self.cursor) {
-                let digest = self.digester.digest(data);
-                self.batch.builder.reference(
-                    key.block,
-                    key.page,
-                    place.disk,
-                    place.sector,
-                    &digest,
-                );
-                self.batch.references.push(Content { key, offset });
-                return;
-            }
+        if first
+            && self.batch.references.len() < self.batch.room
+            && let Some(place) = self.table.look_up(key, &mut self.cursor)
+        {
+            let digest = self.digester.digest(data);
+            self.batch
+                .builder
+                .reference(key.block, key.page, place.disk, place.sector, &digest);
+            self.batch.references.push(Content { key, offset });
+            return;
         }
         self.batch.builder.data(key.block, key.page);
         self.batch.data.push(offset);

@@ -3,9 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use transhume_protocol::link::{
-    BATCH_HEADER_LEN, BatchBuilder, BatchEncoding, BatchHeader, FrameKind, PAGE_LEN,
-};
+use transhume_protocol::link::{BatchBuilder, BatchEncoding, BatchHeader, FrameKind, PAGE_LEN};
 use zstd::bulk::Compressor;
 
 use super::buffers::Buffer;
@@ -77,9 +75,7 @@ impl Transmitter {
             Some(buffer) => data.iter().map(|&offset| content(buffer, offset)).collect(),
             None => Vec::new(),
         };
-        let payload = BATCH_HEADER_LEN + records.len() + header.data_len;
         self.send(FrameKind::Batch, header, &records, &pages)?;
-        self.shared.flow.sent(payload as u64);
         self.shared.note_rate(header.data_len, started);
         Ok(())
     }
