@@ -157,12 +157,18 @@ impl Daemon {
         Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
     }
 
+    /// Its process id.
+    pub fn id(&self) -> i32 {
+        self.process.id()
+    }
+
     /// The run folder of a VM on this host.
     pub fn vm_folder(&self, vm: &str) -> PathBuf {
         self.host.folder.join("run/vms").join(vm)
     }
 
-    fn transhume(&self, arguments: &[&str]) -> Run {
+    /// A `transhume` that talks to this daemon.
+    pub(crate) fn transhume(&self, arguments: &[&str]) -> Run {
         Run::new(self.programs.join("transhume"))
             .env("TRANSHUME_SOCKET", self.socket())
             .args(arguments)

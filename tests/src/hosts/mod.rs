@@ -25,6 +25,11 @@ const RUN: &str = "/run";
 /// Begins the names of all that a run makes outside the work tree; its process id follows.
 const PREFIX: &str = "transhume-testbed-";
 
+/// Ends what runs in a namespace, and removes it.
+pub(crate) fn delete_namespace(name: &str) {
+    network::delete(name);
+}
+
 /// One host.
 #[derive(Debug, Clone)]
 pub struct Host {
@@ -53,6 +58,11 @@ impl Host {
         Ok(path)
     }
 
+    /// The processes that run on it.
+    pub fn processes(&self) -> Vec<i32> {
+        network::processes(&self.namespace)
+    }
+
     /// Counts what its end of the link carries.
     pub fn wire(&self) -> Result<Wire> {
         Wire::watch(&network::path(&self.namespace))
@@ -78,7 +88,7 @@ impl Hosts {
         sweep::dead_runs();
         let unique = unique();
         let folder = PathBuf::from(RUN).join(&unique);
-        let mut guards = vec![Guard::new(Leftover::Folder(folder.clone()))];
+        let mut guards = Vec::new();
         let host = |name: &'static str, address| -> Result<Host> {
             let folder = folder.join(name);
             fs::create_dir_all(&folder).map_err(Error::file("create", &folder))?;
@@ -95,6 +105,8 @@ impl Hosts {
             guards.push(Guard::new(Leftover::Namespace(host.namespace.clone())));
             network::create(&host.namespace)?;
         }
+        // The last to go: nobody must find it gone.
+        guards.push(Guard::new(Leftover::Folder(folder)));
         network::join(&a.namespace, &b.namespace)?;
         let hosts = Self {
             a,

@@ -3,7 +3,11 @@
 
 mod bed;
 mod guest;
+mod micro;
+mod migrate;
+mod pair;
 mod runner;
+mod transhume;
 
 pub use bed::Bed;
 pub use runner::{Outcome, run_all};
@@ -25,5 +29,8 @@ pub struct Scenario {
 
 /// All of them, in the order in which they run.
 pub fn all() -> Vec<Scenario> {
-    [guest::scenarios()].into_iter().flatten().collect()
+    [guest::scenarios(), migrate::scenarios()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
