@@ -14,7 +14,7 @@ use std::process::{Output, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
 /// The daemons' port on the link.
-const PORT: u16 = 7465;
+pub const PORT: u16 = 7465;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A running `transhumed`. Dropping it kills it.
@@ -124,6 +124,17 @@ impl Daemon {
         let text = fs::read_to_string(&self.log).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(30)..].join("\n")
+    }
+
+    /// How often its log has these words.
+    pub fn count_words(&self, words: &str) -> usize {
+        let text = fs::read_to_string(&self.log).unwrap_or_default();
+        text.matches(words).count()
+    }
+
+    /// Waits until it has ended by itself.
+    pub fn wait(&mut self) -> Result<()> {
+        self.process.wait().map(drop)
     }
 
     /// Fails when it has ended.

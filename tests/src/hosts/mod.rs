@@ -13,6 +13,7 @@ pub use wire::{Sample, Wire};
 use crate::cleanup::{Guard, Leftover};
 use crate::command::Run;
 use crate::{Error, Result};
+use nix::sched::{CloneFlags, setns};
 use std::fs;
 use std::path::PathBuf;
 
@@ -56,6 +57,22 @@ impl Host {
         }
         fs::create_dir_all(&path).map_err(Error::file("create", &path))?;
         Ok(path)
+    }
+
+    /// Does something from within this host, as far as its network goes: on a thread of its own.
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        let path = network::path(&self.namespace);
+        let namespace = fs::File::open(&path).map_err(Error::file("open", &path))?;
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(move || {
+                setns(namespace, CloneFlags::CLONE_NEWNET)
+                    .map_err(Error::system("enter a namespace"))?;
+                Ok(work())
+            });
+            thread
+                .join()
+                .unwrap_or_else(|_| Err(Error::Check("A thread failed".into())))
+        })
     }
 
     /// The processes that run on it.

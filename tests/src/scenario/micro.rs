@@ -167,12 +167,6 @@ impl Life {
         self.goes_on()
     }
 
-    /// Opens its channel anew, at the same place.
-    pub(super) fn reconnect(&mut self, folder: &Path) -> Result<()> {
-        self.control = connect(folder)?;
-        self.goes_on()
-    }
-
     /// Every page holds what it must.
     pub(super) fn check(&mut self) -> Result<()> {
         match self.control.check(LONG).map_err(|error| wrong(&error))? {
@@ -183,10 +177,5 @@ impl Life {
                 "The guest's memory is wrong: {wrong:?}"
             ))),
         }
-    }
-
-    /// The guest's own interface.
-    pub(super) fn control(&mut self) -> &mut Control {
-        &mut self.control
     }
 }

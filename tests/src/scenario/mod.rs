@@ -2,11 +2,15 @@
 //! on its time.
 
 mod bed;
+mod die;
 mod guest;
+mod lie;
 mod micro;
 mod migrate;
 mod pair;
+mod refused;
 mod runner;
+mod strangers;
 mod transhume;
 
 pub use bed::Bed;
@@ -29,8 +33,15 @@ pub struct Scenario {
 
 /// All of them, in the order in which they run.
 pub fn all() -> Vec<Scenario> {
-    [guest::scenarios(), migrate::scenarios()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        guest::scenarios(),
+        migrate::scenarios(),
+        lie::scenarios(),
+        die::scenarios(),
+        refused::scenarios(),
+        strangers::scenarios(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }

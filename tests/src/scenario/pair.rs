@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 /// Bounds every wait for something that the daemons do by themselves.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// In bytes.
+const MOST_MEMORY: u64 = 256 << 20;
 /// What both hosts run unless a scenario says otherwise.
 pub(super) const NEWEST: Qemus = (Qemu::V10_0, Qemu::V10_0);
 
@@ -146,6 +148,7 @@ impl<'a> Pair<'a> {
         })?;
         self.arrived(from.other(), life)
             .map_err(|error| self.with_logs(error))?;
+        self.daemons_are_small()?;
         let shown = |path: &str| answer.number(&format!("/summary/traffic/{path}"));
         println!(
             "  {} to {}: {:.1} s, downtime {:.0} ms; pages: zero {}, disk {}, data {}, again {}, mismatched {}",
@@ -167,8 +170,19 @@ impl<'a> Pair<'a> {
         Ok(answer)
     }
 
+    /// The most memory that a daemon may ever have, whatever the guest does.
+    fn daemons_are_small(&self) -> Result<()> {
+        for at in [At::A, At::B] {
+            let peak = self.daemon(at).peak_memory().unwrap_or(u64::MAX);
+            check(peak < MOST_MEMORY, || {
+                format!("transhumed on {} had {} MiB", at.name(), peak >> 20)
+            })?;
+        }
+        Ok(())
+    }
+
     /// The guest runs there, exactly once, with its memory right.
-    fn arrived(&self, at: At, life: &mut Life) -> Result<()> {
+    pub(super) fn arrived(&self, at: At, life: &mut Life) -> Result<()> {
         life.moved(&self.folder(at))?;
         self.runs_once(at)?;
         life.check()?;
