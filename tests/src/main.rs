@@ -2,7 +2,7 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::process::ExitCode;
-use testbed::bench::{SIDES, Setup, Side, compare};
+use testbed::bench::{Setup, Side, compare};
 use testbed::layout::{Layout, write_whole};
 use testbed::packages::{Packages, Qemu, tools};
 use testbed::progress::say;
@@ -75,9 +75,9 @@ struct Choice {
     /// QEMU's release
     #[arg(long, value_enum, default_value_t = Release::V10_0)]
     qemu: Release,
-    /// Stock QEMU alone
-    #[arg(long)]
-    stock_only: bool,
+    /// Who moves the guest
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Mover::Plain, Mover::Multifd, Mover::Transhume])]
+    sides: Vec<Mover>,
     /// Channels of stock QEMU's multifd
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=16))]
     channels: u8,
@@ -91,6 +91,17 @@ enum Release {
     V10_0,
 }
 
+/// Who moves the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Mover {
+    /// Stock QEMU, one connection
+    Plain,
+    /// Stock QEMU, several connections, compressed by zstd
+    Multifd,
+    /// Transhume
+    Transhume,
+}
+
 impl Choice {
     fn qemu(&self) -> Qemu {
         match self.qemu {
@@ -101,16 +112,12 @@ impl Choice {
 
     fn sides(&self) -> Vec<Side> {
         let channels = self.channels;
-        SIDES
-            .into_iter()
-            .filter(|side| !self.stock_only || *side != Side::Transhume)
-            .map(|side| match side {
-                Side::Stock(Stock::MultifdZstd { .. }) => {
-                    Side::Stock(Stock::MultifdZstd { channels })
-                }
-                side => side,
-            })
-            .collect()
+        let side = |mover: &Mover| match mover {
+            Mover::Plain => Side::Stock(Stock::Plain),
+            Mover::Multifd => Side::Stock(Stock::MultifdZstd { channels }),
+            Mover::Transhume => Side::Transhume,
+        };
+        self.sides.iter().map(side).collect()
     }
 }
 
@@ -159,7 +166,7 @@ fn run(task: Task) -> Result<bool> {
                 &packages,
                 profile,
                 choice.qemu(),
-                !choice.stock_only,
+                choice.sides.contains(&Mover::Transhume),
             )?;
             let comparison = compare(&setup, &choice.sides(), runs)?;
             println!("{}", comparison.table());
@@ -177,7 +184,7 @@ fn demo(layout: &Layout, packages: &Packages, choice: &Choice) -> Result<()> {
         packages,
         bench::Profile::DEMO,
         choice.qemu(),
-        !choice.stock_only,
+        choice.sides.contains(&Mover::Transhume),
     )?;
     let comparison = compare(&setup, &choice.sides(), 1)?;
     println!("{}", comparison.table());

@@ -5,16 +5,8 @@ use super::setup::Setup;
 use crate::Result;
 use crate::hosts::Hosts;
 use crate::progress::say;
-use crate::qemu::migrate::Stock;
 use serde_json::{Value, json};
 use std::time::Duration;
-
-/// The sides of the bench.
-pub const SIDES: [Side; 3] = [
-    Side::Stock(Stock::Plain),
-    Side::Stock(Stock::MultifdZstd { channels: 2 }),
-    Side::Transhume,
-];
 
 /// All runs of all sides.
 #[derive(Debug, Clone)]

@@ -9,7 +9,7 @@ pub mod measure;
 pub mod profile;
 pub mod setup;
 
-pub use compare::{Comparison, SIDES, compare};
+pub use compare::{Comparison, compare};
 pub use measure::{Measured, Side, run};
 pub use profile::Profile;
 pub use setup::Setup;

@@ -216,7 +216,7 @@ mod tests {
                     block: 0,
                     page: 5 * WINDOW_PAGES + 1
                 },
-                1
+                0
             )]
         );
         assert_eq!(plan.next_ahead(position, |_| true), None);
