@@ -8,7 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::Host;
-use crate::hypervisor::{Definition, LaunchSettings, Vm};
+use crate::hypervisor::{Definition, Error, LaunchSettings, Vm};
 
 const MARK: &str = "incoming";
 const LAST: &str = "arrived";
@@ -96,17 +96,13 @@ pub async fn recover(settings: &LaunchSettings) -> Vec<Vm> {
             continue;
         };
         match recover_one(settings, &folder, mark).await {
-            Ok(vm) => {
-                let noted = if vm.is_some() {
-                    settle(&folder, job)
-                } else {
-                    clear(&folder)
-                };
-                if let Err(error) = noted {
+            Ok(Some(vm)) => {
+                if let Err(error) = settle(&folder, job) {
                     tracing::warn!(folder = %folder.display(), %error, "mark of an arriving VM");
                 }
-                arrived.extend(vm);
+                arrived.push(vm);
             }
+            Ok(None) => {}
             Err(error) => {
                 tracing::error!(
                     folder = %folder.display(), ?mark, %error,
@@ -122,20 +118,27 @@ async fn recover_one(
     settings: &LaunchSettings,
     folder: &Path,
     mark: Mark,
-) -> Result<Option<Vm>, crate::hypervisor::Error> {
+) -> Result<Option<Vm>, Error> {
     let text = std::fs::read_to_string(folder.join("definition.toml")).unwrap_or_default();
     let definition = Definition::parse(&text)?;
     let files = settings.files(&definition.name);
     let adopted = Vm::adopt(&definition, &files.qmp(), settings).await;
     match mark {
         Mark::Waiting => {
-            if let Ok(vm) = adopted {
-                tracing::info!(
-                    vm = definition.name,
-                    "its migration was cut off here: QEMU ends"
-                );
-                vm.kill().await?;
+            match adopted {
+                Ok(vm) => {
+                    tracing::info!(
+                        vm = definition.name,
+                        "its migration was cut off here: QEMU ends"
+                    );
+                    vm.kill().await?;
+                }
+                // It ended with the stream.
+                Err(Error::Connect { .. }) => {}
+                // The mark stays: it may live.
+                Err(error) => return Err(error),
             }
+            files.remove()?;
             Ok(None)
         }
         Mark::Committed => {
