@@ -134,7 +134,7 @@ fn destination_daemon(bed: &Bed) -> Result<()> {
 fn destination_qemu(bed: &Bed) -> Result<()> {
     let scene = Scene::begin(bed)?;
     sigkill(only(&scene.pair.qemus(At::B))?)?;
-    let (pair, life) = scene.fails(4, &["QEMU there", "runs on at hosta", "again"])?;
+    let (pair, life) = scene.fails(4, &["QEMU on hostb ended", "runs on at hosta", "again"])?;
     second_try(&pair, life)
 }
 
@@ -199,9 +199,13 @@ fn ctrl_c(bed: &Bed) -> Result<()> {
     })?;
     // Others may follow it.
     pair.hosts.shape(Some(1000))?;
-    let answer = ask(&pair.a, &["job", "show", &job, "--follow"])?.expect(0)?;
-    check(answer.word("/state")? == "completed", || {
-        format!("Not completed: {answer}")
+    pair.wait("the job to complete", || {
+        let answer = ask(&pair.a, &["job", "show", &job])?.expect(0)?;
+        let state = answer.word("/state")?;
+        check(matches!(state, "running" | "completed"), || {
+            format!("It did not complete: {answer}")
+        })?;
+        Ok(state == "completed")
     })?;
     pair.arrived(At::B, &mut life)
         .map_err(|error| pair.with_logs(error))
