@@ -3,6 +3,7 @@
 
 mod bed;
 mod die;
+mod false_source;
 mod guest;
 mod lie;
 mod micro;
@@ -40,6 +41,7 @@ pub fn all() -> Vec<Scenario> {
         die::scenarios(),
         refused::scenarios(),
         strangers::scenarios(),
+        false_source::scenarios(),
     ]
     .into_iter()
     .flatten()

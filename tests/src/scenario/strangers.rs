@@ -35,7 +35,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 }
 
 /// Bytes that look random and are the same each time (xorshift64).
-fn random(seed: u64, length: usize) -> Vec<u8> {
+pub(super) fn random(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed | 1;
     let mut next = || {
         state ^= state << 13;
@@ -46,7 +46,7 @@ fn random(seed: u64, length: usize) -> Vec<u8> {
     (0..length).map(|_| next()).collect()
 }
 
-fn frame(kind: FrameKind, payload: &[u8]) -> Result<Vec<u8>> {
+pub(super) fn frame(kind: FrameKind, payload: &[u8]) -> Result<Vec<u8>> {
     let header = FrameHeader::encode(kind, std::iter::once(payload))
         .map_err(|error| Error::Check(format!("A frame cannot be made: {error}")))?;
     Ok([&header[..], payload].concat())
