@@ -26,11 +26,7 @@ impl Leftover {
     fn undo(&self) {
         match self {
             Self::Process(pid) => drop(killpg(Pid::from_raw(*pid), Signal::SIGKILL)),
-            Self::Namespace(name) => drop(
-                std::process::Command::new("ip")
-                    .args(["netns", "delete", name])
-                    .output(),
-            ),
+            Self::Namespace(name) => crate::hosts::delete_namespace(name),
             Self::Folder(path) => drop(std::fs::remove_dir_all(path)),
         }
     }

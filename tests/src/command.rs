@@ -5,7 +5,7 @@ use crate::{Error, Result};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use std::ffi::{OsStr, OsString};
@@ -100,9 +100,12 @@ impl Run {
     pub fn spawn(mut self) -> Result<Process> {
         let line = self.line();
         let parent = nix::unistd::getpid();
-        // SAFETY: between fork and exec only async-signal-safe calls are made: prctl and getppid.
+        // SAFETY: between fork and exec only async-signal-safe calls are made: sigprocmask, prctl and
+        // getppid.
         unsafe {
             self.command.process_group(0).pre_exec(move || {
+                // What `cleanup::watch_signals` blocks for us is not blocked for others.
+                SigSet::empty().thread_set_mask()?;
                 prctl::set_pdeathsig(Signal::SIGKILL)?;
                 if nix::unistd::getppid() == parent {
                     Ok(())

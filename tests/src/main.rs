@@ -147,7 +147,7 @@ fn run(task: Task) -> Result<bool> {
     let packages = Packages::new(&layout);
     match task {
         Task::Packages => packages.all()?,
-        Task::Test { only, .. } => return suite::run(&Bed { layout, packages }, only.as_deref()),
+        Task::Test { only, .. } => return suite::run(&Bed::new(layout, packages), only.as_deref()),
         Task::Demo(choice) => demo(&layout, &packages, &choice)?,
         Task::Bench {
             what: Bench::PageCache,

@@ -1,6 +1,6 @@
 //! The command `transhume`.
 
-use super::api::{FailureKind, JobInfo, Request, Response};
+use super::api::{Failure, FailureKind, JobInfo, Request, Response};
 use super::client::Client;
 use super::show;
 use super::{Error, Result};
@@ -166,7 +166,7 @@ impl Cli {
             Err(error) => {
                 let kind = error.kind();
                 if json {
-                    let failure = super::api::Failure::from(error);
+                    let failure = Failure::from(error);
                     print_line(&show::json(&Response::Error(failure)));
                 } else {
                     eprintln!("transhume: {error}");
@@ -229,7 +229,9 @@ impl Cli {
                     return Ok(130);
                 }
             };
-            let response = response.inspect_err(|_| progress.clear())?;
+            let response = response
+                .inspect_err(|_| progress.clear())
+                .map_err(|error| lost_sight(id, error))?;
             let Response::Job(job) = response else {
                 continue;
             };
@@ -300,6 +302,21 @@ impl JobCommand {
             Self::Show { id, .. } => Request::JobShow { id: *id },
             Self::Cancel { id } => Request::JobCancel { id: *id },
         }
+    }
+}
+
+/// The service went away while a job was followed: nobody here knows how that ends.
+fn lost_sight(id: u64, error: Error) -> Error {
+    match error {
+        Error::Service { socket, .. } => Error::Answered(Failure {
+            kind: FailureKind::Unresolved,
+            message: format!(
+                "transhumed at {} ended during job {id}; see its log (`journalctl -u transhumed`). When it runs \
+                 again it finds out what became of the VM: `transhume job show {id}`",
+                socket.display()
+            ),
+        }),
+        error => error,
     }
 }
 

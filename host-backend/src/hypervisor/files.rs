@@ -115,8 +115,27 @@ impl RunFiles {
         Ok(())
     }
 
-    /// The last lines of QEMU's log.
+    /// Removes the folder with all that is in it: its VM never ran here.
+    ///
+    /// # Errors
+    /// [`Error::File`] if something stays.
+    pub fn remove(&self) -> Result<()> {
+        match std::fs::remove_dir_all(&self.folder) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::file("remove", &self.folder, error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The last lines of QEMU's log, or where it is.
     pub fn log_tail(&self) -> String {
+        self.last_words()
+            .unwrap_or_else(|| format!("(nothing, in {})", self.qemu_log().display()))
+    }
+
+    /// The last lines of QEMU's log, if it said anything.
+    pub fn last_words(&self) -> Option<String> {
         const BYTES: u64 = 2048;
         const LINES: usize = 12;
         use std::io::{Read, Seek, SeekFrom};
@@ -132,10 +151,6 @@ impl RunFiles {
         let text = String::from_utf8_lossy(&tail);
         let lines: Vec<&str> = text.lines().collect();
         let last = lines[lines.len().saturating_sub(LINES)..].join("\n");
-        if last.trim().is_empty() {
-            format!("(nothing, in {})", self.qemu_log().display())
-        } else {
-            last
-        }
+        (!last.trim().is_empty()).then_some(last)
     }
 }

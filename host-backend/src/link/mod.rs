@@ -16,8 +16,8 @@ mod sync {
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{setsockopt, sockopt};
 use thiserror::Error;
@@ -50,7 +50,7 @@ pub enum Error {
     #[error("the link to the other host broke: {0}")]
     Broken(io::Error),
     /// The peer sent nothing for too long.
-    #[error("the other host has been silent for {} seconds", PATIENCE.as_secs())]
+    #[error("the other host has been silent for {} seconds; is the network between the hosts up?", PATIENCE.as_secs())]
     Silent,
     /// The peer closed the connection.
     #[error("the other host closed the connection")]
@@ -120,12 +120,18 @@ impl Connection {
         (&stream).read_exact(&mut preamble)?;
         Preamble::OURS.agree(Preamble::decode(&preamble)?)?;
         let stream = Arc::new(stream);
+        let heard = Arc::new(Heard(Mutex::new(Instant::now())));
         Ok(Self {
             sender: Sender {
                 stream: Arc::clone(&stream),
+                heard: Arc::clone(&heard),
                 bytes: 0,
             },
-            receiver: Receiver { stream, bytes: 0 },
+            receiver: Receiver {
+                stream,
+                heard,
+                bytes: 0,
+            },
         })
     }
 
@@ -138,7 +144,7 @@ impl Connection {
     pub fn receive(&mut self, patience: Duration) -> Result<Control, Error> {
         self.receiver.stream.set_read_timeout(Some(patience))?;
         let message = loop {
-            let frame = self.receiver.receive()?;
+            let frame = self.receiver.next_frame()?;
             match frame.kind {
                 FrameKind::Alive => {}
                 FrameKind::Control => break decode_control(&frame.payload)?,
@@ -176,10 +182,32 @@ impl Closer {
     }
 }
 
+/// When the peer was last heard.
+#[derive(Debug)]
+struct Heard(Mutex<Instant>);
+
+impl Heard {
+    fn note(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    /// When the kernel gives a silent peer up, only one of the two halves is told why: the other one
+    /// sees a closed connection.
+    fn explain(&self, error: Error) -> Error {
+        let last = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match error {
+            // Two signs of life missed, or more.
+            Error::Closed if last.elapsed() > 3 * ALIVE_INTERVAL => Error::Silent,
+            error => error,
+        }
+    }
+}
+
 /// The sending half.
 #[derive(Debug)]
 pub struct Sender {
     stream: Arc<TcpStream>,
+    heard: Arc<Heard>,
     bytes: u64,
 }
 
@@ -199,8 +227,8 @@ impl Sender {
                 .map(|piece| IoSlice::new(piece)),
         );
         self.bytes += slices.iter().map(|slice| slice.len() as u64).sum::<u64>();
-        write_all_vectored(&mut &*self.stream, &mut slices)?;
-        Ok(())
+        write_all_vectored(&mut &*self.stream, &mut slices)
+            .map_err(|error| self.heard.explain(error.into()))
     }
 
     /// Sends a control message.
@@ -252,12 +280,18 @@ pub(crate) fn write_all_vectored(
 #[derive(Debug)]
 pub struct Receiver {
     stream: Arc<TcpStream>,
+    heard: Arc<Heard>,
     bytes: u64,
 }
 
 impl Receiver {
-    /// Receives the next frame and checks it.
+    /// Receives the next frame and checks it. The peer gives a sign of life in every
+    /// [`ALIVE_INTERVAL`].
     pub fn receive(&mut self) -> Result<Frame, Error> {
+        self.next_frame().map_err(|error| self.heard.explain(error))
+    }
+
+    fn next_frame(&mut self) -> Result<Frame, Error> {
         let mut stream = &*self.stream;
         let mut head = [0; FRAME_HEADER_LEN];
         stream.read_exact(&mut head)?;
@@ -271,6 +305,7 @@ impl Receiver {
             return Err(Error::Closed);
         }
         header.check(&payload)?;
+        self.heard.note();
         self.bytes += (FRAME_HEADER_LEN + header.length) as u64;
         Ok(Frame {
             kind: header.kind,

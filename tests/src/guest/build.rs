@@ -85,6 +85,26 @@ pub fn kernel_module(layout: &Layout, packages: &Packages, kernel: Kernel) -> Re
     Ok(copy.join("transhume.ko"))
 }
 
+/// Builds the micro-guest, and returns it.
+pub fn micro_guest(layout: &Layout) -> Result<PathBuf> {
+    step("Building the micro-guest", || {
+        cargo()
+            .folder(&layout.source)
+            .args([
+                "build",
+                "--quiet",
+                "--package",
+                "transhume-micro-guest",
+                "--profile",
+                "micro-guest",
+                "--features",
+                "bare-metal",
+            ])
+            .output()
+    })?;
+    Ok(layout.target.join("micro-guest/micro-guest"))
+}
+
 /// Builds the two programs of the hosts, and returns their folder.
 pub fn host_programs(layout: &Layout) -> Result<PathBuf> {
     step("Building transhumed and transhume", || {

@@ -14,7 +14,7 @@ use std::process::{Output, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
 /// The daemons' port on the link.
-const PORT: u16 = 7465;
+pub const PORT: u16 = 7465;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A running `transhumed`. Dropping it kills it.
@@ -126,6 +126,17 @@ impl Daemon {
         lines[lines.len().saturating_sub(30)..].join("\n")
     }
 
+    /// How often its log has these words.
+    pub fn count_words(&self, words: &str) -> usize {
+        let text = fs::read_to_string(&self.log).unwrap_or_default();
+        text.matches(words).count()
+    }
+
+    /// Waits until it has ended by itself.
+    pub fn wait(&mut self) -> Result<()> {
+        self.process.wait().map(drop)
+    }
+
     /// Fails when it has ended.
     pub fn alive(&self) -> Result<()> {
         if self.process.ended() {
@@ -157,12 +168,18 @@ impl Daemon {
         Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
     }
 
+    /// Its process id.
+    pub fn id(&self) -> i32 {
+        self.process.id()
+    }
+
     /// The run folder of a VM on this host.
     pub fn vm_folder(&self, vm: &str) -> PathBuf {
         self.host.folder.join("run/vms").join(vm)
     }
 
-    fn transhume(&self, arguments: &[&str]) -> Run {
+    /// A `transhume` that talks to this daemon.
+    pub(crate) fn transhume(&self, arguments: &[&str]) -> Run {
         Run::new(self.programs.join("transhume"))
             .env("TRANSHUME_SOCKET", self.socket())
             .args(arguments)

@@ -13,6 +13,7 @@ pub use wire::{Sample, Wire};
 use crate::cleanup::{Guard, Leftover};
 use crate::command::Run;
 use crate::{Error, Result};
+use nix::sched::{CloneFlags, setns};
 use std::fs;
 use std::path::PathBuf;
 
@@ -24,6 +25,11 @@ pub const HOST_B: &str = "hostb";
 const RUN: &str = "/run";
 /// Begins the names of all that a run makes outside the work tree; its process id follows.
 const PREFIX: &str = "transhume-testbed-";
+
+/// Ends what runs in a namespace, and removes it.
+pub(crate) fn delete_namespace(name: &str) {
+    network::delete(name);
+}
 
 /// One host.
 #[derive(Debug, Clone)]
@@ -53,6 +59,27 @@ impl Host {
         Ok(path)
     }
 
+    /// Does something from within this host, as far as its network goes: on a thread of its own.
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        let path = network::path(&self.namespace);
+        let namespace = fs::File::open(&path).map_err(Error::file("open", &path))?;
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(move || {
+                setns(namespace, CloneFlags::CLONE_NEWNET)
+                    .map_err(Error::system("enter a namespace"))?;
+                Ok(work())
+            });
+            thread
+                .join()
+                .unwrap_or_else(|_| Err(Error::Check("A thread failed".into())))
+        })
+    }
+
+    /// The processes that run on it.
+    pub fn processes(&self) -> Vec<i32> {
+        network::processes(&self.namespace)
+    }
+
     /// Counts what its end of the link carries.
     pub fn wire(&self) -> Result<Wire> {
         Wire::watch(&network::path(&self.namespace))
@@ -78,7 +105,7 @@ impl Hosts {
         sweep::dead_runs();
         let unique = unique();
         let folder = PathBuf::from(RUN).join(&unique);
-        let mut guards = vec![Guard::new(Leftover::Folder(folder.clone()))];
+        let mut guards = Vec::new();
         let host = |name: &'static str, address| -> Result<Host> {
             let folder = folder.join(name);
             fs::create_dir_all(&folder).map_err(Error::file("create", &folder))?;
@@ -95,6 +122,8 @@ impl Hosts {
             guards.push(Guard::new(Leftover::Namespace(host.namespace.clone())));
             network::create(&host.namespace)?;
         }
+        // The last to go: nobody must find it gone.
+        guards.push(Guard::new(Leftover::Folder(folder)));
         network::join(&a.namespace, &b.namespace)?;
         let hosts = Self {
             a,

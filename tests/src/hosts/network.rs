@@ -3,7 +3,10 @@
 use super::Rate;
 use crate::Result;
 use crate::command::Run;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::path::PathBuf;
+use std::process::Command;
 
 /// From the range set aside for benchmarks (RFC 2544); nothing leaves the namespaces.
 pub(super) const ADDRESS_A: &str = "198.18.0.1";
@@ -30,6 +33,29 @@ pub(super) fn path(namespace: &str) -> PathBuf {
 pub(super) fn create(namespace: &str) -> Result<()> {
     ip(&format!("netns add {namespace}"))?;
     ip(&format!("-n {namespace} link set lo up"))
+}
+
+/// The processes in a namespace, threads' own namespaces aside.
+pub(super) fn processes(namespace: &str) -> Vec<i32> {
+    let output = Command::new("ip")
+        .args(["netns", "pids", namespace])
+        .output();
+    let text = output.map(|output| output.stdout).unwrap_or_default();
+    String::from_utf8_lossy(&text)
+        .lines()
+        .filter_map(|line| line.trim().parse().ok())
+        .collect()
+}
+
+/// Ends what runs in a namespace, and removes it.
+pub(super) fn delete(namespace: &str) {
+    for process in processes(namespace) {
+        // It may have ended meanwhile.
+        let _ = kill(Pid::from_raw(process), Signal::SIGKILL);
+    }
+    let _ = Command::new("ip")
+        .args(["netns", "delete", namespace])
+        .output();
 }
 
 /// Joins two namespaces. Neither end is ever in this machine's own.

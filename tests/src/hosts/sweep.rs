@@ -1,7 +1,6 @@
 //! Removes what a run that was killed left behind.
 
-use super::{PREFIX, RUN};
-use crate::command::Run;
+use super::{PREFIX, RUN, network};
 use crate::progress::say;
 use std::fs;
 use std::path::Path;
@@ -30,11 +29,12 @@ fn dead_names(folder: &str) -> Vec<String> {
         .collect()
 }
 
-/// Removes namespaces and folders of runs that have ended. Their processes died with them.
+/// Removes namespaces and folders of runs that have ended, and the QEMUs that their daemons started: those
+/// outlive whoever started them.
 pub(super) fn dead_runs() {
     for name in dead_names("/run/netns") {
         say(format!("removing {name}, left by a run that was killed"));
-        let _ = Run::new("ip").args(["netns", "delete", &name]).finish();
+        network::delete(&name);
     }
     for name in dead_names(RUN) {
         let _ = fs::remove_dir_all(Path::new(RUN).join(name));

@@ -1,9 +1,19 @@
 //! The integration tests: scenarios with real QEMUs, each by a name, run one after the other with a bound
 //! on its time.
 
+mod any_moment;
 mod bed;
+mod die;
+mod false_source;
 mod guest;
+mod lie;
+mod micro;
+mod migrate;
+mod pair;
+mod refused;
 mod runner;
+mod strangers;
+mod transhume;
 
 pub use bed::Bed;
 pub use runner::{Outcome, run_all};
@@ -25,5 +35,17 @@ pub struct Scenario {
 
 /// All of them, in the order in which they run.
 pub fn all() -> Vec<Scenario> {
-    [guest::scenarios()].into_iter().flatten().collect()
+    [
+        guest::scenarios(),
+        migrate::scenarios(),
+        lie::scenarios(),
+        die::scenarios(),
+        any_moment::scenarios(),
+        refused::scenarios(),
+        strangers::scenarios(),
+        false_source::scenarios(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }

@@ -116,7 +116,7 @@ impl Engine {
             .spawn(move || {
                 let _entered = span.entered();
                 if let Err(error) = run() {
-                    engine.stop(error);
+                    engine.fail(error);
                 }
             })
             .map(drop)
@@ -157,8 +157,9 @@ impl Engine {
         }
     }
 
-    /// Ends all threads.
-    pub(super) fn stop(&self, error: RelayError) {
+    /// Ends the threads between link and QEMU. What is on its way to the source still gets there, and so
+    /// does the reason, by [`Engine::send`].
+    fn fail(&self, error: RelayError) {
         let mut state = self.lock();
         if state.failure.is_none() {
             state.failure = Some(error);
@@ -166,11 +167,16 @@ impl Engine {
         drop(state);
         self.placement.stop();
         self.output.stop();
-        self.closer.close();
         // Fails only when QEMU has closed it already.
         let _ = self.qemu.shutdown(Shutdown::Both);
-        self.finish();
         self.changed.notify_waiters();
+    }
+
+    /// Ends all threads, and the link.
+    pub(super) fn stop(&self, error: RelayError) {
+        self.fail(error);
+        self.closer.close();
+        self.finish();
     }
 }
 

@@ -23,6 +23,8 @@ use crate::volume;
 
 /// How long QEMU may take to run the VM when told so.
 const RUN_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a QEMU that closed its socket may take to end.
+const END_PATIENCE: Duration = Duration::from_secs(2);
 /// How long the last words to the source may take.
 const FAREWELL: Duration = Duration::from_millis(500);
 
@@ -129,17 +131,17 @@ pub(super) async fn take(
     let engine = match received.await {
         Ok(engine) => engine,
         Err(reason) => {
-            abandon(&vm, &folder, &outcome).await;
+            abandon(&vm, &outcome).await;
             return Err(reason);
         }
     };
-    if let Err(reason) = receive(&engine, &vm, events).await {
+    if let Err(reason) = receive(&engine, &vm, events, host.name()).await {
         tracing::warn!(
             vm = name,
             reason,
             "migration ends before the hand-over; QEMU ends"
         );
-        abandon(&vm, &folder, &outcome).await;
+        abandon(&vm, &outcome).await;
         engine.send(Control::Abort { reason });
         tokio::time::sleep(FAREWELL).await;
         engine.stop(RelayError::Stopped);
@@ -157,8 +159,12 @@ pub(super) async fn take(
             tracing::info!(vm = name, "runs here");
         }
         Err(reason) => {
+            let reason = match vm.files().last_words() {
+                Some(words) => format!("{reason}: {words}"),
+                None => reason,
+            };
             tracing::error!(vm = name, reason, "the VM cannot run here; it goes back");
-            abandon(&vm, &folder, &outcome).await;
+            abandon(&vm, &outcome).await;
             engine.send(Control::Abort { reason });
         }
     }
@@ -173,34 +179,45 @@ async fn receive(
     engine: &Engine,
     vm: &Vm,
     mut events: broadcast::Receiver<Event>,
+    host: &str,
 ) -> Result<(), String> {
+    let ended = || match vm.files().last_words() {
+        Some(words) => format!("QEMU on {host} ended: {words}"),
+        None => format!(
+            "QEMU on {host} ended without a word, as when it is killed; `dmesg` there tells if memory ran out"
+        ),
+    };
     loop {
         tokio::select! {
             biased;
-            committed = engine.committed() => return committed.map_err(|error| error.to_string()),
+            committed = engine.committed() => return match committed {
+                // Most likely because it ends.
+                Err(RelayError::Socket(_)) if timeout(END_PATIENCE, vm.gone()).await.is_ok() => Err(ended()),
+                other => other.map_err(|error| error.to_string()),
+            },
             event = events.recv() => match event {
                 Ok(event) => {
                     let status = event.data.get("status").and_then(|status| status.as_str());
                     if event.name == "MIGRATION" && status == Some("failed") {
-                        return Err(format!("QEMU there: {}", vm.files().log_tail()));
+                        return Err(ended());
                     }
                 }
                 Err(broadcast::error::RecvError::Lagged(_)) => {}
                 Err(broadcast::error::RecvError::Closed) => {
-                    return Err(format!("QEMU there ended: {}", vm.files().log_tail()));
+                    return Err(ended());
                 }
             },
-            () = vm.gone() => return Err(format!("QEMU there ended: {}", vm.files().log_tail())),
+            () = vm.gone() => return Err(ended()),
         }
     }
 }
 
-/// Ends a QEMU that never ran the VM.
-async fn abandon(vm: &Vm, folder: &Path, outcome: &watch::Sender<Option<bool>>) {
+/// Ends a QEMU that never ran the VM, and removes what was made for it.
+async fn abandon(vm: &Vm, outcome: &watch::Sender<Option<bool>>) {
     match vm.kill().await {
         Ok(()) => {
-            if let Err(error) = recovery::clear(folder) {
-                tracing::warn!(%error, "mark of an arriving VM");
+            if let Err(error) = vm.files().remove() {
+                tracing::warn!(%error, "run directory of a VM that did not come");
             }
             let _ = outcome.send(Some(false));
         }
@@ -280,7 +297,7 @@ impl Prepared {
             }),
             (Err(reason), _) | (_, Err(reason)) => {
                 if vm.kill().await.is_ok() {
-                    let _ = recovery::clear(folder);
+                    let _ = vm.files().remove();
                 }
                 Err(reason)
             }

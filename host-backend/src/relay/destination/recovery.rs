@@ -6,12 +6,16 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::Host;
-use crate::hypervisor::{Definition, LaunchSettings, Vm};
+use crate::hypervisor::{Definition, Error, LaunchSettings, Vm};
 
 const MARK: &str = "incoming";
 const LAST: &str = "arrived";
+/// How often, and after which time each, a QEMU that answers wrongly is looked at again.
+const ENDING_LOOKS: u32 = 20;
+const ENDING_GLANCE: Duration = Duration::from_millis(100);
 
 /// How far an arriving VM is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,17 +100,13 @@ pub async fn recover(settings: &LaunchSettings) -> Vec<Vm> {
             continue;
         };
         match recover_one(settings, &folder, mark).await {
-            Ok(vm) => {
-                let noted = if vm.is_some() {
-                    settle(&folder, job)
-                } else {
-                    clear(&folder)
-                };
-                if let Err(error) = noted {
+            Ok(Some(vm)) => {
+                if let Err(error) = settle(&folder, job) {
                     tracing::warn!(folder = %folder.display(), %error, "mark of an arriving VM");
                 }
-                arrived.extend(vm);
+                arrived.push(vm);
             }
+            Ok(None) => {}
             Err(error) => {
                 tracing::error!(
                     folder = %folder.display(), ?mark, %error,
@@ -122,20 +122,36 @@ async fn recover_one(
     settings: &LaunchSettings,
     folder: &Path,
     mark: Mark,
-) -> Result<Option<Vm>, crate::hypervisor::Error> {
+) -> Result<Option<Vm>, Error> {
     let text = std::fs::read_to_string(folder.join("definition.toml")).unwrap_or_default();
     let definition = Definition::parse(&text)?;
     let files = settings.files(&definition.name);
-    let adopted = Vm::adopt(&definition, &files.qmp(), settings).await;
+    let adopt = || Vm::adopt(&definition, &files.qmp(), settings);
+    let mut adopted = adopt().await;
+    for _ in 0..ENDING_LOOKS {
+        if matches!(adopted, Ok(_) | Err(Error::Connect { .. })) {
+            break;
+        }
+        // Its stream has just ended, and it may be about to end itself.
+        tokio::time::sleep(ENDING_GLANCE).await;
+        adopted = adopt().await;
+    }
     match mark {
         Mark::Waiting => {
-            if let Ok(vm) = adopted {
-                tracing::info!(
-                    vm = definition.name,
-                    "its migration was cut off here: QEMU ends"
-                );
-                vm.kill().await?;
+            match adopted {
+                Ok(vm) => {
+                    tracing::info!(
+                        vm = definition.name,
+                        "its migration was cut off here: QEMU ends"
+                    );
+                    vm.kill().await?;
+                }
+                // It ended with the stream.
+                Err(Error::Connect { .. }) => {}
+                // The mark stays: it may live.
+                Err(error) => return Err(error),
             }
+            files.remove()?;
             Ok(None)
         }
         Mark::Committed => {

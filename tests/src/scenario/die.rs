@@ -1,0 +1,212 @@
+//! What is killed before the hand-over: the guest runs on at the source, exactly once, the command says
+//! what happened and what to do, nothing is left behind, and a second migration succeeds.
+
+use super::micro::{Life, Micro, NAME};
+use super::pair::{At, NEWEST, Pair};
+use super::transhume::{Running, ask};
+use super::{Bed, Scenario};
+use crate::error::check;
+use crate::{Error, Result};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::time::Duration;
+
+const LIMIT: Duration = Duration::from_secs(150);
+/// So slow that copying takes long enough to be cut off, in Mbit/s.
+const SLOW: u32 = 100;
+
+pub(super) fn scenarios() -> Vec<Scenario> {
+    macro_rules! deaths {
+        ($($name:literal, $about:literal, $run:expr;)*) => {
+            vec![$(Scenario { name: $name, about: $about, limit: LIMIT, run: $run }),*]
+        };
+    }
+    deaths! {
+        "die-source-daemon", "SIGKILL of the source's transhumed", source_daemon;
+        "die-source-daemon-ends", "SIGTERM of the source's transhumed", source_daemon_ends;
+        "die-destination-daemon", "SIGKILL of the destination's transhumed", destination_daemon;
+        "die-destination-qemu", "SIGKILL of the destination's QEMU", destination_qemu;
+        "die-source-qemu", "SIGKILL of the source's QEMU: the guest is gone, and no copy runs", source_qemu;
+        "die-link", "the cable is pulled", link;
+        "die-cancel", "transhume job cancel", cancel;
+        "die-ctrl-c", "the command goes, the job goes on", ctrl_c;
+    }
+}
+
+/// A guest that is being moved over a slow link, its memory half-way there.
+struct Scene<'a> {
+    pair: Pair<'a>,
+    life: Life,
+    command: Running,
+    job: String,
+}
+
+impl<'a> Scene<'a> {
+    fn begin(bed: &'a Bed) -> Result<Self> {
+        let micro = Micro {
+            memory: 192,
+            parameters: "cache=48M data=96M zero=8M rate=1M".into(),
+            ..Micro::new(bed)?
+        };
+        let pair = Pair::new(bed, NEWEST, Some(SLOW))?;
+        let life = pair.boot(&micro)?;
+        let command = pair.begin_migration(At::A, &[])?;
+        let job = pair
+            .in_pre_copy(At::A)
+            .map_err(|error| pair.with_logs(error))?;
+        Ok(Self {
+            pair,
+            life,
+            command,
+            job,
+        })
+    }
+
+    /// How the command ends, and that the guest is well where it was.
+    fn fails(self, code: i32, words: &[&str]) -> Result<(Pair<'a>, Life)> {
+        let Self {
+            pair,
+            mut life,
+            command,
+            ..
+        } = self;
+        let shown = |error| pair.with_logs(error);
+        command
+            .end()
+            .and_then(|answer| answer.refused(code, words))
+            .map_err(shown)?;
+        life.goes_on().map_err(shown)?;
+        Ok((pair, life))
+    }
+}
+
+/// The guest is at the source alone; then it moves after all.
+fn second_try(pair: &Pair<'_>, mut life: Life) -> Result<()> {
+    pair.stayed(At::A, &mut life)?;
+    pair.hosts.shape(Some(1000))?;
+    pair.moves(At::A, &mut life).map(drop)
+}
+
+fn sigkill(process: i32) -> Result<()> {
+    kill(Pid::from_raw(process), Signal::SIGKILL).map_err(Error::system("kill a process"))
+}
+
+fn only(qemus: &[i32]) -> Result<i32> {
+    match qemus {
+        [one] => Ok(*one),
+        other => Err(Error::Check(format!("Not one QEMU, but {other:?}"))),
+    }
+}
+
+fn source_daemon(bed: &Bed) -> Result<()> {
+    let mut scene = Scene::begin(bed)?;
+    scene.pair.a.kill();
+    let job = scene.job.clone();
+    // The command cannot know more than that.
+    let (mut pair, mut life) = scene.fails(5, &["transhumed", "job show", &job])?;
+    pair.restart(At::A)?;
+    life.goes_on()?;
+    let job = ask(&pair.a, &["job", "show", &job])?.expect(0)?;
+    check(
+        job.word("/state")? == "failed" && job.message().contains("runs on"),
+        || format!("The restarted daemon does not know how it ended: {job}"),
+    )?;
+    second_try(&pair, life)
+}
+
+fn source_daemon_ends(bed: &Bed) -> Result<()> {
+    let scene = Scene::begin(bed)?;
+    scene.pair.a.signal(Signal::SIGTERM)?;
+    let (mut pair, life) = scene.fails(4, &["cancelled", "runs on at hosta"])?;
+    pair.a.wait()?;
+    pair.restart(At::A)?;
+    second_try(&pair, life)
+}
+
+fn destination_daemon(bed: &Bed) -> Result<()> {
+    let mut scene = Scene::begin(bed)?;
+    scene.pair.b.kill();
+    let (mut pair, life) = scene.fails(4, &["the other host", "runs on at hosta", "again"])?;
+    pair.restart(At::B)?;
+    second_try(&pair, life)
+}
+
+fn destination_qemu(bed: &Bed) -> Result<()> {
+    let scene = Scene::begin(bed)?;
+    sigkill(only(&scene.pair.qemus(At::B))?)?;
+    let (pair, life) = scene.fails(4, &["QEMU on hostb ended", "runs on at hosta", "again"])?;
+    second_try(&pair, life)
+}
+
+fn source_qemu(bed: &Bed) -> Result<()> {
+    let Scene { pair, command, .. } = Scene::begin(bed)?;
+    sigkill(only(&pair.qemus(At::A))?)?;
+    let ended = command.end()?.refused(5, &["does not run at hosta"]);
+    ended.map_err(|error| pair.with_logs(error))?;
+    pair.wait("no host to list the guest", || {
+        let mut empty = true;
+        for daemon in [&pair.a, &pair.b] {
+            let list = ask(daemon, &["vm", "list"])?.expect(0)?;
+            empty &= list.value.as_array().is_some_and(Vec::is_empty);
+        }
+        Ok(empty)
+    })?;
+    check(pair.qemus(At::A).is_empty(), || {
+        "A QEMU runs at the source".into()
+    })?;
+    pair.nothing_left(At::B)?;
+    ask(&pair.a, &["vm", "show", NAME])?.refused(3, &["ended"])?;
+    // It starts again as after a power cut, and is the same VM as before.
+    pair.hosts.shape(Some(1000))?;
+    let mut life = pair.boot(&Micro::new(bed)?)?;
+    pair.moves(At::A, &mut life).map(drop)
+}
+
+fn link(bed: &Bed) -> Result<()> {
+    let scene = Scene::begin(bed)?;
+    scene.pair.hosts.set_link(false)?;
+    let (pair, life) = scene.fails(4, &["the other host", "runs on at hosta", "again"])?;
+    pair.nothing_left(At::B)
+        .map_err(|error| pair.with_logs(error))?;
+    pair.hosts.set_link(true)?;
+    second_try(&pair, life)
+}
+
+fn cancel(bed: &Bed) -> Result<()> {
+    let scene = Scene::begin(bed)?;
+    let answer = ask(&scene.pair.a, &["job", "cancel", &scene.job])?.expect(0)?;
+    check(answer.word("/state")? == "cancelled", || {
+        format!("Not cancelled: {answer}")
+    })?;
+    let again = ask(&scene.pair.a, &["job", "cancel", &scene.job])?;
+    again.refused(3, &["ended already"])?;
+    let (pair, life) = scene.fails(4, &["cancelled", "runs on at hosta"])?;
+    second_try(&pair, life)
+}
+
+fn ctrl_c(bed: &Bed) -> Result<()> {
+    let Scene {
+        pair,
+        mut life,
+        command,
+        job,
+    } = Scene::begin(bed)?;
+    check(!command.ended(), || "The command ended by itself".into())?;
+    command.interrupt()?;
+    let answer = command.end()?.expect(130)?;
+    check(answer.said.contains(&format!("job {job}")), || {
+        format!("It does not name its job: {answer}")
+    })?;
+    // Others may follow it.
+    pair.hosts.shape(Some(1000))?;
+    pair.wait("the job to complete", || {
+        let answer = ask(&pair.a, &["job", "show", &job])?.expect(0)?;
+        let state = answer.word("/state")?;
+        check(matches!(state, "running" | "completed"), || {
+            format!("It did not complete: {answer}")
+        })?;
+        Ok(state == "completed")
+    })?;
+    pair.arrived(At::B, &mut life)
+        .map_err(|error| pair.with_logs(error))
+}

@@ -1,0 +1,230 @@
+//! A source that speaks the link's protocol until the destination's QEMU waits for its stream, and then
+//! sends what no source would: nothing of it may run, or stay.
+
+use super::micro::{Micro, NAME};
+use super::pair::{At, NEWEST, Pair};
+use super::strangers::{frame, random};
+use super::transhume::ask;
+use super::{Bed, Scenario};
+use crate::error::check;
+use crate::hosts::daemon::PORT;
+use crate::{Error, Result};
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::time::Duration;
+use transhume_protocol::link::{
+    BatchBuilder, BatchEncoding, Control, FRAME_HEADER_LEN, FrameHeader, FrameKind, LinkError,
+    Offer, OfferedDisk, PREAMBLE_LEN, Preamble, SectionKind, decode_control, encode_control,
+};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(super) fn scenarios() -> Vec<Scenario> {
+    vec![Scenario {
+        name: "refused-false-source",
+        about: "random, truncated and impossible streams behind a right handshake",
+        limit: Duration::from_secs(180),
+        run: false_source,
+    }]
+}
+
+fn wrong(error: LinkError) -> Error {
+    Error::Check(format!("The link's protocol: {error}"))
+}
+
+fn lost(error: std::io::Error) -> Error {
+    Error::Check(format!("The link to hostb: {error}"))
+}
+
+/// A connection to the destination's daemon.
+struct Link(TcpStream);
+
+impl Link {
+    fn open(pair: &Pair<'_>) -> Result<Self> {
+        let target = pair.hosts.b.address;
+        let connect = || TcpStream::connect((target, PORT));
+        let mut stream = pair.hosts.a.inside(connect)?.map_err(lost)?;
+        stream.set_read_timeout(Some(PATIENCE)).map_err(lost)?;
+        stream.write_all(&Preamble::OURS.encode()).map_err(lost)?;
+        let mut theirs = [0; PREAMBLE_LEN];
+        stream.read_exact(&mut theirs).map_err(lost)?;
+        Preamble::decode(&theirs).map_err(wrong)?;
+        Ok(Self(stream))
+    }
+
+    fn send(&mut self, message: &Control) -> Result<()> {
+        let payload = encode_control(message).map_err(wrong)?;
+        self.0
+            .write_all(&frame(FrameKind::Control, &payload)?)
+            .map_err(lost)
+    }
+
+    /// The next control message; `None` when the daemon hangs up.
+    fn hear(&mut self) -> Result<Option<Control>> {
+        loop {
+            let mut head = [0; FRAME_HEADER_LEN];
+            if self.0.read_exact(&mut head).is_err() {
+                return Ok(None);
+            }
+            let header = FrameHeader::decode(&head).map_err(wrong)?;
+            let mut payload = vec![0; header.length];
+            self.0.read_exact(&mut payload).map_err(lost)?;
+            header.check(&payload).map_err(wrong)?;
+            if header.kind == FrameKind::Control {
+                return decode_control(&payload).map(Some).map_err(wrong);
+            }
+        }
+    }
+}
+
+/// The micro-guest's own offer, but for the number.
+fn offer(bed: &Bed) -> Result<Control> {
+    let micro = Micro {
+        machine: "pc-q35-10.0".into(),
+        ..Micro::new(bed)?
+    };
+    let disks = micro.disks.iter().map(|disk| {
+        let size = std::fs::metadata(&disk.path).map_or(0, |found| found.len());
+        OfferedDisk {
+            id: disk.id.clone(),
+            size,
+        }
+    });
+    Ok(Control::Offer(Box::new(Offer {
+        from: "hosta".into(),
+        job: 99,
+        disks: disks.collect(),
+        definition: micro.definition(bed)?,
+        qemu: [10, 0, 2],
+        cpu_flags: Vec::new(),
+        digest_key: [7; 16],
+        dry_run: false,
+    })))
+}
+
+fn batch(number: u64, build: impl FnOnce(&mut BatchBuilder)) -> Result<Vec<u8>> {
+    let mut builder = BatchBuilder::new();
+    build(&mut builder);
+    let data = vec![0x5a; builder.data_len()];
+    let (header, records) = builder
+        .finish(number, BatchEncoding::Plain)
+        .map_err(wrong)?;
+    frame(
+        FrameKind::Batch,
+        &[&header.encode()[..], &records, &data].concat(),
+    )
+}
+
+/// What a false source sends when it should send QEMU's stream.
+fn streams() -> Result<Vec<(&'static str, Vec<u8>)>> {
+    const RAM: &[u8] = b"pc.ram";
+    let commit = frame(
+        FrameKind::Control,
+        &encode_control(&Control::Commit).map_err(wrong)?,
+    )?;
+    // QEMU's own header, and then nothing that it knows.
+    let header = b"QEVM\0\0\0\x03";
+    let noise = batch(0, |batch| {
+        batch.raw(header);
+        batch.raw(&random(5, 4000));
+    })?;
+    let table = |length| {
+        batch(0, |batch| {
+            batch.raw(header);
+            batch.blocks(2, [(RAM, length)].into_iter());
+            batch.section_open(SectionKind::Part);
+        })
+    };
+    let guest = table(128 << 20)?;
+    let then = |build: fn(&mut BatchBuilder)| Ok([guest.clone(), batch(1, build)?].concat());
+    Ok(vec![
+        ("nothing", Vec::new()),
+        ("random bytes", random(6, 200_000)),
+        ("half a batch", noise[..noise.len() / 2].to_vec()),
+        (
+            "a batch of random bytes",
+            frame(FrameKind::Batch, &random(7, 9000))?,
+        ),
+        ("a stream of random bytes", noise.clone()),
+        (
+            "a stream that ends early",
+            batch(0, |batch| batch.raw(header))?,
+        ),
+        ("a commit at once", commit.clone()),
+        ("a commit of random bytes", [noise, commit.clone()].concat()),
+        (
+            "a commit before the memory's end",
+            [guest.clone(), commit].concat(),
+        ),
+        (
+            "pages before their table",
+            batch(0, |batch| batch.zero(0, 0, 0))?,
+        ),
+        ("a table of 2^60 bytes", table(1 << 60)?),
+        (
+            "a page behind the memory's end",
+            then(|batch| batch.data(0, 1 << 40))?,
+        ),
+        ("a page of another block", then(|batch| batch.data(900, 0))?),
+        (
+            "a disk that is not there",
+            then(|batch| batch.reference(0, 0, 77, 8, &[1; 16]))?,
+        ),
+        (
+            "a sector behind the disk's end, then the end of memory",
+            then(|batch| {
+                batch.reference(0, 0, 0, u64::MAX - 7, &[1; 16]);
+                batch.section_close();
+                batch.section_open(SectionKind::End);
+                batch.section_close();
+            })?,
+        ),
+        (
+            "a verdict, which is the destination's to give",
+            frame(FrameKind::Verdict, &random(8, 40))?,
+        ),
+    ])
+}
+
+fn false_source(bed: &Bed) -> Result<()> {
+    let pair = Pair::new(bed, NEWEST, None)?;
+    for (name, bytes) in streams()? {
+        let mut link = Link::open(&pair)?;
+        link.send(&offer(bed)?)?;
+        match link.hear()? {
+            Some(Control::Accepted { .. }) => {}
+            other => return Err(Error::Check(format!("Not accepted: {other:?}"))),
+        }
+        link.send(&Control::Prepare {
+            switchover_ack: true,
+        })?;
+        match link.hear()? {
+            Some(Control::Ready) => {}
+            other => return Err(Error::Check(format!("Not ready: {other:?}"))),
+        }
+        check(pair.qemus(At::B).len() == 1, || "No QEMU waits".into())?;
+        // A daemon that hangs up early is what is wanted.
+        let _ = link.0.write_all(&bytes);
+        let _ = link.0.shutdown(Shutdown::Write);
+        let mut reason = None;
+        while let Some(message) = link.hear().unwrap_or(None) {
+            check(message != Control::Running, || {
+                format!("{name} runs: no guest came with it")
+            })?;
+            if let Control::Abort { reason: told } = message {
+                reason = Some(told);
+            }
+        }
+        println!(
+            "  {name}: {}",
+            reason.unwrap_or_default().replace('\n', " ")
+        );
+        pair.b.alive()?;
+        pair.nothing_left(At::B)
+            .map_err(|error| pair.with_logs(Error::Check(format!("{name}: {error}"))))?;
+        let list = ask(&pair.b, &["vm", "show", NAME])?;
+        list.expect(3)?;
+    }
+    let mut life = pair.boot(&Micro::new(bed)?)?;
+    pair.moves(At::A, &mut life).map(drop)
+}

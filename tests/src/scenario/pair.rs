@@ -1,0 +1,309 @@
+//! The fixture: two hosts with their daemons, and a micro-guest that runs on one of them.
+
+use super::Bed;
+use super::micro::{Life, Micro, NAME, Qemus};
+use super::transhume::{Answer, Running, ask, begin};
+use crate::cleanup::still_time;
+use crate::error::check;
+use crate::hosts::daemon::Daemon;
+use crate::hosts::{HOST_A, HOST_B, Host, Hosts, Rate};
+use crate::packages::Qemu;
+use crate::{Error, Result};
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// Bounds every wait for something that the daemons do by themselves.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// In bytes.
+const MOST_MEMORY: u64 = 256 << 20;
+/// What both hosts run unless a scenario says otherwise.
+pub(super) const NEWEST: Qemus = (Qemu::V10_0, Qemu::V10_0);
+
+/// One of the hosts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum At {
+    /// Where guests start.
+    A,
+    /// Where they move to.
+    B,
+}
+
+impl At {
+    pub(super) fn other(self) -> Self {
+        match self {
+            Self::A => Self::B,
+            Self::B => Self::A,
+        }
+    }
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::A => HOST_A,
+            Self::B => HOST_B,
+        }
+    }
+}
+
+/// Both hosts. What runs on them ends when this is dropped, the daemons first.
+pub(super) struct Pair<'a> {
+    pub(super) bed: &'a Bed,
+    pub(super) a: Daemon,
+    pub(super) b: Daemon,
+    pub(super) hosts: Hosts,
+    qemus: (PathBuf, PathBuf),
+}
+
+impl<'a> Pair<'a> {
+    /// Two hosts and their daemons, no guest yet.
+    pub(super) fn new(bed: &'a Bed, qemus: Qemus, rate: Rate) -> Result<Self> {
+        let qemus = (bed.packages.qemu(qemus.0)?, bed.packages.qemu(qemus.1)?);
+        let hosts = Hosts::new(rate)?;
+        let programs = bed.programs()?;
+        let a = Daemon::start(&hosts, &hosts.a, programs, &qemus.0)?;
+        let b = Daemon::start(&hosts, &hosts.b, programs, &qemus.1)?;
+        Ok(Self {
+            bed,
+            a,
+            b,
+            hosts,
+            qemus,
+        })
+    }
+
+    /// A host's daemon.
+    pub(super) fn daemon(&self, at: At) -> &Daemon {
+        match at {
+            At::A => &self.a,
+            At::B => &self.b,
+        }
+    }
+
+    /// A host.
+    pub(super) fn host(&self, at: At) -> &Host {
+        match at {
+            At::A => &self.hosts.a,
+            At::B => &self.hosts.b,
+        }
+    }
+
+    /// Starts a daemon again that was killed.
+    pub(super) fn restart(&mut self, at: At) -> Result<()> {
+        let programs = self.bed.programs()?;
+        match at {
+            At::A => {
+                self.a = Daemon::start(&self.hosts, &self.hosts.a, programs, &self.qemus.0)?;
+            }
+            At::B => {
+                self.b = Daemon::start(&self.hosts, &self.hosts.b, programs, &self.qemus.1)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a definition where `transhume vm start` can read it.
+    pub(super) fn write(&self, definition: &str) -> Result<String> {
+        let path = self.hosts.a.folder.join("definition.toml");
+        fs::write(&path, definition).map_err(Error::file("write", &path))?;
+        Ok(path.display().to_string())
+    }
+
+    /// Starts a guest at the first host, and lets it check itself there.
+    pub(super) fn boot(&self, micro: &Micro) -> Result<Life> {
+        self.boot_definition(&micro.definition(self.bed)?)
+    }
+
+    /// The same with a definition of its own.
+    pub(super) fn boot_definition(&self, definition: &str) -> Result<Life> {
+        let path = self.write(definition)?;
+        ask(&self.a, &["vm", "start", &path])?.expect(0)?;
+        let mut life = Life::begin(&self.folder(At::A))?;
+        life.check()?;
+        Ok(life)
+    }
+
+    /// The guest's run folder.
+    pub(super) fn folder(&self, at: At) -> PathBuf {
+        self.daemon(at).vm_folder(NAME)
+    }
+
+    /// Moves the guest away from a host.
+    pub(super) fn migrate(&self, from: At, more: &[&str]) -> Result<Answer> {
+        self.begin_migration(from, more)?.end()
+    }
+
+    /// Begins to move the guest away from a host.
+    pub(super) fn begin_migration(&self, from: At, more: &[&str]) -> Result<Running> {
+        let to = from.other().name();
+        let arguments = [&["migrate", NAME, "--to", to], more].concat();
+        begin(self.daemon(from), &arguments)
+    }
+
+    /// Moves the guest and checks all that must hold then. The command's answer is returned.
+    pub(super) fn moves(&self, from: At, life: &mut Life) -> Result<Answer> {
+        let answer = self.migrate(from, &[])?;
+        let answer = answer.expect(0).map_err(|error| self.with_logs(error))?;
+        check(answer.word("/state")? == "completed", || {
+            format!("Not completed: {answer}")
+        })?;
+        self.arrived(from.other(), life)
+            .map_err(|error| self.with_logs(error))?;
+        self.daemons_are_small()?;
+        let shown = |path: &str| answer.number(&format!("/summary/traffic/{path}"));
+        println!(
+            "  {} to {}: {:.1} s, downtime {:.0} ms; pages: zero {}, disk {}, data {}, again {}, mismatched {}",
+            from.name(),
+            from.other().name(),
+            answer.value["summary"]["total-ms"]
+                .as_f64()
+                .unwrap_or_default()
+                / 1000.0,
+            answer.value["summary"]["downtime"]["total-ms"]
+                .as_f64()
+                .unwrap_or_default(),
+            shown("zero-pages")?,
+            shown("disk-pages")?,
+            shown("data-pages")?,
+            shown("resent-pages")?,
+            shown("mismatched-pages")?,
+        );
+        Ok(answer)
+    }
+
+    /// The most memory that a daemon may ever have, whatever the guest does.
+    fn daemons_are_small(&self) -> Result<()> {
+        for at in [At::A, At::B] {
+            let peak = self.daemon(at).peak_memory().unwrap_or(u64::MAX);
+            check(peak < MOST_MEMORY, || {
+                format!("transhumed on {} had {} MiB", at.name(), peak >> 20)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The guest runs there, exactly once, with its memory right.
+    pub(super) fn arrived(&self, at: At, life: &mut Life) -> Result<()> {
+        life.moved(&self.folder(at))?;
+        self.runs_once(at)?;
+        life.check()?;
+        life.goes_on()
+    }
+
+    /// The guest still runs there, exactly once, with its memory right, and nothing is left at the other
+    /// host.
+    pub(super) fn stayed(&self, at: At, life: &mut Life) -> Result<()> {
+        let mut stayed = || -> Result<()> {
+            life.goes_on()?;
+            self.runs_once(at)?;
+            life.check()?;
+            life.goes_on()?;
+            self.nothing_left(at.other())
+        };
+        stayed().map_err(|error| self.with_logs(error))
+    }
+
+    /// One host lists the guest as running, the other does not list it and has no process of it.
+    fn runs_once(&self, at: At) -> Result<()> {
+        let here = ask(self.daemon(at), &["vm", "show", NAME])?.expect(0)?;
+        check(here.word("/state")? == "running", || {
+            format!("The guest does not run at {}: {here}", at.name())
+        })?;
+        let pid = here.number("/machine/pid")?;
+        let qemus = self.qemus(at);
+        check(
+            qemus
+                .iter()
+                .map(|one| u64::from(one.unsigned_abs()))
+                .eq([pid]),
+            || format!("{} runs {qemus:?} instead of {pid} alone", at.name()),
+        )?;
+        let other = at.other();
+        self.wait("the guest to be off the other host's list", || {
+            let list = ask(self.daemon(other), &["vm", "list"])?.expect(0)?;
+            Ok(list.value.as_array().is_some_and(Vec::is_empty))
+        })?;
+        self.wait("the other host's QEMU to be gone", || {
+            Ok(self.qemus(other).is_empty())
+        })
+    }
+
+    /// The QEMUs of guests on a host.
+    pub(super) fn qemus(&self, at: At) -> Vec<i32> {
+        let is_qemu = |process: &i32| {
+            let line = fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
+            line.split(|byte| *byte == 0).any(|word| word == b"-name")
+        };
+        let mut all = self.host(at).processes();
+        all.retain(is_qemu);
+        all
+    }
+
+    /// A host has no process but its daemon, and no file of the guest's run.
+    pub(super) fn nothing_left(&self, at: At) -> Result<()> {
+        let daemon = self.daemon(at).id();
+        self.wait("all processes but the daemon to be gone", || {
+            Ok(self.host(at).processes() == [daemon])
+        })?;
+        let folder = self.folder(at);
+        let left: Vec<_> = fs::read_dir(&folder)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.file_name())
+            .collect();
+        check(left.is_empty(), || {
+            format!("{} still holds {left:?}", folder.display())
+        })
+    }
+
+    /// Waits until something holds.
+    pub(super) fn wait(&self, what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+        let start = Instant::now();
+        while !holds()? {
+            still_time()?;
+            if start.elapsed() > PATIENCE {
+                return Err(Error::Late {
+                    what: what.into(),
+                    seconds: PATIENCE.as_secs(),
+                    hint: self.logs(),
+                });
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+
+    /// Waits until a migration copies memory, and returns its job's number.
+    pub(super) fn in_pre_copy(&self, from: At) -> Result<String> {
+        let mut id = None;
+        self.wait("the migration to copy memory", || {
+            let jobs = ask(self.daemon(from), &["job", "list"])?.expect(0)?;
+            let last = jobs.value.as_array().and_then(|jobs| jobs.last());
+            let Some(job) = last else { return Ok(false) };
+            check(job["state"] == "running", || {
+                format!("The migration ended early: {job}")
+            })?;
+            id = job["id"].as_u64();
+            Ok(job["progress"]["phase"] == "pre-copy"
+                && job["progress"]["traffic"]["wire-bytes"].as_u64() > Some(256 << 10))
+        })?;
+        id.map(|id| id.to_string())
+            .ok_or_else(|| Error::Check("The job has no number".into()))
+    }
+
+    fn logs(&self) -> String {
+        format!(
+            "transhumed on {HOST_A}:\n{}\ntranshumed on {HOST_B}:\n{}",
+            self.a.words(),
+            self.b.words()
+        )
+    }
+
+    /// What went wrong, and what the daemons say of it.
+    pub(super) fn with_logs(&self, error: Error) -> Error {
+        match error {
+            Error::Interrupted => error,
+            error => Error::Check(format!("{error}\n{}", self.logs())),
+        }
+    }
+}
