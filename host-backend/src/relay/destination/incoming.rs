@@ -159,6 +159,10 @@ pub(super) async fn take(
             tracing::info!(vm = name, "runs here");
         }
         Err(reason) => {
+            let reason = match vm.files().last_words() {
+                Some(words) => format!("{reason}: {words}"),
+                None => reason,
+            };
             tracing::error!(vm = name, reason, "the VM cannot run here; it goes back");
             abandon(&vm, &outcome).await;
             engine.send(Control::Abort { reason });
@@ -195,7 +199,7 @@ async fn receive(
                 Ok(event) => {
                     let status = event.data.get("status").and_then(|status| status.as_str());
                     if event.name == "MIGRATION" && status == Some("failed") {
-                        return Err(format!("QEMU on {host}: {}", vm.files().log_tail()));
+                        return Err(ended());
                     }
                 }
                 Err(broadcast::error::RecvError::Lagged(_)) => {}

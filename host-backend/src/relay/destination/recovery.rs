@@ -6,12 +6,16 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::Host;
 use crate::hypervisor::{Definition, Error, LaunchSettings, Vm};
 
 const MARK: &str = "incoming";
 const LAST: &str = "arrived";
+/// How often, and after which time each, a QEMU that answers wrongly is looked at again.
+const ENDING_LOOKS: u32 = 20;
+const ENDING_GLANCE: Duration = Duration::from_millis(100);
 
 /// How far an arriving VM is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,7 +126,17 @@ async fn recover_one(
     let text = std::fs::read_to_string(folder.join("definition.toml")).unwrap_or_default();
     let definition = Definition::parse(&text)?;
     let files = settings.files(&definition.name);
-    let adopted = Vm::adopt(&definition, &files.qmp(), settings).await;
+    let qmp = files.qmp();
+    let adopt = || Vm::adopt(&definition, &qmp, settings);
+    let mut adopted = adopt().await;
+    for _ in 0..ENDING_LOOKS {
+        if matches!(adopted, Ok(_) | Err(Error::Connect { .. })) {
+            break;
+        }
+        // Its stream has just ended, and it may be about to end itself.
+        tokio::time::sleep(ENDING_GLANCE).await;
+        adopted = adopt().await;
+    }
     match mark {
         Mark::Waiting => {
             match adopted {
