@@ -48,12 +48,11 @@ pub struct Machine {
 impl Machine {
     /// The kernel's command line.
     pub fn append(&self) -> String {
-        let settings: String = self
-            .settings
-            .iter()
-            .map(|(key, value)| format!(" testbed.{key}={value}"))
-            .collect();
-        format!("console=ttyS0 quiet panic=-1 mitigations=off{settings}")
+        let mut line = "console=ttyS0 quiet panic=-1 mitigations=off".to_owned();
+        for (key, value) in &self.settings {
+            let _ = write!(line, " testbed.{key}={value}");
+        }
+        line
     }
 
     /// The definition of the same machine for `transhume vm start`.
@@ -172,8 +171,8 @@ impl Machine {
         Ok(Vm {
             name,
             folder,
-            process,
             qmp,
+            process,
             log,
         })
     }

@@ -47,9 +47,9 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 }
 
 /// There and back, since a lying agent must not spoil the channel either.
-fn survives(bed: &Bed, lie: &str, shows: Shows) -> Result<()> {
+fn survives(bed: &Bed, saying: &str, shows: Shows) -> Result<()> {
     let micro = Micro {
-        parameters: format!("cache=48M data=24M zero=16M rate=4M {lie}"),
+        parameters: format!("cache=48M data=24M zero=16M rate=4M {saying}"),
         ..Micro::new(bed)?
     };
     let pair = Pair::new(bed, NEWEST, Some(1000))?;

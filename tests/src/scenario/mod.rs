@@ -1,6 +1,7 @@
 //! The integration tests: scenarios with real QEMUs, each by a name, run one after the other with a bound
 //! on its time.
 
+mod any_moment;
 mod bed;
 mod die;
 mod false_source;
@@ -39,6 +40,7 @@ pub fn all() -> Vec<Scenario> {
         migrate::scenarios(),
         lie::scenarios(),
         die::scenarios(),
+        any_moment::scenarios(),
         refused::scenarios(),
         strangers::scenarios(),
         false_source::scenarios(),

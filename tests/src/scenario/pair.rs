@@ -30,7 +30,7 @@ pub(super) enum At {
 }
 
 impl At {
-    fn other(self) -> Self {
+    pub(super) fn other(self) -> Self {
         match self {
             Self::A => Self::B,
             Self::B => Self::A,

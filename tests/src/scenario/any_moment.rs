@@ -1,0 +1,228 @@
+//! Whatever fails at whatever moment of a migration: afterwards the guest runs exactly once, with its
+//! memory right, when the operator did what the command said.
+
+use super::micro::{Life, Micro, NAME, Qemus};
+use super::pair::{At, Pair};
+use super::transhume::{Answer, ask};
+use super::{Bed, Scenario};
+use crate::cleanup::still_time;
+use crate::error::check;
+use crate::packages::Qemu;
+use crate::{Error, Result};
+use serde_json::Value;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+const LIMIT: Duration = Duration::from_secs(300);
+/// Neither can hold the switch-over back: it is longer, and easier to hit.
+const OLD: Qemus = (Qemu::V7_2, Qemu::V7_2);
+
+pub(super) fn scenarios() -> Vec<Scenario> {
+    vec![
+        Scenario {
+            name: "die-any-moment-source-daemon",
+            about: "SIGKILL of the source's transhumed in each phase",
+            limit: LIMIT,
+            run: |bed| each(bed, Victim::SourceDaemon, &MOMENTS),
+        },
+        Scenario {
+            name: "die-any-moment-destination-daemon",
+            about: "SIGKILL of the destination's transhumed in each phase",
+            limit: LIMIT,
+            run: |bed| each(bed, Victim::DestinationDaemon, &MOMENTS),
+        },
+        Scenario {
+            name: "die-any-moment-link",
+            about: "the cable is pulled in the phases at the end",
+            limit: LIMIT,
+            run: |bed| {
+                each(
+                    bed,
+                    Victim::Link,
+                    &[Moment::Phase("switchover"), Moment::Phase("commit")],
+                )
+            },
+        },
+    ]
+}
+
+/// When it fails.
+#[derive(Debug, Clone, Copy)]
+enum Moment {
+    /// So many milliseconds after the command.
+    After(u64),
+    /// When the job is first seen in that phase, or has left it.
+    Phase(&'static str),
+}
+
+const MOMENTS: [Moment; 7] = [
+    Moment::After(0),
+    Moment::Phase("prepare"),
+    Moment::Phase("pre-copy"),
+    Moment::After(400),
+    Moment::After(700),
+    Moment::Phase("switchover"),
+    Moment::Phase("commit"),
+];
+
+#[derive(Debug, Clone, Copy)]
+enum Victim {
+    SourceDaemon,
+    DestinationDaemon,
+    Link,
+}
+
+fn each(bed: &Bed, victim: Victim, moments: &[Moment]) -> Result<()> {
+    for moment in moments {
+        let mut pair = Pair::new(bed, OLD, Some(1000))?;
+        let outcome = one(&mut pair, victim, *moment).map_err(|error| {
+            pair.with_logs(Error::Check(format!("{victim:?} at {moment:?}: {error}")))
+        })?;
+        println!("  {victim:?} at {moment:?}: {outcome}");
+    }
+    Ok(())
+}
+
+/// Asks the source's daemon for its job's phase: on its socket, since that takes no time.
+struct Watch(BufReader<UnixStream>);
+
+impl Watch {
+    fn open(pair: &Pair<'_>) -> Result<Self> {
+        let socket = pair.hosts.a.folder.join("run/control.sock");
+        let stream = UnixStream::connect(&socket).map_err(Error::file("connect to", &socket))?;
+        Ok(Self(BufReader::new(stream)))
+    }
+
+    fn job(&mut self) -> Result<Value> {
+        let failed = |error| Error::Check(format!("The control socket: {error}"));
+        let request = b"{\"command\":\"job-list\"}\n";
+        self.0.get_mut().write_all(request).map_err(failed)?;
+        let mut line = String::new();
+        self.0.read_line(&mut line).map_err(failed)?;
+        let jobs: Value = serde_json::from_str(&line).unwrap_or_default();
+        Ok(jobs["jobs"][0].clone())
+    }
+
+    /// Waits for a moment, and says in which phase the job is then.
+    fn wait(&mut self, moment: Moment) -> Result<String> {
+        const PHASES: [&str; 5] = ["negotiate", "prepare", "pre-copy", "switchover", "commit"];
+        let start = Instant::now();
+        loop {
+            let job = self.job()?;
+            let phase = job["progress"]["phase"].as_str().unwrap_or("none");
+            let now = PHASES.iter().position(|one| *one == phase);
+            let come = match moment {
+                Moment::After(ms) => start.elapsed() >= Duration::from_millis(ms),
+                Moment::Phase(name) => now >= PHASES.iter().position(|one| *one == name),
+            };
+            if come || (job.is_object() && job["state"] != "running") {
+                return Ok(phase.to_owned());
+            }
+            still_time()?;
+            std::thread::sleep(Duration::from_micros(500));
+        }
+    }
+}
+
+fn one(pair: &mut Pair<'_>, victim: Victim, moment: Moment) -> Result<String> {
+    let micro = Micro {
+        machine: "pc".into(),
+        parameters: "cache=48M data=24M zero=16M rate=16M".into(),
+        ..Micro::new(pair.bed)?
+    };
+    let mut life = pair.boot(&micro)?;
+    let mut watch = Watch::open(pair)?;
+    let command = pair.begin_migration(At::A, &[])?;
+    let phase = watch.wait(moment)?;
+    match victim {
+        Victim::SourceDaemon => pair.a.kill(),
+        Victim::DestinationDaemon => pair.b.kill(),
+        Victim::Link => pair.hosts.set_link(false)?,
+    }
+    let answer = command.end()?;
+    match victim {
+        Victim::SourceDaemon => pair.restart(At::A)?,
+        Victim::DestinationDaemon => pair.restart(At::B)?,
+        Victim::Link => pair.hosts.set_link(true)?,
+    }
+    let at = settle(pair, &answer)?;
+    let runs = match at {
+        At::A => pair.stayed(At::A, &mut life),
+        At::B => pair.arrived(At::B, &mut life),
+    };
+    runs.map_err(|error| Error::Check(format!("{error}\nafter {answer}")))?;
+    // And it can be moved from where it is.
+    move_on(pair, at, &mut life)?;
+    Ok(format!(
+        "in phase {phase}; exit code {}, it ran on at {}",
+        answer.code,
+        at.name()
+    ))
+}
+
+fn move_on(pair: &Pair<'_>, from: At, life: &mut Life) -> Result<()> {
+    pair.migrate(from, &[])?.expect(0)?;
+    pair.arrived(from.other(), life)
+}
+
+/// Does what an operator is told to do, and returns where the guest runs.
+fn settle(pair: &Pair<'_>, answer: &Answer) -> Result<At> {
+    let code = answer.code;
+    check(matches!(code, 0 | 1 | 3 | 4 | 5), || {
+        format!("Odd: {answer}")
+    })?;
+    match code {
+        0 => return Ok(At::B),
+        3 | 4 => return Ok(At::A),
+        // The daemon was gone before it took the job.
+        1 => {
+            check(answer.message().contains("transhumed at"), || {
+                format!("Odd: {answer}")
+            })?;
+        }
+        _ => {}
+    }
+    // The other host may still be finding out.
+    let start = Instant::now();
+    loop {
+        let states = [At::A, At::B].map(|at| state(pair, at));
+        let [here, there] = states;
+        let (here, there) = (here?, there?);
+        match (here.as_deref(), there.as_deref()) {
+            (Some("running"), None) => return Ok(At::A),
+            (None, Some("running")) => return Ok(At::B),
+            // As the message says: it runs there, so it is ended here.
+            (Some(_), Some("running")) if here.as_deref() != Some("running") => {
+                ask(&pair.a, &["vm", "stop", NAME, "--force"])?.expect(0)?;
+                return Ok(At::B);
+            }
+            (Some("running"), Some("running")) => {
+                return Err(Error::Check("Both hosts run the guest".into()));
+            }
+            // It does not run there, and nothing is left there that could.
+            (Some(_), None) if pair.qemus(At::B).is_empty() => {
+                ask(&pair.a, &["vm", "resume", NAME])?.expect(0)?;
+                return Ok(At::A);
+            }
+            (None, None) if start.elapsed() > Duration::from_secs(5) => {
+                return Err(Error::Check(format!(
+                    "Neither host has the guest after {answer}"
+                )));
+            }
+            _ => {}
+        }
+        still_time()?;
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// What a host says of the guest; `None` if it does not have it.
+fn state(pair: &Pair<'_>, at: At) -> Result<Option<String>> {
+    let answer = ask(pair.daemon(at), &["vm", "show", NAME])?;
+    match answer.code {
+        0 => answer.word("/state").map(|word| Some(word.to_owned())),
+        3 => Ok(None),
+        _ => Err(Error::Check(format!("Odd: {answer}"))),
+    }
+}
