@@ -126,7 +126,8 @@ async fn recover_one(
     let text = std::fs::read_to_string(folder.join("definition.toml")).unwrap_or_default();
     let definition = Definition::parse(&text)?;
     let files = settings.files(&definition.name);
-    let adopt = || Vm::adopt(&definition, &files.qmp(), settings);
+    let qmp = files.qmp();
+    let adopt = || Vm::adopt(&definition, &qmp, settings);
     let mut adopted = adopt().await;
     for _ in 0..ENDING_LOOKS {
         if matches!(adopted, Ok(_) | Err(Error::Connect { .. })) {
