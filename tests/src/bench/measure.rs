@@ -1,5 +1,6 @@
 //! One run of one side, measured.
 
+use super::ballast::Ballast;
 use super::setup::Setup;
 use crate::hosts::daemon::{Daemon, Message};
 use crate::hosts::{Hosts, Sample, Wire};
@@ -15,6 +16,8 @@ use std::time::{Duration, SystemTime};
 const SETTLE: Duration = Duration::from_secs(4);
 /// Of that, the part in which the pace is taken.
 const BEFORE: Duration = Duration::from_secs(2);
+/// Memory that a migration needs beside the guest's own, in MiB.
+const SPARE: u64 = 1536;
 /// What a check of all data may take.
 const CHECK: Duration = Duration::from_secs(180);
 
@@ -141,8 +144,10 @@ fn by_stock(setup: &Setup, hosts: &Hosts, stock: Stock, span: Duration) -> Resul
     let Setup { machine, qemu, .. } = setup;
     let console = Console::new(&machine.name);
     let mut source = machine.start_warm(&hosts.a, qemu, &console)?;
+    let ballast = Ballast::take(machine.memory + SPARE);
     std::thread::sleep(SETTLE);
     let wire = watch_wire(hosts)?;
+    ballast.release();
     let begun = SystemTime::now();
     let mut destination = machine.start(&hosts.b, qemu, true)?;
     destination.listen(&console, At::Destination)?;
@@ -178,9 +183,11 @@ fn by_transhume(setup: &Setup, hosts: &Hosts, span: Duration) -> Result<Measured
     let source = a.vm_folder(&machine.name).join("serial.sock");
     console.attach(At::Source, &source, || a.alive())?;
     console.wait_for("ready", 0, crate::qemu::BOOT, || a.alive())?;
+    let ballast = Ballast::take(machine.memory + SPARE);
     std::thread::sleep(SETTLE);
     let wire = watch_wire(hosts)?;
     let destination = b.vm_folder(&machine.name).join("serial.sock");
+    ballast.release();
     let begun = SystemTime::now();
     let ended = std::thread::scope(|scope| {
         // The socket is there once the destination's QEMU is.

@@ -4,6 +4,7 @@
 //! guest running there; bytes by the link's own counters, both ways; work and silence by the guest's
 //! serial line; and afterwards the guest compares all its data.
 
+mod ballast;
 pub mod compare;
 pub mod measure;
 pub mod profile;
