@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use transhume_protocol::link::{BatchBuilder, BatchEncoding, MAX_BATCH_DATA, SectionKind};
 use transhume_protocol::qemu::{Decoder, Kind, Page};
@@ -19,6 +20,8 @@ use crate::relay::progress::Counter;
 
 /// With less room than this at its end, a buffer is full.
 const READ_LEAST: usize = 64 * 1024;
+/// A batch that is not full is held so long for more: small ones cost much and compress badly.
+const HOLD: Duration = Duration::from_millis(5);
 /// Opaque bytes go on in pieces of this length.
 const RAW_MOST: usize = 64 * 1024;
 
@@ -80,6 +83,7 @@ impl StreamReader {
         // `buffer[..read]` was read, of which `[..used]` is decoded.
         let (mut read, mut used) = (0, 0);
         self.begin_batch()?;
+        let mut begun = Instant::now();
         loop {
             let more = self
                 .socket
@@ -92,7 +96,7 @@ impl StreamReader {
             self.shared.progress.add(Counter::StreamBytes, more as u64);
             used = self.decode(&buffer, used, read)?;
             let full = BUFFER_LEN - read < READ_LEAST;
-            if !full && self.more_is_waiting() {
+            if !full && self.more_comes(begun) {
                 continue;
             }
             if self.batch.data.is_empty() && self.batch.references.is_empty() {
@@ -108,6 +112,7 @@ impl StreamReader {
             read -= used;
             used = 0;
             self.begin_batch()?;
+            begun = Instant::now();
         }
     }
 
@@ -118,11 +123,19 @@ impl StreamReader {
         self.dispatch(Some(Arc::new(buffer)))
     }
 
-    fn more_is_waiting(&self) -> bool {
+    /// Whether more of the stream comes soon enough for a batch that was begun at `begun`. While the VM
+    /// is paused nothing is held.
+    fn more_comes(&self, begun: Instant) -> bool {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         use std::os::fd::AsFd;
+        let hold = if self.final_section || self.batch.builder.is_empty() {
+            Duration::ZERO
+        } else {
+            HOLD.saturating_sub(begun.elapsed())
+        };
+        let timeout = PollTimeout::try_from(hold).unwrap_or(PollTimeout::ZERO);
         let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+        poll(&mut fds, timeout).is_ok_and(|ready| ready > 0)
     }
 
     fn begin_batch(&mut self) -> Result<(), RelayError> {
