@@ -80,6 +80,11 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             busy
         ),
         scenario!(
+            "migrate-adopted",
+            "a QEMU that was started by hand and adopted",
+            adopted
+        ),
+        scenario!(
             "migrate-without-agent",
             "no channel, no hints, and it moves",
             without_agent
@@ -162,6 +167,15 @@ fn busy(bed: &Bed) -> Result<()> {
         check(answer.number("/summary/traffic/disk-pages")? > 1000, || {
             format!("Few pages came from disk: {answer}")
         })?;
+    }
+    Ok(())
+}
+
+fn adopted(bed: &Bed) -> Result<()> {
+    let pair = Pair::new(bed, NEWEST, Some(1000))?;
+    let (_qemu, mut life) = pair.adopt(&Micro::new(bed)?)?;
+    for from in [At::A, At::B] {
+        pair.moves(from, &mut life)?;
     }
     Ok(())
 }

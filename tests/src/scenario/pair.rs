@@ -4,6 +4,7 @@ use super::Bed;
 use super::micro::{Life, Micro, NAME, Qemus};
 use super::transhume::{Answer, Running, ask, begin};
 use crate::cleanup::still_time;
+use crate::command::Process;
 use crate::error::check;
 use crate::hosts::daemon::Daemon;
 use crate::hosts::{HOST_A, HOST_B, Host, Hosts, Rate};
@@ -11,6 +12,7 @@ use crate::packages::Qemu;
 use crate::{Error, Result};
 use std::fs;
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 /// Bounds every wait for something that the daemons do by themselves.
@@ -122,6 +124,33 @@ impl<'a> Pair<'a> {
         Ok(life)
     }
 
+    /// Starts a guest's QEMU by hand at the first host, with the arguments that `vm arguments` tells, and
+    /// lets the daemon adopt it.
+    pub(super) fn adopt(&self, micro: &Micro) -> Result<(Process, Life)> {
+        let path = self.write(&micro.definition(self.bed)?)?;
+        let arguments = ask(&self.a, &["vm", "arguments", &path])?.expect(0)?;
+        let mut arguments = arguments
+            .value
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|argument| argument.as_str());
+        let folder = self.folder(At::A);
+        fs::create_dir_all(&folder).map_err(Error::file("create", &folder))?;
+        let mut run = self.hosts.a.run(arguments.next().unwrap_or_default())?;
+        run.command().stdout(Stdio::null());
+        let qemu = run.args(arguments).spawn()?;
+        let qmp = folder.join("qmp.sock");
+        self.wait("QEMU to listen", || Ok(qmp.exists()))?;
+        let qmp = qmp.display().to_string();
+        ask(&self.a, &["vm", "adopt", &path, "--qmp", &qmp])?.expect(0)?;
+        // As all QEMUs that are started with these arguments it waits to be told.
+        ask(&self.a, &["vm", "resume", NAME])?.expect(0)?;
+        let mut life = Life::begin(&folder)?;
+        life.check()?;
+        Ok((qemu, life))
+    }
+
     /// The guest's run folder.
     pub(super) fn folder(&self, at: At) -> PathBuf {
         self.daemon(at).vm_folder(NAME)
@@ -172,6 +201,8 @@ impl<'a> Pair<'a> {
 
     /// The most memory that a daemon may ever have, whatever the guest does.
     fn daemons_are_small(&self) -> Result<()> {
+        let peaks = [&self.a, &self.b].map(|daemon| daemon.peak_memory().unwrap_or(0) >> 20);
+        println!("  peak memory of the daemons: {peaks:?} MiB");
         for at in [At::A, At::B] {
             let peak = self.daemon(at).peak_memory().unwrap_or(u64::MAX);
             check(peak < MOST_MEMORY, || {

@@ -9,7 +9,6 @@ use crate::hosts::HOST_B;
 use crate::packages::Qemu;
 use crate::{Error, Result};
 use std::fs;
-use std::process::Stdio;
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -137,24 +136,7 @@ fn without_the_memory(bed: &Bed) -> Result<()> {
     let path = pair.write(&micro.definition(bed)?)?;
     let words = ["memory available", "stop another VM"];
     ask(&pair.a, &["vm", "start", &path])?.refused(3, &words)?;
-    let arguments = ask(&pair.a, &["vm", "arguments", &path])?.expect(0)?;
-    let mut arguments = arguments
-        .value
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter_map(|argument| argument.as_str());
-    let folder = pair.folder(At::A);
-    fs::create_dir_all(&folder).map_err(Error::file("create", &folder))?;
-    let mut run = pair.hosts.a.run(arguments.next().unwrap_or_default())?;
-    run.command().stdout(Stdio::null());
-    let _qemu = run.args(arguments).spawn()?;
-    let qmp = folder.join("qmp.sock");
-    pair.wait("QEMU to listen", || Ok(qmp.exists()))?;
-    let qmp = qmp.display().to_string();
-    ask(&pair.a, &["vm", "adopt", &path, "--qmp", &qmp])?.expect(0)?;
-    ask(&pair.a, &["vm", "resume", NAME])?.expect(0)?;
-    let mut life = super::micro::Life::begin(&folder)?;
+    let (_qemu, mut life) = pair.adopt(&micro)?;
     refused(
         &pair,
         &mut life,
