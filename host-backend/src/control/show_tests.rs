@@ -1,6 +1,6 @@
 use super::super::api::{Failure, FailureKind};
 use super::*;
-use crate::relay::progress::Downtime;
+use crate::relay::progress::{Downtime, Phases};
 
 fn job(state: JobState) -> JobInfo {
     JobInfo {
