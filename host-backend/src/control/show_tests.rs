@@ -94,7 +94,7 @@ fn sums_up_with_the_downtime_in_its_parts() {
     });
     let expected = "\
 web1 runs on hostb now; it left hosta in 5.82 s.
-  until then        5.78 s  (negotiation 128 ms, preparation 650 ms, pre-copy 5.00 s)
+  until then         5.78 s  (negotiation 128 ms, preparation 650 ms, pre-copy 5.00 s)
   downtime            43 ms  (memory 12 ms, devices 20 ms, hand-over 11 ms)
   from disk        2.00 MiB  50.0 %
   zero pages       1.00 MiB  25.0 %
