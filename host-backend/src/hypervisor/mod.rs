@@ -7,6 +7,7 @@ mod files;
 mod inspect;
 pub mod layout;
 pub mod lines;
+pub mod memory;
 pub mod preflight;
 mod process;
 pub mod qmp;

@@ -101,6 +101,9 @@ pub(super) enum RelayError {
     /// QEMU's socket.
     #[error("the migration socket of this host's QEMU failed: {0}")]
     Socket(std::io::Error),
+    /// The guest's memory at the destination.
+    #[error("the memory of this host's QEMU cannot be written: {0}")]
+    Memory(std::io::Error),
     /// The stream ended before the VM's whole state was sent.
     #[error("this host's QEMU ended its migration stream early")]
     EarlyEnd,

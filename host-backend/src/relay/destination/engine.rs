@@ -15,6 +15,7 @@ use super::output::{Output, Writer};
 use super::placement::Placement;
 use super::receive::Intake;
 use super::reply::{self, Reply};
+use crate::hypervisor::memory::GuestMemory;
 use crate::link::{Closer, Receiver, Sender};
 use crate::pages::digest::Digester;
 use crate::relay::error::RelayError;
@@ -48,6 +49,7 @@ impl Engine {
         closer: Closer,
         qemu: UnixStream,
         volumes: Vec<Box<dyn volume::Reader>>,
+        memory: Option<GuestMemory>,
         digester: &Digester,
     ) -> Result<Arc<Self>, RelayError> {
         let (replies, queue) = mpsc::channel();
@@ -56,6 +58,7 @@ impl Engine {
             Arc::clone(&output),
             replies.clone(),
             volumes.len(),
+            memory,
         ));
         let socket = || qemu.try_clone().map_err(RelayError::Socket);
         let (write_half, read_half) = (socket()?, socket()?);

@@ -14,6 +14,7 @@ use super::look::{self, Fit};
 use super::recovery::{self, Mark};
 use super::{Host, Outcomes, send};
 use crate::hypervisor::command_line::Start;
+use crate::hypervisor::memory::GuestMemory;
 use crate::hypervisor::qmp::Event;
 use crate::hypervisor::{LaunchSettings, Vm};
 use crate::link::{Connection, PATIENCE, START_PATIENCE};
@@ -124,6 +125,7 @@ pub(super) async fn take(
             closer,
             prepared.stream,
             prepared.volumes,
+            prepared.memory,
             &digester,
         )
         .map_err(|error| error.to_string())
@@ -255,6 +257,8 @@ struct Prepared {
     vm: Vm,
     stream: UnixStream,
     volumes: Vec<Box<dyn volume::Reader>>,
+    /// The guest's memory, where it can be reached.
+    memory: Option<GuestMemory>,
 }
 
 impl Prepared {
@@ -291,6 +295,7 @@ impl Prepared {
         let stream = listen(&vm, folder, switchover_ack).await;
         match (stream, volumes) {
             (Ok(stream), Ok(volumes)) => Ok(Self {
+                memory: reach_memory(&vm).await,
                 vm,
                 stream,
                 volumes,
@@ -301,6 +306,17 @@ impl Prepared {
                 }
                 Err(reason)
             }
+        }
+    }
+}
+
+/// The guest's memory; without it all pages go by QEMU's stream, which is slower.
+async fn reach_memory(vm: &Vm) -> Option<GuestMemory> {
+    match GuestMemory::of(vm).await {
+        Ok(memory) => Some(memory),
+        Err(error) => {
+            tracing::warn!(vm = vm.name(), %error, "pages go by QEMU's stream");
+            None
         }
     }
 }

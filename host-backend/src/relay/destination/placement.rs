@@ -1,11 +1,14 @@
 //! Which pages are in place at the destination, which are awaited from a disk, and which were read
 //! ahead of the source.
 //!
-//! Three rules keep every page right, whatever the guest reported:
+//! Four rules keep every page right, whatever the guest reported:
 //! 1. What the source says last about a page wins: a record replaces what was awaited before it.
 //! 2. A page that was read ahead goes into memory only before the source has said anything about
 //!    it, and counts only if the digest that the source gives later matches.
-//! 3. Before the last RAM section ends nothing is awaited any more: the source sees to that by sending
+//! 3. The first word on a page goes straight into the guest's memory where that can be reached, every
+//!    later one by QEMU's stream: what is in the stream is never older than what is in memory. Zero
+//!    pages and small blocks always go by the stream.
+//! 4. Before the last RAM section ends nothing is awaited any more: the source sees to that by sending
 //!    every page that is still open.
 
 use std::collections::HashMap;
@@ -19,13 +22,15 @@ use transhume_protocol::qemu::Block;
 use super::output::{Contents, Output, Piece};
 use super::reads::{Plan, Read, join};
 use super::reply::Reply;
+use crate::hypervisor::memory::GuestMemory;
 use crate::pages::bitmap::Bitmap;
 use crate::pages::hints::Place;
 use crate::pages::{PAGE_SIZE, PageKey, SECTORS_PER_PAGE};
 use crate::relay::error::RelayError;
 
-/// Pages read ahead whose digests the source has not given yet, at most: 512 MiB of memory.
-const AHEAD_MOST: usize = 128 * 1024;
+/// Pages read ahead whose digests the source has not given yet, at most: 2 GiB of the guest's memory, and
+/// some 25 MiB of ours.
+const AHEAD_MOST: usize = 512 * 1024;
 /// Zero pages written out at once.
 const ZERO_PAGES: u32 = 4096;
 
@@ -44,6 +49,14 @@ struct BlockState {
     spoken: Bitmap,
     /// Pages that a disk reader is at.
     reading: Bitmap,
+    /// The block's number in [`GuestMemory`], where it can be reached.
+    direct: Option<usize>,
+}
+
+/// What the source had said of a page before.
+enum Before {
+    Nothing,
+    Something(Option<Awaited>),
 }
 
 struct State {
@@ -68,6 +81,7 @@ pub(super) struct Placement {
     pub(super) output: Arc<Output>,
     replies: mpsc::Sender<Reply>,
     disks: usize,
+    memory: Option<GuestMemory>,
 }
 
 /// Collects what becomes of references, a verdict a batch.
@@ -109,16 +123,16 @@ impl State {
             .ok_or(RelayError::Misplaced("page outside of the VM's memory"))
     }
 
-    /// Notes that the source has spoken of a page and returns what was awaited for it.
-    fn replace(&mut self, key: PageKey) -> Result<Option<Awaited>, RelayError> {
+    /// Notes that the source has spoken of a page and returns what it had said before.
+    fn replace(&mut self, key: PageKey) -> Result<Before, RelayError> {
         if self.block(key)?.spoken.insert(key.page) {
             self.ahead.remove(&key);
             if key > self.position {
                 self.position = key;
             }
-            Ok(None)
+            Ok(Before::Nothing)
         } else {
-            Ok(self.awaited.remove(&key))
+            Ok(Before::Something(self.awaited.remove(&key)))
         }
     }
 
@@ -130,7 +144,12 @@ impl State {
 }
 
 impl Placement {
-    pub(super) fn new(output: Arc<Output>, replies: mpsc::Sender<Reply>, disks: usize) -> Self {
+    pub(super) fn new(
+        output: Arc<Output>,
+        replies: mpsc::Sender<Reply>,
+        disks: usize,
+        memory: Option<GuestMemory>,
+    ) -> Self {
         let state = State {
             stopped: false,
             blocks: Vec::new(),
@@ -148,6 +167,7 @@ impl Placement {
             output,
             replies,
             disks,
+            memory,
         }
     }
 
@@ -181,6 +201,10 @@ impl Placement {
                 BlockState {
                     spoken: Bitmap::new(pages),
                     reading: Bitmap::new(pages),
+                    direct: self
+                        .memory
+                        .as_ref()
+                        .and_then(|memory| memory.block(&block.name, block.length)),
                 }
             })
             .collect();
@@ -204,6 +228,49 @@ impl Placement {
         if inside && usize::from(run.disk) < self.disks {
             state.plan.add_hint(run);
             self.changed.notify_all();
+        }
+    }
+
+    /// Puts the source's first word on pages, or what was read ahead of it, into the guest's memory, or
+    /// else into the stream. The state's lock makes sure that no later word overtakes it.
+    fn place(
+        &self,
+        state: &MutexGuard<'_, State>,
+        contents: &Contents,
+        pages: Vec<(PageKey, u32)>,
+    ) -> Result<(), RelayError> {
+        let Some(memory) = &self.memory else {
+            self.stream(Arc::clone(contents), pages);
+            return Ok(());
+        };
+        let bytes = (**contents).as_ref();
+        let mut left = Vec::new();
+        for pages in pages.chunk_by(|(one, _), (other, _)| one.block == other.block) {
+            let block = pages
+                .first()
+                .and_then(|(key, _)| state.blocks.get(usize::from(key.block)))
+                .and_then(|block| block.direct);
+            let Some(block) = block else {
+                left.extend_from_slice(pages);
+                continue;
+            };
+            let pieces: Vec<(u64, &[u8])> = pages
+                .iter()
+                .map(|&(key, offset)| {
+                    let offset = offset as usize;
+                    let piece = bytes.get(offset..offset + PAGE_SIZE).unwrap_or_default();
+                    (key.page * PAGE_SIZE as u64, piece)
+                })
+                .collect();
+            memory.write(block, &pieces).map_err(RelayError::Memory)?;
+        }
+        self.stream(Arc::clone(contents), left);
+        Ok(())
+    }
+
+    fn stream(&self, contents: Contents, pages: Vec<(PageKey, u32)>) {
+        if !pages.is_empty() {
+            self.output.push(Piece::Pages { contents, pages });
         }
     }
 
@@ -266,7 +333,7 @@ impl Placement {
             page: end.saturating_sub(1),
         })?;
         for page in page..end {
-            if let Some(awaited) = state.replace(PageKey { block, page })? {
+            if let Before::Something(Some(awaited)) = state.replace(PageKey { block, page })? {
                 verdicts.settle(awaited);
             }
         }
@@ -297,12 +364,21 @@ impl Placement {
         let mut verdicts = Verdicts::default();
         let mut state = self.lock();
         state.in_section()?;
-        for &(key, _) in &pages {
-            if let Some(awaited) = state.replace(key)? {
-                verdicts.settle(awaited);
+        let mut first = Vec::with_capacity(pages.len());
+        let mut again = Vec::new();
+        for page in pages {
+            match state.replace(page.0)? {
+                Before::Nothing => first.push(page),
+                Before::Something(awaited) => {
+                    if let Some(awaited) = awaited {
+                        verdicts.settle(awaited);
+                    }
+                    again.push(page);
+                }
             }
         }
-        self.output.push(Piece::Pages { contents, pages });
+        self.place(&state, &contents, first)?;
+        self.stream(contents, again);
         drop(state);
         self.reply(verdicts);
         Ok(())
@@ -313,7 +389,7 @@ impl Placement {
     pub(super) fn fill(
         &self,
         batch: u64,
-        contents: Contents,
+        contents: &Contents,
         mut pages: Vec<(PageKey, u32)>,
     ) -> Result<(), RelayError> {
         let mut state = self.lock();
@@ -327,10 +403,7 @@ impl Placement {
             }
             _ => false,
         });
-        if !pages.is_empty() {
-            self.output.push(Piece::Pages { contents, pages });
-        }
-        Ok(())
+        self.place(&state, contents, pages)
     }
 
     /// The source refers to a disk for pages of one batch, numbered from `index` on. Returns the reads
@@ -353,8 +426,10 @@ impl Placement {
                 page: first.page.saturating_add(n),
             };
             let known = state.ahead.get(&key).copied();
-            if let Some(before) = state.replace(key)? {
-                verdicts.settle(before);
+            if let Before::Something(_) = state.replace(key)? {
+                return Err(RelayError::Misplaced(
+                    "reference for a page that came before",
+                ));
             }
             let mut awaited = Awaited {
                 batch,
@@ -471,13 +546,8 @@ impl Placement {
                 placed.push((key, offset));
             }
         }
-        if let Some((contents, _)) = found
-            && !placed.is_empty()
-        {
-            self.output.push(Piece::Pages {
-                contents,
-                pages: placed,
-            });
+        if let Some((contents, _)) = found {
+            self.place(&state, &contents, placed)?;
         }
         drop(state);
         self.changed.notify_all();

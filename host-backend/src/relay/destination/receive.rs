@@ -170,7 +170,7 @@ impl Intake {
             };
             let pages = run(block, page, count, &mut offset);
             self.placement
-                .fill(reader.header.number, Arc::clone(&contents), pages)?;
+                .fill(reader.header.number, &contents, pages)?;
         }
         Ok(())
     }
