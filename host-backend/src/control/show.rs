@@ -286,6 +286,7 @@ fn summary(summary: &Summary) -> String {
         vm,
         from,
         to,
+        phases,
         downtime,
         traffic,
         ..
@@ -293,6 +294,14 @@ fn summary(summary: &Summary) -> String {
     let mut text = format!(
         "{vm} runs on {to} now; it left {from} in {}.\n",
         duration(summary.total_ms)
+    );
+    let _ = writeln!(
+        text,
+        "  until then     {:>10}  (negotiation {}, preparation {}, pre-copy {})",
+        duration(phases.negotiate_ms + phases.prepare_ms + phases.pre_copy_ms),
+        duration(phases.negotiate_ms),
+        duration(phases.prepare_ms),
+        duration(phases.pre_copy_ms)
     );
     let _ = writeln!(
         text,

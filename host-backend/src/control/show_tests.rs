@@ -77,6 +77,11 @@ fn sums_up_with_the_downtime_in_its_parts() {
         from: "hosta".to_owned(),
         to: "hostb".to_owned(),
         total_ms: 5821.0,
+        phases: Phases {
+            negotiate_ms: 128.0,
+            prepare_ms: 650.0,
+            pre_copy_ms: 5000.0,
+        },
         downtime: Downtime {
             memory_ms: 12.0,
             devices_ms: 20.0,
@@ -89,6 +94,7 @@ fn sums_up_with_the_downtime_in_its_parts() {
     });
     let expected = "\
 web1 runs on hostb now; it left hosta in 5.82 s.
+  until then        5.78 s  (negotiation 128 ms, preparation 650 ms, pre-copy 5.00 s)
   downtime            43 ms  (memory 12 ms, devices 20 ms, hand-over 11 ms)
   from disk        2.00 MiB  50.0 %
   zero pages       1.00 MiB  25.0 %

@@ -96,6 +96,18 @@ pub struct Downtime {
     pub total_ms: f64,
 }
 
+/// How long the phases before the pause took, in milliseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Phases {
+    /// Versions, machine and disks agreed.
+    pub negotiate_ms: f64,
+    /// The destination's QEMU started, the guest's first report taken.
+    pub prepare_ms: f64,
+    /// Memory copied while the VM ran.
+    pub pre_copy_ms: f64,
+}
+
 /// How a migration ended well.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -108,6 +120,8 @@ pub struct Summary {
     pub to: String,
     /// From the command to the VM running there, in milliseconds.
     pub total_ms: f64,
+    /// How long it took until then, by phase.
+    pub phases: Phases,
     /// How long nobody ran it.
     pub downtime: Downtime,
     /// What moved.
@@ -122,7 +136,7 @@ pub struct Summary {
 #[derive(Debug)]
 pub struct Progress {
     started: Instant,
-    phase: Mutex<Phase>,
+    phase: Mutex<(Phase, Phases, Instant)>,
     counters: [AtomicU64; COUNTERS],
 }
 
@@ -156,21 +170,37 @@ impl Default for Progress {
 impl Progress {
     /// Starts the clock, in phase [`Phase::Negotiate`].
     pub fn new() -> Self {
+        let started = Instant::now();
         Self {
-            started: Instant::now(),
-            phase: Mutex::new(Phase::Negotiate),
+            started,
+            phase: Mutex::new((Phase::Negotiate, Phases::default(), started)),
             counters: [const { AtomicU64::new(0) }; COUNTERS],
         }
     }
 
     /// Enters a phase.
     pub fn enter(&self, phase: Phase) {
-        *self.phase.lock().unwrap_or_else(PoisonError::into_inner) = phase;
+        let mut state = self.phase.lock().unwrap_or_else(PoisonError::into_inner);
+        let (before, phases, since) = &mut *state;
+        let took = since.elapsed().as_secs_f64() * 1e3;
+        match before {
+            Phase::Negotiate => phases.negotiate_ms += took,
+            Phase::Prepare => phases.prepare_ms += took,
+            Phase::PreCopy => phases.pre_copy_ms += took,
+            _ => {}
+        }
+        *since = Instant::now();
+        *before = phase;
+    }
+
+    /// How long the phases took that were left.
+    pub fn phases(&self) -> Phases {
+        self.phase.lock().unwrap_or_else(PoisonError::into_inner).1
     }
 
     /// The phase.
     pub fn phase(&self) -> Phase {
-        *self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+        self.phase.lock().unwrap_or_else(PoisonError::into_inner).0
     }
 
     /// Since the start.

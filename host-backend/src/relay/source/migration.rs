@@ -450,6 +450,7 @@ impl Migration {
             from: self.request.from.clone(),
             to: self.request.to.clone(),
             total_ms: self.progress.elapsed().as_secs_f64() * 1e3,
+            phases: self.progress.phases(),
             downtime: Downtime {
                 memory_ms: ms(copied.paused, sent),
                 devices_ms: ms(sent, copied.completed),
