@@ -18,6 +18,9 @@ pub(super) const THREADS: usize = 8;
 /// Bytes in a sector of the agent's reports.
 const SECTOR: u64 = PAGE_SIZE as u64 / SECTORS_PER_PAGE;
 
+/// Length of the buffers that are kept, in bytes.
+const POOLED: usize = READ_PAGES * PAGE_SIZE;
+
 /// Buffers that no page in the output refers to any more.
 #[derive(Default)]
 pub(super) struct Pool {
@@ -44,7 +47,7 @@ impl Drop for Pooled {
                 .free
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
-            if free.len() < THREADS {
+            if buffer.len() == POOLED && free.len() < THREADS {
                 free.push(buffer);
             }
         }
@@ -72,18 +75,26 @@ impl DiskReader {
         }
     }
 
-    fn read(&self, read: &Read) -> Option<(super::output::Contents, Vec<Digest>)> {
+    /// A short read gets a short buffer: it waits in the output as a whole, which counts the pages alone.
+    fn buffer(&self, length: usize) -> Option<AlignedBuffer> {
+        if length <= POOLED / 2 {
+            return AlignedBuffer::allocate(length).ok();
+        }
         let free = self
             .pool
             .free
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .pop();
-        let mut buffer = match free {
-            Some(buffer) => buffer,
-            None => AlignedBuffer::allocate(READ_PAGES * PAGE_SIZE).ok()?,
-        };
+        match free {
+            Some(buffer) => Some(buffer),
+            None => AlignedBuffer::allocate(POOLED).ok(),
+        }
+    }
+
+    fn read(&self, read: &Read) -> Option<(super::output::Contents, Vec<Digest>)> {
         let length = read.pages * PAGE_SIZE;
+        let mut buffer = self.buffer(length)?;
         let volume = self.volumes.get(usize::from(read.place.disk))?;
         let offset = read.place.sector.checked_mul(SECTOR)?;
         let result = volume.read_at(offset, buffer.get_mut(..length)?);

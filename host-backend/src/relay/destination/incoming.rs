@@ -194,7 +194,7 @@ async fn receive(
             biased;
             committed = engine.committed() => return match committed {
                 // Most likely because it ends.
-                Err(RelayError::Socket(_)) if timeout(END_PATIENCE, vm.gone()).await.is_ok() => Err(ended()),
+                Err(RelayError::Socket(_) | RelayError::Memory(_)) if timeout(END_PATIENCE, vm.gone()).await.is_ok() => Err(ended()),
                 other => other.map_err(|error| error.to_string()),
             },
             event = events.recv() => match event {

@@ -555,9 +555,6 @@ impl Migration {
         let deadline = Instant::now() + QEMU_PATIENCE;
         loop {
             let status = qmp.status().await.map_err(|error| error.to_string())?;
-            if status.running || (!self.facts.running && status.status == "paused") {
-                return Ok(());
-            }
             let migration = qmp
                 .query_migrate()
                 .await
@@ -566,10 +563,12 @@ impl Migration {
                 migration.status.as_deref(),
                 None | Some("none" | "failed" | "cancelled" | "completed")
             );
-            if over && self.facts.running {
-                qmp.cont().await.map_err(|error| error.to_string())?;
-            } else if over {
+            // Not before QEMU has done with it: another migration may begin at once.
+            if over && (status.running || !self.facts.running) {
                 return Ok(());
+            }
+            if over {
+                qmp.cont().await.map_err(|error| error.to_string())?;
             }
             if Instant::now() > deadline {
                 return Err(format!("QEMU stays in state \"{}\"", status.status));
