@@ -20,6 +20,8 @@ pub struct Offer {
     pub cpu_flags: Vec<String>,
     /// Key of the page digests.
     pub digest_key: [u8; 16],
+    /// Whether the VM runs; a paused one stays paused.
+    pub running: bool,
     /// Only look whether it would work.
     pub dry_run: bool,
 }
@@ -114,11 +116,11 @@ mod tests {
         fn offers_round_trip(
             from in ".{0,40}", job: u64, definition in ".{0,200}", cpu_flags in prop::collection::vec("[a-z0-9_]{1,9}", 0..4),
             disks in prop::collection::vec(("[a-z]{1,9}", any::<u64>()), 0..4), qemu: [u32; 3],
-            digest_key: [u8; 16], dry_run: bool,
+            digest_key: [u8; 16], running: bool, dry_run: bool,
         ) {
             let disks = disks.into_iter().map(|(id, size)| OfferedDisk { id, size }).collect();
             let message = Control::Offer(Box::new(Offer {
-                from, job, definition, qemu, disks, cpu_flags, digest_key, dry_run,
+                from, job, definition, qemu, disks, cpu_flags, digest_key, running, dry_run,
             }));
             let bytes = encode_control(&message).unwrap();
             prop_assert_eq!(decode_control(&bytes), Ok(message));

@@ -100,6 +100,7 @@ fn offer(bed: &Bed) -> Result<Control> {
         qemu: [10, 0, 2],
         cpu_flags: Vec::new(),
         digest_key: [7; 16],
+        running: true,
         dry_run: false,
     })))
 }

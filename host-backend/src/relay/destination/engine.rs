@@ -30,6 +30,17 @@ struct State {
     committed: bool,
 }
 
+/// What memory goes into, and the disks that it is read from.
+pub(super) struct Target {
+    /// The socket of a QEMU that waits for its stream.
+    pub(super) qemu: UnixStream,
+    pub(super) volumes: Vec<Box<dyn volume::Reader>>,
+    /// The guest's memory, where it can be reached.
+    pub(super) memory: Option<GuestMemory>,
+    /// Its length by the definition.
+    pub(super) memory_bytes: u64,
+}
+
 /// The running threads.
 pub(super) struct Engine {
     placement: Arc<Placement>,
@@ -42,16 +53,20 @@ pub(super) struct Engine {
 }
 
 impl Engine {
-    /// Starts the threads between a link and the socket of a QEMU that waits for its stream.
+    /// Starts the threads between a link and a QEMU that waits for its stream.
     pub(super) fn start(
         sender: Sender,
         receiver: Receiver,
         closer: Closer,
-        qemu: UnixStream,
-        volumes: Vec<Box<dyn volume::Reader>>,
-        memory: Option<GuestMemory>,
+        target: Target,
         digester: &Digester,
     ) -> Result<Arc<Self>, RelayError> {
+        let Target {
+            qemu,
+            volumes,
+            memory,
+            memory_bytes,
+        } = target;
         let (replies, queue) = mpsc::channel();
         let output = Arc::new(Output::new());
         let placement = Arc::new(Placement::new(
@@ -77,6 +92,7 @@ impl Engine {
             Arc::clone(&placement),
             replies.clone(),
             Arc::clone(&disk_bytes),
+            memory_bytes,
         )?;
         let writer = Writer::new(write_half, output);
         let this = Arc::clone(&engine);

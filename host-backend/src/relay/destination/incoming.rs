@@ -9,7 +9,7 @@ use tokio::sync::{broadcast, watch};
 use tokio::time::timeout;
 use transhume_protocol::link::{Control, Offer};
 
-use super::engine::Engine;
+use super::engine::{Engine, Target};
 use super::look::{self, Fit};
 use super::recovery::{self, Mark};
 use super::{Host, Outcomes, send};
@@ -119,16 +119,8 @@ pub(super) async fn take(
         send(&mut connection, &Control::Ready)?;
         let (sender, receiver, closer) = connection.split();
         let digester = Digester::new(&offer.digest_key);
-        Engine::start(
-            sender,
-            receiver,
-            closer,
-            prepared.stream,
-            prepared.volumes,
-            prepared.memory,
-            &digester,
-        )
-        .map_err(|error| error.to_string())
+        Engine::start(sender, receiver, closer, prepared.target, &digester)
+            .map_err(|error| error.to_string())
     };
     let engine = match received.await {
         Ok(engine) => engine,
@@ -149,7 +141,7 @@ pub(super) async fn take(
         engine.stop(RelayError::Stopped);
         return Ok(());
     }
-    match run(&vm, &folder, offer.job).await {
+    match run(&vm, &folder, &offer).await {
         Ok(()) => {
             reservation.kept = true;
             host.arrived(Arc::clone(&vm));
@@ -228,9 +220,14 @@ async fn abandon(vm: &Vm, outcome: &watch::Sender<Option<bool>>) {
     }
 }
 
-/// The source gave the VM up: it runs here from now on.
-async fn run(vm: &Vm, folder: &Path, job: u64) -> Result<(), String> {
-    recovery::mark(folder, Mark::Committed, job).map_err(|error| error.to_string())?;
+/// The source gave the VM up: it runs here from now on, or stays paused as it was there.
+async fn run(vm: &Vm, folder: &Path, offer: &Offer) -> Result<(), String> {
+    let runs = offer.running;
+    recovery::mark(folder, Mark::Committed { runs }, offer.job)
+        .map_err(|error| error.to_string())?;
+    if !runs {
+        return Ok(());
+    }
     let mut events = vm.qmp().events();
     vm.qmp().cont().await.map_err(|error| error.to_string())?;
     let resumed = async {
@@ -252,13 +249,10 @@ async fn run(vm: &Vm, folder: &Path, job: u64) -> Result<(), String> {
     }
 }
 
-/// A QEMU that waits for its stream, and the disks to read.
+/// A QEMU that waits for its stream.
 struct Prepared {
     vm: Vm,
-    stream: UnixStream,
-    volumes: Vec<Box<dyn volume::Reader>>,
-    /// The guest's memory, where it can be reached.
-    memory: Option<GuestMemory>,
+    target: Target,
 }
 
 impl Prepared {
@@ -294,11 +288,14 @@ impl Prepared {
         };
         let stream = listen(&vm, folder, switchover_ack).await;
         match (stream, volumes) {
-            (Ok(stream), Ok(volumes)) => Ok(Self {
-                memory: reach_memory(&vm).await,
+            (Ok(qemu), Ok(volumes)) => Ok(Self {
+                target: Target {
+                    qemu,
+                    volumes,
+                    memory: reach_memory(&vm).await,
+                    memory_bytes: fit.definition.memory.bytes(),
+                },
                 vm,
-                stream,
-                volumes,
             }),
             (Err(reason), _) | (_, Err(reason)) => {
                 if vm.kill().await.is_ok() {

@@ -19,6 +19,9 @@ use crate::pages::hints::Place;
 use crate::pages::{PAGE_SIZE, PageKey};
 use crate::relay::error::RelayError;
 
+/// Bytes of RAM blocks beside main memory, at most: firmware, tables, video.
+const DEVICE_MEMORY: u64 = 1 << 30;
+
 /// The receiving thread.
 pub(super) struct Intake {
     receiver: Receiver,
@@ -28,6 +31,8 @@ pub(super) struct Intake {
     done: u64,
     /// Counted by the disk readers.
     disk_bytes: Arc<AtomicU64>,
+    /// The guest's memory by its definition.
+    memory_bytes: u64,
 }
 
 impl Intake {
@@ -36,6 +41,7 @@ impl Intake {
         placement: Arc<Placement>,
         replies: mpsc::Sender<Reply>,
         disk_bytes: Arc<AtomicU64>,
+        memory_bytes: u64,
     ) -> Result<Self, RelayError> {
         let decompressor = Decompressor::new().map_err(RelayError::Decompress)?;
         Ok(Self {
@@ -45,6 +51,7 @@ impl Intake {
             decompressor,
             done: 0,
             disk_bytes,
+            memory_bytes,
         })
     }
 
@@ -120,7 +127,8 @@ impl Intake {
             match record? {
                 Record::Raw(bytes) => self.placement.raw(bytes.to_vec())?,
                 Record::Blocks { section, blocks } => {
-                    self.placement.set_blocks(section, table(&blocks)?)?;
+                    self.placement
+                        .set_blocks(section, table(&blocks, self.memory_bytes)?)?;
                 }
                 Record::SectionOpen(kind) => self.placement.open(kind)?,
                 Record::SectionClose => self.placement.close()?,
@@ -193,7 +201,8 @@ fn run(block: u16, page: u64, count: u32, offset: &mut usize) -> Vec<(PageKey, u
         .collect()
 }
 
-fn table(blocks: &[(&[u8], u64)]) -> Result<Vec<Block>, RelayError> {
+/// The table of RAM blocks, none larger than the guest's memory and what devices have.
+fn table(blocks: &[(&[u8], u64)], memory_bytes: u64) -> Result<Vec<Block>, RelayError> {
     let mut total = 0_u64;
     if blocks.len() > MAX_BLOCKS {
         return Err(LinkError::OutOfBounds("number of RAM blocks").into());
@@ -204,8 +213,8 @@ fn table(blocks: &[(&[u8], u64)]) -> Result<Vec<Block>, RelayError> {
             let name = String::from_utf8(name.to_vec())
                 .map_err(|_| LinkError::OutOfBounds("name of a RAM block"))?;
             total = total.saturating_add(length);
-            // 64 TiB: the largest machine that QEMU makes.
-            if !length.is_multiple_of(PAGE_SIZE as u64) || total > 1 << 46 {
+            let most = memory_bytes.saturating_add(DEVICE_MEMORY);
+            if !length.is_multiple_of(PAGE_SIZE as u64) || total > most {
                 return Err(LinkError::OutOfBounds("length of a RAM block").into());
             }
             Ok(Block { name, length })

@@ -1,8 +1,8 @@
 //! What a restarted daemon does with the QEMUs that it had prepared.
 //!
 //! A file in the VM's run directory says how far it was, and is written before that is acted on:
-//! `waiting JOB` from before QEMU starts, `committed JOB` from the source's commit until the daemon
-//! has taken note of the VM.
+//! `waiting JOB` from before QEMU starts, `committed JOB` (or `committed-paused JOB`) from the source's
+//! commit until the daemon has taken note of the VM.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -22,8 +22,11 @@ const ENDING_GLANCE: Duration = Duration::from_millis(100);
 pub(super) enum Mark {
     /// It belongs to the source.
     Waiting,
-    /// It belongs to this host.
-    Committed,
+    /// It belongs to this host, and runs here unless it was paused at the source.
+    Committed {
+        /// Whether it is to run.
+        runs: bool,
+    },
 }
 
 fn write(path: &Path, text: &str) -> io::Result<()> {
@@ -36,7 +39,8 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
 pub(super) fn mark(folder: &Path, mark: Mark, job: u64) -> io::Result<()> {
     let word = match mark {
         Mark::Waiting => "waiting",
-        Mark::Committed => "committed",
+        Mark::Committed { runs: true } => "committed",
+        Mark::Committed { runs: false } => "committed-paused",
     };
     write(&folder.join(MARK), &format!("{word} {job:016x}\n"))
 }
@@ -61,7 +65,8 @@ fn read(folder: &Path) -> Option<(Mark, u64)> {
     let job = u64::from_str_radix(job, 16).ok()?;
     match word {
         "waiting" => Some((Mark::Waiting, job)),
-        "committed" => Some((Mark::Committed, job)),
+        "committed" => Some((Mark::Committed { runs: true }, job)),
+        "committed-paused" => Some((Mark::Committed { runs: false }, job)),
         _ => None,
     }
 }
@@ -75,7 +80,7 @@ pub(super) fn owns(host: &dyn Host, vm: &str, job: u64) -> Option<bool> {
     let files = host.launch_settings().files(vm);
     let folder = files.folder();
     match read(folder) {
-        Some((Mark::Committed, marked)) if marked == job => return Some(true),
+        Some((Mark::Committed { .. }, marked)) if marked == job => return Some(true),
         // Its QEMU may still be there: not before it is killed.
         Some((Mark::Waiting, marked)) if marked == job => return None,
         _ => {}
@@ -86,7 +91,7 @@ pub(super) fn owns(host: &dyn Host, vm: &str, job: u64) -> Option<bool> {
 }
 
 /// Finishes or undoes what an earlier daemon of this host had begun. Call it before serving peers. A VM
-/// that was committed is returned, running; one that was not has its QEMU killed.
+/// that was committed is returned, running unless it was paused; one that was not has its QEMU killed.
 pub async fn recover(settings: &LaunchSettings) -> Vec<Vm> {
     let mut arrived = Vec::new();
     let Ok(folders) = std::fs::read_dir(settings.run_directory.join("vms")) else {
@@ -155,13 +160,15 @@ async fn recover_one(
             files.remove()?;
             Ok(None)
         }
-        Mark::Committed => {
+        Mark::Committed { runs } => {
             let vm = adopted?;
             tracing::info!(
                 vm = definition.name,
-                "it had been handed over: it runs here"
+                "it had been handed over: it belongs here"
             );
-            vm.qmp().cont().await?;
+            if runs {
+                vm.qmp().cont().await?;
+            }
             Ok(Some(vm))
         }
     }
@@ -178,8 +185,10 @@ mod tests {
         assert_eq!(read(folder), None);
         mark(folder, Mark::Waiting, 7).unwrap();
         assert_eq!(read(folder), Some((Mark::Waiting, 7)));
-        mark(folder, Mark::Committed, u64::MAX).unwrap();
-        assert_eq!(read(folder), Some((Mark::Committed, u64::MAX)));
+        for runs in [true, false] {
+            mark(folder, Mark::Committed { runs }, u64::MAX).unwrap();
+            assert_eq!(read(folder), Some((Mark::Committed { runs }, u64::MAX)));
+        }
         settle(folder, u64::MAX).unwrap();
         assert_eq!(read(folder), None);
         clear(folder).unwrap();

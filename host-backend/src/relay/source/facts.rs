@@ -96,6 +96,7 @@ pub(super) async fn examine(vm: &Vm, from: &str, dry_run: bool) -> Result<Facts,
         disks: vm_offer.disks.into_iter().map(disk).collect(),
         cpu_flags: vm_offer.cpu_flags,
         digest_key: digest::random_key().map_err(Error::refused)?,
+        running: status.running,
         dry_run,
     };
     let capabilities = capabilities.into_iter().map(|(name, _)| name).collect();
