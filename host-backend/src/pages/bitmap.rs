@@ -47,6 +47,23 @@ impl Bitmap {
         there
     }
 
+    /// The first number from `from` on and below `to` that is not in the set.
+    pub fn first_absent(&self, from: u64, to: u64) -> Option<u64> {
+        let to = to.min(self.bits);
+        let mut bit = from;
+        while bit < to {
+            let (word, mask) = self.place(bit)?;
+            // What lies below `bit` counts as there.
+            let absent = !self.words[word] & !(mask - 1);
+            if absent != 0 {
+                let found = bit / 64 * 64 + u64::from(absent.trailing_zeros());
+                return (found < to).then_some(found);
+            }
+            bit = (bit / 64 + 1) * 64;
+        }
+        None
+    }
+
     /// The bound.
     pub fn len(&self) -> u64 {
         self.bits
@@ -76,6 +93,11 @@ mod tests {
                     prop_assert_eq!(bitmap.remove(bit), bit < 150 && set.remove(&bit));
                 }
                 prop_assert_eq!(bitmap.contains(bit), bit < 150 && set.contains(&bit));
+            }
+            for from in 0..160 {
+                let to = from * 2;
+                let absent = (from..to.min(150)).find(|bit| !set.contains(bit));
+                prop_assert_eq!(bitmap.first_absent(from, to), absent);
             }
         }
     }

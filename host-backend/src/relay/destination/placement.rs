@@ -66,8 +66,6 @@ struct State {
     ahead: HashMap<PageKey, Digest>,
     awaited: HashMap<PageKey, Awaited>,
     plan: Plan,
-    /// How far the source's first scan has come.
-    position: PageKey,
     /// Reading ahead has its place: after the set-up and before the last section.
     may_read_ahead: bool,
     section: Option<SectionKind>,
@@ -127,9 +125,6 @@ impl State {
     fn replace(&mut self, key: PageKey) -> Result<Before, RelayError> {
         if self.block(key)?.spoken.insert(key.page) {
             self.ahead.remove(&key);
-            if key > self.position {
-                self.position = key;
-            }
             Ok(Before::Nothing)
         } else {
             Ok(Before::Something(self.awaited.remove(&key)))
@@ -156,7 +151,6 @@ impl Placement {
             ahead: HashMap::new(),
             awaited: HashMap::new(),
             plan: Plan::default(),
-            position: PageKey { block: 0, page: 0 },
             may_read_ahead: false,
             section: None,
             ended: false,
@@ -493,7 +487,6 @@ impl Placement {
                 let State {
                     plan,
                     blocks,
-                    position,
                     ahead,
                     ..
                 } = &mut *state;
@@ -502,7 +495,7 @@ impl Placement {
                         !block.spoken.contains(key.page) && !block.reading.contains(key.page)
                     }) && !ahead.contains_key(&key)
                 };
-                if let Some(read) = plan.next_ahead(*position, wanted) {
+                if let Some(read) = plan.next_ahead(wanted) {
                     for &(key, _) in &read.targets {
                         state.block(key)?.reading.insert(key.page);
                     }

@@ -95,13 +95,8 @@ impl Plan {
         self.demand.pop_front()
     }
 
-    /// The next read ahead of the source, which has come to `position`. `wanted` says which pages are
-    /// still worth it.
-    pub(super) fn next_ahead(
-        &mut self,
-        position: PageKey,
-        wanted: impl Fn(PageKey) -> bool,
-    ) -> Option<Read> {
+    /// The next read ahead of the source. `wanted` says which pages are still worth it.
+    pub(super) fn next_ahead(&mut self, wanted: impl Fn(PageKey) -> bool) -> Option<Read> {
         loop {
             if let Some(mut read) = self.ready.pop_front() {
                 read.targets.retain(|&(key, _)| wanted(key));
@@ -110,11 +105,8 @@ impl Plan {
                 }
                 continue;
             }
-            let (at, runs) = self.windows.pop_first()?;
+            let (_, runs) = self.windows.pop_first()?;
             self.runs -= runs.len();
-            if at < window(position) {
-                continue;
-            }
             let mut pages = Vec::new();
             for run in runs {
                 let places = (0..u64::from(run.pages)).map_while(|n| {
@@ -198,27 +190,18 @@ mod tests {
         plan.add_hint(run(3 * WINDOW_PAGES, 1600));
         plan.demand(join(&mut [page(0, 8, 9)]));
         assert_eq!(plan.next_demand().map(|read| read.place.sector), Some(8));
-        let position = PageKey {
+        for sector in [800, 1600] {
+            let next = plan.next_ahead(|_| true).expect("a window is left");
+            assert_eq!(next.place.sector, sector);
+        }
+        let next = plan
+            .next_ahead(|key| key.page % 2 == 1)
+            .expect("a window is left");
+        let key = PageKey {
             block: 0,
-            page: WINDOW_PAGES,
+            page: 5 * WINDOW_PAGES + 1,
         };
-        let next = plan
-            .next_ahead(position, |_| true)
-            .expect("a window is left");
-        assert_eq!(next.place.sector, 1600);
-        let next = plan
-            .next_ahead(position, |key| key.page % 2 == 1)
-            .expect("a window is left");
-        assert_eq!(
-            next.targets,
-            [(
-                PageKey {
-                    block: 0,
-                    page: 5 * WINDOW_PAGES + 1
-                },
-                0
-            )]
-        );
-        assert_eq!(plan.next_ahead(position, |_| true), None);
+        assert_eq!(next.targets, [(key, 0)]);
+        assert_eq!(plan.next_ahead(|_| true), None);
     }
 }

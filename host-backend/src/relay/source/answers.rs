@@ -1,7 +1,5 @@
 //! What the destination says while memory moves.
 
-use std::io::Write;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use transhume_protocol::link::{Ack, Control, FrameKind, Verdict, decode_control};
@@ -19,16 +17,14 @@ const PARTIAL_MOST: usize = transhume_protocol::qemu::return_path::MAX_MESSAGE_L
 pub(super) struct Answers {
     receiver: Receiver,
     shared: Arc<Shared>,
-    qemu: UnixStream,
     partial: Vec<u8>,
 }
 
 impl Answers {
-    pub(super) fn new(receiver: Receiver, shared: Arc<Shared>, qemu: UnixStream) -> Self {
+    pub(super) fn new(receiver: Receiver, shared: Arc<Shared>) -> Self {
         Self {
             receiver,
             shared,
-            qemu,
             partial: Vec::new(),
         }
     }
@@ -83,7 +79,7 @@ impl Answers {
             if matches!(message, Message::SwitchoverAck) {
                 self.shared.hold_switchover(bytes);
             } else {
-                (&self.qemu).write_all(bytes).map_err(RelayError::Socket)?;
+                self.shared.tell_qemu(bytes)?;
             }
             used += length;
         }

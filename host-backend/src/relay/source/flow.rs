@@ -14,12 +14,15 @@ use std::time::{Duration, Instant};
 use transhume_protocol::link::{BATCH_HEADER_LEN, BatchHeader, PAGE_LEN, Verdict};
 
 use super::buffers::{BUFFER_LEN, Buffer};
+use super::steer::Demand;
 use crate::link::window::Window;
 use crate::pages::PageKey;
 use crate::relay::error::RelayError;
 
 /// Bytes of page data that wait to be sent, at most.
 const QUEUE_LIMIT: usize = 4 << 20;
+/// Batches that wait, at most: each keeps a whole buffer, however little of it is to be sent.
+const QUEUE_BATCHES: usize = 32;
 /// Bytes of batches on their way: sent, but not yet worked off by the destination.
 const WINDOW: u64 = 32 << 20;
 /// Bytes of buffers kept for unsettled references, at most and at least.
@@ -109,6 +112,10 @@ impl State {
         self.retained.len() * BUFFER_LEN
     }
 
+    fn queue_is_full(&self) -> bool {
+        self.queued_data >= QUEUE_LIMIT || self.queue.len() >= QUEUE_BATCHES
+    }
+
     fn adapt(&mut self) {
         let elapsed = self.looked.elapsed();
         if elapsed < SETTLE_INTERVAL {
@@ -182,11 +189,24 @@ impl Flow {
                 return Ok(BUFFER_LEN / PAGE_LEN);
             }
             state.limited = true;
-            if state.queued_data < QUEUE_LIMIT {
+            if !state.queue_is_full() {
                 return Ok(0);
             }
             state = self.wait(state);
         }
+    }
+
+    /// What the link needs, and whether there is room for references.
+    pub(super) fn demand(&self) -> (Demand, bool) {
+        let state = self.lock();
+        let demand = if state.queued_data == 0 {
+            Demand::Pages
+        } else if state.queued_data > QUEUE_LIMIT / 4 * 3 {
+            Demand::Rest
+        } else {
+            Demand::Nothing
+        };
+        (demand, state.retained_bytes() + BUFFER_LEN <= state.limit)
     }
 
     /// Puts a batch into the queue; waits for room when it has page data. `references` are kept until
@@ -198,7 +218,7 @@ impl Flow {
     ) -> Result<(), RelayError> {
         let data = outgoing.header.data_len;
         let mut state = self.lock();
-        while !state.stopped && data > 0 && state.queued_data >= QUEUE_LIMIT {
+        while !state.stopped && data > 0 && state.queue_is_full() {
             state = self.wait(state);
         }
         if state.stopped {

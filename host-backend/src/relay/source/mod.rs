@@ -11,6 +11,7 @@ mod hints;
 mod migration;
 mod report;
 mod shared;
+mod steer;
 mod stream;
 mod switchover;
 mod transmit;

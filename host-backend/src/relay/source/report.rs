@@ -15,7 +15,7 @@ use crate::relay::progress::{Counter, Progress};
 /// How long an agent may take to answer.
 const HELLO_PATIENCE: Duration = Duration::from_secs(2);
 /// Pause between two reports, and the share of one CPU of the guest that they may take.
-const INTERVAL: Duration = Duration::from_secs(3);
+const INTERVAL: Duration = Duration::from_secs(10);
 const CPU_PERMILLE: u16 = 500;
 /// Reports that come faster than this are dropped: sorting one costs the host more than the guest.
 const LEAST_INTERVAL: Duration = Duration::from_millis(250);

@@ -42,6 +42,8 @@ pub(super) struct Shared {
     pub(super) hints: Arc<Hints>,
     pub(super) progress: Arc<Progress>,
     qemu: UnixStream,
+    /// Held while a message is written: messages must not mix.
+    telling: Mutex<()>,
     closer: Closer,
     state: Mutex<State>,
     changed: Notify,
@@ -63,6 +65,7 @@ impl Shared {
             hints,
             progress,
             qemu,
+            telling: Mutex::new(()),
             closer,
             state: Mutex::default(),
             changed: Notify::new(),
@@ -83,7 +86,7 @@ impl Shared {
         let socket = || self.qemu.try_clone().map_err(RelayError::Socket);
         let reader = StreamReader::new(socket()?, Arc::clone(self), digester);
         let transmitter = Transmitter::new(sender, Arc::clone(self))?;
-        let answers = Answers::new(receiver, Arc::clone(self), socket()?);
+        let answers = Answers::new(receiver, Arc::clone(self));
         Ok(vec![
             self.spawn("relay-stream", move || reader.run())?,
             self.spawn("relay-link-out", move || transmitter.run())?,
@@ -181,13 +184,17 @@ impl Shared {
         self.lock().switchover = Some(message.to_vec());
     }
 
+    /// Writes a whole message to QEMU's return path.
+    pub(super) fn tell_qemu(&self, message: &[u8]) -> Result<(), RelayError> {
+        let _whole = self.telling.lock().unwrap_or_else(PoisonError::into_inner);
+        (&self.qemu).write_all(message).map_err(RelayError::Socket)
+    }
+
     /// Lets QEMU switch over, if the destination said that it may.
     pub(super) fn release_switchover(&self) -> Result<(), RelayError> {
         if let Some(message) = self.lock().switchover.take() {
             tracing::debug!("switch-over allowed");
-            (&self.qemu)
-                .write_all(&message)
-                .map_err(RelayError::Socket)?;
+            self.tell_qemu(&message)?;
         }
         Ok(())
     }

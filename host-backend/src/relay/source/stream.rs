@@ -6,11 +6,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use transhume_protocol::link::{BatchBuilder, BatchEncoding, MAX_BATCH_DATA, SectionKind};
+use transhume_protocol::qemu::return_path::Message;
 use transhume_protocol::qemu::{Decoder, Kind, Page};
 
 use super::buffers::{BUFFER_LEN, Buffer, Pool};
 use super::flow::{Content, Outgoing};
 use super::shared::Shared;
+use super::steer::Steer;
 use crate::pages::bitmap::Bitmap;
 use crate::pages::digest::Digester;
 use crate::pages::hints::HintTable;
@@ -22,6 +24,8 @@ use crate::relay::progress::Counter;
 const READ_LEAST: usize = 64 * 1024;
 /// A batch that is not full is held so long for more: small ones cost much and compress badly.
 const HOLD: Duration = Duration::from_millis(5);
+/// Length of a page in a request.
+const PAGE_LENGTH: u32 = 4096;
 /// Opaque bytes go on in pieces of this length.
 const RAW_MOST: usize = 64 * 1024;
 
@@ -40,6 +44,9 @@ pub(super) struct StreamReader {
     table: Arc<HintTable>,
     cursor: usize,
     number: u64,
+    /// The page that QEMU sent last.
+    at: PageKey,
+    steer: Option<Steer>,
     /// The VM is paused: whatever is sent now must be there at once.
     final_section: bool,
     batch: Batch,
@@ -68,6 +75,8 @@ impl StreamReader {
             decoder: Decoder::new(),
             pool: Arc::new(Pool::default()),
             sent: Vec::new(),
+            at: PageKey { block: 0, page: 0 },
+            steer: None,
             table: Arc::default(),
             cursor: 0,
             number: 0,
@@ -111,9 +120,35 @@ impl StreamReader {
             }
             read -= used;
             used = 0;
+            if !self.final_section {
+                self.steer()?;
+            }
             self.begin_batch()?;
             begun = Instant::now();
         }
+    }
+
+    /// Moves QEMU's scan to where disk and link are both busy.
+    fn steer(&mut self) -> Result<(), RelayError> {
+        let Some(steer) = &mut self.steer else {
+            return Ok(());
+        };
+        let (number, _) = steer.block();
+        let (demand, room) = self.shared.flow.demand();
+        let Some(sent) = self.sent.get(usize::from(number)) else {
+            return Ok(());
+        };
+        let Some(page) = steer.target(sent, self.at, demand, room) else {
+            return Ok(());
+        };
+        let mut request = Vec::new();
+        Message::RequestPagesOf {
+            block: steer.block().1,
+            offset: page * PAGE_SIZE as u64,
+            length: PAGE_LENGTH,
+        }
+        .encode(&mut request);
+        self.shared.tell_qemu(&request)
     }
 
     fn finish(mut self, buffer: Buffer, left: usize) -> Result<(), RelayError> {
@@ -152,6 +187,9 @@ impl StreamReader {
         if !Arc::ptr_eq(&table, &self.table) {
             self.table = table;
             self.cursor = 0;
+            if let Some(steer) = &mut self.steer {
+                steer.set_table(&self.table);
+            }
         }
         Ok(())
     }
@@ -227,6 +265,7 @@ impl StreamReader {
     }
 
     fn mark_sent(&mut self, key: PageKey) -> bool {
+        self.at = key;
         self.sent
             .get_mut(usize::from(key.block))
             .is_some_and(|sent| sent.insert(key.page))
@@ -271,6 +310,7 @@ impl StreamReader {
                 .iter()
                 .map(|block| (block.name.as_bytes(), block.length)),
         );
+        self.steer = Steer::new(blocks);
         self.shared.hints.set_blocks(blocks);
     }
 

@@ -18,7 +18,7 @@ use crate::relay::progress::Counter;
 
 /// Pause that is aimed at, in milliseconds, by the number of scans of memory so far: a guest that writes
 /// much gets nearer to what a stock migration allows.
-const GOALS_MS: [(u64, f64); 3] = [(4, 40.0), (8, 120.0), (u64::MAX, 300.0)];
+const GOALS_MS: [(u64, f64); 3] = [(4, 80.0), (8, 150.0), (u64::MAX, 300.0)];
 /// Rate of a link that has not been measured yet, in bytes a second.
 const ASSUMED_RATE: f64 = 100e6;
 /// The limit for the start, when nothing is known, in milliseconds.
@@ -106,9 +106,9 @@ mod tests {
 
     #[test]
     fn the_limit_follows_the_ratio_of_the_rates() {
-        assert_eq!(limit(1, 100e6, 1000e6), 4);
-        assert_eq!(limit(1, 100e6, 50e6), 40);
-        assert_eq!(limit(5, 100e6, 100e6), 120);
+        assert_eq!(limit(1, 100e6, 1000e6), 8);
+        assert_eq!(limit(1, 100e6, 50e6), 80);
+        assert_eq!(limit(5, 100e6, 100e6), 150);
         assert_eq!(limit(100, 100e6, 0.0), 300);
         assert_eq!(limit(1, 1.0, 1e12), 1);
     }
