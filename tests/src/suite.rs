@@ -30,6 +30,7 @@ pub fn run(bed: &Bed, only: Option<&str>) -> Result<bool> {
             ));
         }
     }
+    bed.prepare()?;
     let Outcome { passed, failed } = scenario::run_all(bed, &scenarios);
     outcome.passed += passed;
     outcome.failed += failed;

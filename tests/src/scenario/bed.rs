@@ -33,6 +33,12 @@ impl Bed {
         }
     }
 
+    /// Gets and builds what scenarios need, so that none of their time goes into it.
+    pub fn prepare(&self) -> Result<()> {
+        self.packages.all()?;
+        self.built().map(|_| ())
+    }
+
     fn built(&self) -> Result<&Built> {
         if let Some(built) = self.built.get() {
             return Ok(built);

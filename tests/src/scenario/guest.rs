@@ -2,6 +2,7 @@
 //! reports its page cache, and finds what is wrong.
 
 use super::{Bed, Scenario};
+use crate::bench::{self, Profile, Setup};
 use crate::error::check;
 use crate::guest::disk::{self, Amount, Kind};
 use crate::guest::{self};
@@ -43,8 +44,14 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             run: finds_a_change,
         },
         Scenario {
+            name: "guest-moves-by-transhume",
+            about: "a Linux guest with agent and module moves; its page cache comes from disk, and its data is right",
+            limit: LIMIT,
+            run: transhume_moves,
+        },
+        Scenario {
             name: "stock-qemu-moves-the-guest",
-            about: "QEMU 10.0 and 7.2 alone move the guest over the link, and its data is right",
+            about: "QEMU 10.0 alone moves the guest over the link, plainly and by multifd, and its data is right",
             limit: LIMIT,
             run: stock_moves,
         },
@@ -141,13 +148,37 @@ fn finds_a_change(bed: &Bed) -> Result<()> {
     check(answer.is_err(), || "A changed file went unnoticed".into())
 }
 
+fn transhume_moves(bed: &Bed) -> Result<()> {
+    let setup = Setup::prepare(
+        &bed.layout,
+        &bed.packages,
+        Profile::QUICK,
+        Qemu::V10_0,
+        true,
+    )?;
+    let hosts = Hosts::new(Some(setup.rate))?;
+    let measured = bench::run(&setup, &hosts, bench::Side::Transhume, Duration::ZERO)?;
+    check(measured.check.starts_with("check ok"), || {
+        format!("The guest's data is wrong: {}", measured.check)
+    })?;
+    let summary = measured.summary().cloned().unwrap_or_default();
+    let pages = |kind: &str| summary["traffic"][kind].as_u64().unwrap_or(0);
+    let (hinted, disk) = (
+        summary["hinted-pages"].as_u64().unwrap_or(0),
+        pages("disk-pages"),
+    );
+    println!("  of {hinted} pages named by the agent {disk} came from disk");
+    check(hinted > 50_000 && disk > hinted / 4 * 3, || {
+        format!("Too little of the page cache came from disk: {summary}")
+    })
+}
+
+/// QEMU before 9.0 loses writes in a migration under TCG (see the micro-guest's README): a guest that works
+/// may crash there, whoever moves it.
 fn stock_moves(bed: &Bed) -> Result<()> {
-    for (version, stock) in [
-        (Qemu::V10_0, Stock::MultifdZstd { channels: 2 }),
-        (Qemu::V7_2, Stock::Plain),
-    ] {
+    let qemu = bed.packages.qemu(Qemu::V10_0)?;
+    for stock in [Stock::MultifdZstd { channels: 2 }, Stock::Plain] {
         let machine = machine(bed, Kernel::V6_12)?;
-        let qemu = bed.packages.qemu(version)?;
         let hosts = Hosts::new(Some(1000))?;
         let console = Console::new(&machine.name);
         let mut source = machine.start_warm(&hosts.a, &qemu, &console)?;
