@@ -60,6 +60,8 @@ pub async fn run(config: Config) -> Result<()> {
         _ = interrupt.recv() => tracing::info!("SIGINT: transhumed ends, its VMs go on"),
     }
     daemon.close().await;
+    // Whoever follows a job is told how it ended.
+    tokio::time::sleep(BEAT).await;
     // The next one replaces what stays.
     let _ = std::fs::remove_file(&socket);
     Ok(())
