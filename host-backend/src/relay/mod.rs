@@ -12,5 +12,6 @@ pub mod destination;
 mod error;
 pub mod progress;
 pub mod source;
+mod threads;
 
 pub use error::{Error, ErrorKind};

@@ -5,7 +5,6 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::thread;
 
 use tokio::sync::Notify;
 use transhume_protocol::link::Control;
@@ -19,6 +18,7 @@ use crate::hypervisor::memory::GuestMemory;
 use crate::link::{Closer, Receiver, Sender};
 use crate::pages::digest::Digester;
 use crate::relay::error::RelayError;
+use crate::relay::threads;
 use crate::volume;
 
 /// Bytes read from QEMU's return path at once.
@@ -129,17 +129,7 @@ impl Engine {
         run: impl FnOnce() -> Result<(), RelayError> + Send + 'static,
     ) -> Result<(), RelayError> {
         let engine = Arc::clone(self);
-        let span = tracing::Span::current();
-        thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(move || {
-                let _entered = span.entered();
-                if let Err(error) = run() {
-                    engine.fail(error);
-                }
-            })
-            .map(drop)
-            .map_err(RelayError::Socket)
+        threads::spawn(name, run, move |error| engine.fail(error))
     }
 
     /// Sends a control message behind all replies before it.

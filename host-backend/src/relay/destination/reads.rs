@@ -1,7 +1,7 @@
 //! Which parts of the disks to read, and in which order.
 //!
 //! What the source waits for comes first. Else the guest's report is followed ahead of the source:
-//! window by window in the order of QEMU's scan, and within a window in the order of the disk, so
+//! window by window in the order of memory, and within a window in the order of the disk, so
 //! that reads are large.
 
 use std::collections::{BTreeMap, VecDeque};

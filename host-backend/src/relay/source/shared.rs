@@ -4,7 +4,6 @@ use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::Instant;
 
 use tokio::sync::Notify;
@@ -18,6 +17,7 @@ use crate::link::{Closer, Receiver, Sender};
 use crate::pages::digest::Digester;
 use crate::relay::error::RelayError;
 use crate::relay::progress::Progress;
+use crate::relay::threads;
 
 #[derive(Default)]
 struct State {
@@ -82,34 +82,23 @@ impl Shared {
         sender: Sender,
         receiver: Receiver,
         digester: Digester,
-    ) -> Result<Vec<thread::JoinHandle<()>>, RelayError> {
+    ) -> Result<(), RelayError> {
         let socket = || self.qemu.try_clone().map_err(RelayError::Socket);
         let reader = StreamReader::new(socket()?, Arc::clone(self), digester);
         let transmitter = Transmitter::new(sender, Arc::clone(self))?;
         let answers = Answers::new(receiver, Arc::clone(self));
-        Ok(vec![
-            self.spawn("relay-stream", move || reader.run())?,
-            self.spawn("relay-link-out", move || transmitter.run())?,
-            self.spawn("relay-link-in", move || answers.run())?,
-        ])
+        self.spawn("relay-stream", move || reader.run())?;
+        self.spawn("relay-link-out", move || transmitter.run())?;
+        self.spawn("relay-link-in", move || answers.run())
     }
 
     fn spawn(
         self: &Arc<Self>,
         name: &str,
         run: impl FnOnce() -> Result<(), RelayError> + Send + 'static,
-    ) -> Result<thread::JoinHandle<()>, RelayError> {
+    ) -> Result<(), RelayError> {
         let shared = Arc::clone(self);
-        let span = tracing::Span::current();
-        thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(move || {
-                let _entered = span.entered();
-                if let Err(error) = run() {
-                    shared.stop(error);
-                }
-            })
-            .map_err(RelayError::Socket)
+        threads::spawn(name, run, move |error| shared.stop(error))
     }
 
     /// Ends the relay. QEMU's socket closes, so that its migration fails if it was not complete.
