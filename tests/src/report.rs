@@ -14,12 +14,13 @@ const TOP: f64 = 12.0;
 const PAGE_MB: f64 = 4096.0 / 1e6;
 
 /// Kinds of pages in a snapshot of Transhume's, by what is drawn first, with colour and name.
-const KINDS: [(&str, &str, &str); 5] = [
+const KINDS: [(&str, &str, &str); 6] = [
     ("data-pages", "#c2571a", "data"),
     ("resent-pages", "#e0a030", "sent again"),
     ("mismatched-pages", "#a02050", "disk differed"),
     ("disk-pages", "#2a7f62", "from disk"),
     ("zero-pages", "#9aa5b1", "zero"),
+    ("unchanged-pages", "#c9b8e0", "unchanged"),
 ];
 const LINK: &str = "#3061a8";
 

@@ -333,12 +333,13 @@ fn summary(summary: &Summary) -> String {
     text
 }
 
-fn kinds(traffic: &Traffic) -> [(&'static str, u64); 5] {
+fn kinds(traffic: &Traffic) -> [(&'static str, u64); 6] {
     [
         ("from disk", traffic.disk_pages),
         ("zero pages", traffic.zero_pages),
         ("data", traffic.data_pages),
         ("sent again", traffic.resent_pages),
+        ("unchanged", traffic.unchanged_pages),
         ("disk differed", traffic.mismatched_pages),
     ]
 }

@@ -13,6 +13,7 @@ mod process;
 pub mod qmp;
 pub mod qmp_commands;
 mod size;
+pub mod stream;
 mod vm;
 
 pub use command_line::Start;

@@ -5,11 +5,13 @@ use super::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
+use std::io::IoSlice;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
@@ -32,7 +34,7 @@ pub struct Qmp {
 
 #[derive(Debug)]
 struct Shared {
-    writer: mpsc::Sender<String>,
+    writer: mpsc::Sender<Outgoing>,
     waiting: Arc<Waiting>,
     next_id: AtomicU64,
     events: broadcast::Sender<Event>,
@@ -42,6 +44,9 @@ struct Shared {
     peer: Option<u32>,
     tasks: [tokio::task::AbortHandle; 2],
 }
+
+/// A line, and a descriptor that goes with it.
+type Outgoing = (String, Option<OwnedFd>);
 
 type Waiting = Mutex<HashMap<u64, oneshot::Sender<Value>>>;
 
@@ -233,7 +238,19 @@ impl Qmp {
         arguments: Value,
         patience: Duration,
     ) -> Result<Value> {
-        self.send("execute", command, arguments, patience).await
+        self.send("execute", command, arguments, None, patience)
+            .await
+    }
+
+    /// Gives QEMU a file descriptor under a name, for a command that takes one by name.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub async fn give(&self, name: &str, file: OwnedFd) -> Result<()> {
+        let arguments = json!({ "fdname": name });
+        self.send("execute", "getfd", arguments, Some(file), PATIENCE)
+            .await
+            .map(drop)
     }
 
     /// Runs a command past QEMU's main loop, which may hang (`migrate-recover`, `migrate-pause`).
@@ -246,7 +263,7 @@ impl Qmp {
         } else {
             "execute"
         };
-        self.send(kind, command, arguments, PATIENCE).await
+        self.send(kind, command, arguments, None, PATIENCE).await
     }
 
     async fn send(
@@ -254,6 +271,7 @@ impl Qmp {
         kind: &str,
         command: &str,
         arguments: Value,
+        file: Option<OwnedFd>,
         patience: Duration,
     ) -> Result<Value> {
         let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
@@ -274,7 +292,7 @@ impl Qmp {
         };
         let answer = async {
             // The reader sets `closed` before it empties the table, so an id put in too late is seen here.
-            if self.is_closed() || self.shared.writer.send(line).await.is_err() {
+            if self.is_closed() || self.shared.writer.send((line, file)).await.is_err() {
                 return Err(Error::Lost(self.closed().await));
             }
             match receiver.await {
@@ -352,13 +370,48 @@ fn lock(waiting: &Waiting) -> std::sync::MutexGuard<'_, HashMap<u64, oneshot::Se
 }
 
 /// Writes whole lines: a caller that gives up in the middle of one must not tear it.
-async fn write(mut requests: mpsc::Receiver<String>, mut socket: OwnedWriteHalf) {
-    while let Some(line) = requests.recv().await {
-        if socket.write_all(line.as_bytes()).await.is_err() {
+async fn write(mut requests: mpsc::Receiver<Outgoing>, mut socket: OwnedWriteHalf) {
+    while let Some((line, file)) = requests.recv().await {
+        let begun = match file {
+            Some(file) => write_with(&socket, line.as_bytes(), &file).await,
+            None => Ok(0),
+        };
+        let written = match begun {
+            Ok(begun) => {
+                socket
+                    .write_all(line.as_bytes().get(begun..).unwrap_or_default())
+                    .await
+            }
+            Err(error) => Err(error),
+        };
+        if written.is_err() {
             // The reader sees the same end, and knows its reason.
             break;
         }
     }
+}
+
+/// Writes the beginning of a line with a descriptor (`SCM_RIGHTS`, unix(7)); returns its length.
+async fn write_with(
+    socket: &OwnedWriteHalf,
+    bytes: &[u8],
+    file: &OwnedFd,
+) -> std::io::Result<usize> {
+    use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+    let stream: &UnixStream = socket.as_ref();
+    stream
+        .async_io(Interest::WRITABLE, || {
+            let rights = [file.as_raw_fd()];
+            sendmsg::<UnixAddr>(
+                stream.as_raw_fd(),
+                &[IoSlice::new(bytes)],
+                &[ControlMessage::ScmRights(&rights)],
+                MsgFlags::MSG_NOSIGNAL,
+                None,
+            )
+            .map_err(std::io::Error::from)
+        })
+        .await
 }
 
 async fn read(

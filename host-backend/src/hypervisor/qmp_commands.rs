@@ -4,6 +4,10 @@ use super::Result;
 use super::qmp::{Machine, Qmp, Status};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use std::os::fd::OwnedFd;
+
+/// The name under which QEMU gets the socket of a migration's stream.
+const STREAM: &str = "transhume-stream";
 
 /// `query-migrate`, as far as it is used. What a QEMU does not tell is `None`.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -118,16 +122,18 @@ impl Qmp {
             .map(drop)
     }
 
-    /// Starts a migration to `uri`, as in `unix:/run/x.sock`; it goes on in the background.
-    pub async fn migrate(&self, uri: &str) -> Result<()> {
-        self.execute("migrate", json!({ "uri": uri }))
+    /// Starts a migration into a socket of ours; it goes on in the background.
+    pub async fn migrate(&self, socket: OwnedFd) -> Result<()> {
+        self.give(STREAM, socket).await?;
+        self.execute("migrate", json!({ "uri": format!("fd:{STREAM}") }))
             .await
             .map(drop)
     }
 
-    /// Lets a QEMU that was started with `-incoming defer` listen at `uri`.
-    pub async fn migrate_incoming(&self, uri: &str) -> Result<()> {
-        self.execute("migrate-incoming", json!({ "uri": uri }))
+    /// Lets a QEMU that was started with `-incoming defer` take the stream from a socket of ours.
+    pub async fn migrate_incoming(&self, socket: OwnedFd) -> Result<()> {
+        self.give(STREAM, socket).await?;
+        self.execute("migrate-incoming", json!({ "uri": format!("fd:{STREAM}") }))
             .await
             .map(drop)
     }

@@ -3,6 +3,9 @@
 pub mod bitmap;
 pub mod digest;
 pub mod hints;
+pub mod last_sent;
+#[cfg(target_arch = "x86_64")]
+mod wide;
 
 /// Size of a page in QEMU's stream, in bytes.
 pub const PAGE_SIZE: usize = transhume_protocol::link::PAGE_LEN;

@@ -52,6 +52,9 @@ pub struct Traffic {
     pub data_pages: u64,
     /// Pages sent over the link because the guest wrote them again.
     pub resent_pages: u64,
+    /// Pages that QEMU sent again though the destination had them as they are: not sent over the link.
+    #[serde(default)]
+    pub unchanged_pages: u64,
     /// Pages sent over the link because what the disk held did not match, or could not be read.
     pub mismatched_pages: u64,
     /// Bytes that the link carried, both ways, framing included.
@@ -148,6 +151,7 @@ pub enum Counter {
     DiskPages,
     DataPages,
     ResentPages,
+    UnchangedPages,
     MismatchedPages,
     WireBytes,
     PageBytes,
@@ -230,6 +234,7 @@ impl Progress {
             disk_pages: self.get(Counter::DiskPages),
             data_pages: self.get(Counter::DataPages),
             resent_pages: self.get(Counter::ResentPages),
+            unchanged_pages: self.get(Counter::UnchangedPages),
             mismatched_pages: self.get(Counter::MismatchedPages),
             wire_bytes: self.get(Counter::WireBytes),
             page_bytes: self.get(Counter::PageBytes),

@@ -3,6 +3,11 @@
 /// A page, in bytes.
 pub(crate) const PAGE: usize = 4096;
 const WORDS: usize = PAGE / 8;
+
+/// One page, where the kernel has one: a write to it dirties no other.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(4096))]
+struct Page([u64; WORDS]);
 /// Pages are rewritten in an order that leaps, so that dirty memory is not one range.
 const LEAP: usize = 7919;
 
@@ -27,7 +32,7 @@ impl Random {
 /// The pages and how often each was written.
 #[derive(Debug)]
 pub(crate) struct Memory {
-    words: Vec<u64>,
+    pages: Vec<Page>,
     generations: Vec<u32>,
     next: usize,
 }
@@ -48,13 +53,13 @@ fn random_of(page: usize, generation: u32) -> Random {
 impl Memory {
     pub(crate) fn fill(size: usize) -> Result<Self, String> {
         let pages = size / PAGE;
-        let mut words = Vec::new();
-        words
-            .try_reserve_exact(pages * WORDS)
+        let mut memory = Vec::new();
+        memory
+            .try_reserve_exact(pages)
             .map_err(|error| error.to_string())?;
-        words.resize(pages * WORDS, 0);
+        memory.resize(pages, Page([0; WORDS]));
         let mut memory = Self {
-            words,
+            pages: memory,
             generations: vec![0; pages],
             next: 0,
         };
@@ -67,10 +72,7 @@ impl Memory {
     fn write(&mut self, page: usize) {
         let generation = self.generations[page];
         let mut random = random_of(page, generation);
-        for (index, word) in self.words[page * WORDS..(page + 1) * WORDS]
-            .iter_mut()
-            .enumerate()
-        {
+        for (index, word) in self.pages[page].0.iter_mut().enumerate() {
             *word = word_at(&mut random, page, generation, index);
         }
     }
@@ -89,10 +91,7 @@ impl Memory {
     pub(crate) fn check(&self) -> Result<usize, String> {
         for (page, generation) in self.generations.iter().enumerate() {
             let mut random = random_of(page, *generation);
-            for (index, word) in self.words[page * WORDS..(page + 1) * WORDS]
-                .iter()
-                .enumerate()
-            {
+            for (index, word) in self.pages[page].0.iter().enumerate() {
                 if *word != word_at(&mut random, page, *generation, index) {
                     return Err(format!("page {page} of memory is not what was written"));
                 }
@@ -113,16 +112,16 @@ mod tests {
             memory.rewrite_next();
         }
         assert_eq!(memory.check(), Ok(64));
-        memory.words[1000] ^= 1;
+        memory.pages[1].0[488] ^= 1;
         assert!(memory.check().is_err());
     }
 
     #[test]
     fn an_old_page_is_found() {
         let mut memory = Memory::fill(2 * PAGE).expect("memory");
-        let old = memory.words.clone();
+        let old = memory.pages.clone();
         memory.rewrite_next();
-        memory.words = old;
+        memory.pages = old;
         assert!(memory.check().is_err());
     }
 }

@@ -25,6 +25,8 @@ pub fn static_program(layout: &Layout, package: &str, program: &str) -> Result<P
         cargo()
             .folder(&layout.source)
             .env("RUSTFLAGS", "-C target-feature=+crt-static")
+            // An initramfs is memory that no disk has.
+            .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
             .args([
                 "build",
                 "--quiet",

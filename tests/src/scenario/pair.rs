@@ -180,7 +180,7 @@ impl<'a> Pair<'a> {
         self.daemons_are_small()?;
         let shown = |path: &str| answer.number(&format!("/summary/traffic/{path}"));
         println!(
-            "  {} to {}: {:.1} s, downtime {:.0} ms; pages: zero {}, disk {}, data {}, again {}, mismatched {}",
+            "  {} to {}: {:.1} s, downtime {:.0} ms; pages: zero {}, disk {}, data {}, again {}, unchanged {}, mismatched {}",
             from.name(),
             from.other().name(),
             answer.value["summary"]["total-ms"]
@@ -194,6 +194,7 @@ impl<'a> Pair<'a> {
             shown("disk-pages")?,
             shown("data-pages")?,
             shown("resent-pages")?,
+            shown("unchanged-pages")?,
             shown("mismatched-pages")?,
         );
         Ok(answer)

@@ -75,9 +75,10 @@ impl DiskReader {
         }
     }
 
-    /// A short read gets a short buffer: it waits in the output as a whole, which counts the pages alone.
+    /// A short read gets a short buffer where it waits in the output as a whole, which counts the pages
+    /// alone.
     fn buffer(&self, length: usize) -> Option<AlignedBuffer> {
-        if length <= POOLED / 2 {
+        if length <= POOLED / 2 && !self.placement.is_direct() {
             return AlignedBuffer::allocate(length).ok();
         }
         let free = self

@@ -16,7 +16,7 @@ use super::{Host, Outcomes, send};
 use crate::hypervisor::command_line::Start;
 use crate::hypervisor::memory::GuestMemory;
 use crate::hypervisor::qmp::Event;
-use crate::hypervisor::{LaunchSettings, Vm};
+use crate::hypervisor::{LaunchSettings, Vm, stream};
 use crate::link::{Connection, PATIENCE, START_PATIENCE};
 use crate::pages::digest::Digester;
 use crate::relay::error::RelayError;
@@ -286,7 +286,7 @@ impl Prepared {
             }
             Err(_) => return Err("QEMU did not start in time".to_owned()),
         };
-        let stream = listen(&vm, folder, switchover_ack).await;
+        let stream = connect(&vm, switchover_ack).await;
         match (stream, volumes) {
             (Ok(qemu), Ok(volumes)) => Ok(Self {
                 target: Target {
@@ -352,8 +352,8 @@ async fn open_volumes(
         .map_err(|error| error.to_string())
 }
 
-/// Lets QEMU wait for the stream on a socket of ours, and connects to it.
-async fn listen(vm: &Vm, folder: &Path, switchover_ack: bool) -> Result<UnixStream, String> {
+/// Lets QEMU take the stream from a socket of ours.
+async fn connect(vm: &Vm, switchover_ack: bool) -> Result<UnixStream, String> {
     let text = |error: crate::hypervisor::Error| error.to_string();
     let mut capabilities = vec![("return-path", true), ("events", true)];
     if switchover_ack {
@@ -363,13 +363,7 @@ async fn listen(vm: &Vm, folder: &Path, switchover_ack: bool) -> Result<UnixStre
         .migrate_set_capabilities(&capabilities)
         .await
         .map_err(text)?;
-    let path = folder.join("incoming.sock");
-    let _ = std::fs::remove_file(&path);
-    vm.qmp()
-        .migrate_incoming(&format!("unix:{}", path.display()))
-        .await
-        .map_err(text)?;
-    let stream = UnixStream::connect(&path).map_err(|error| error.to_string());
-    let _ = std::fs::remove_file(&path);
-    stream
+    let (ours, theirs) = stream::pair().map_err(|error| error.to_string())?;
+    vm.qmp().migrate_incoming(theirs).await.map_err(text)?;
+    Ok(ours)
 }

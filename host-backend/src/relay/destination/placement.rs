@@ -165,6 +165,11 @@ impl Placement {
         }
     }
 
+    /// Whether first words on pages go straight into the guest's memory.
+    pub(super) fn is_direct(&self) -> bool {
+        self.memory.is_some()
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

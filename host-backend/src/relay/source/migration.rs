@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::json;
-use tokio::net::UnixListener;
 use tokio::sync::{broadcast, watch};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use transhume_protocol::link::{Control, encode_control};
@@ -29,7 +28,7 @@ use crate::relay::progress::{Downtime, Phase, Progress, Summary};
 const REPORT_PATIENCE: Duration = Duration::from_secs(3);
 /// How often QEMU is asked how far it is.
 const POLL: Duration = Duration::from_millis(25);
-/// How long QEMU may take to connect to a socket, or to run a VM again after a failure.
+/// How long QEMU may take to run a VM again after a failure.
 const QEMU_PATIENCE: Duration = Duration::from_secs(15);
 /// How long a silent destination is asked what became of the VM.
 const QUERY_PATIENCE: Duration = Duration::from_secs(30);
@@ -290,29 +289,12 @@ impl Migration {
 
     /// Lets QEMU migrate into a socket of ours.
     async fn connect_qemu(&self) -> Result<std::os::unix::net::UnixStream, Stop> {
-        let folder = self.request.vm.files().folder();
-        std::fs::create_dir_all(folder)?;
-        let path = folder.join("migrate.sock");
-        let _ = std::fs::remove_file(&path);
-        let listener = UnixListener::bind(&path)?;
-        let accepted = async {
-            self.request
-                .vm
-                .qmp()
-                .migrate(&format!("unix:{}", path.display()))
-                .await?;
-            match timeout(QEMU_PATIENCE, listener.accept()).await {
-                Ok(accepted) => Ok(accepted?.0.into_std()?),
-                Err(_) => Err(Stop::Failed(
-                    "QEMU did not connect to the relay's socket".into(),
-                )),
-            }
-        }
-        .await;
-        let _ = std::fs::remove_file(&path);
-        let stream = accepted?;
-        stream.set_nonblocking(false)?;
-        Ok(stream)
+        let vm = &self.request.vm;
+        // The mark of the hand-over will be written there.
+        std::fs::create_dir_all(vm.files().folder())?;
+        let (ours, theirs) = hypervisor::stream::pair()?;
+        vm.qmp().migrate(theirs).await?;
+        Ok(ours)
     }
 
     /// Watches until QEMU says that it is done. Returns when the VM was paused, and when it was whole at

@@ -16,6 +16,7 @@ use super::steer::Steer;
 use crate::pages::bitmap::Bitmap;
 use crate::pages::digest::Digester;
 use crate::pages::hints::HintTable;
+use crate::pages::last_sent::LastSent;
 use crate::pages::{PAGE_SIZE, PageKey};
 use crate::relay::error::RelayError;
 use crate::relay::progress::Counter;
@@ -41,6 +42,7 @@ pub(super) struct StreamReader {
     pool: Arc<Pool>,
     /// Pages that QEMU sent at least once, a bitmap a block.
     sent: Vec<Bitmap>,
+    last_sent: LastSent,
     table: Arc<HintTable>,
     cursor: usize,
     number: u64,
@@ -64,6 +66,7 @@ struct Batch {
     zero: u64,
     first: u64,
     again: u64,
+    unchanged: u64,
 }
 
 impl StreamReader {
@@ -75,6 +78,7 @@ impl StreamReader {
             decoder: Decoder::new(),
             pool: Arc::new(Pool::default()),
             sent: Vec::new(),
+            last_sent: LastSent::default(),
             at: PageKey { block: 0, page: 0 },
             steer: None,
             table: Arc::default(),
@@ -196,10 +200,11 @@ impl StreamReader {
 
     fn dispatch(&mut self, buffer: Option<Arc<Buffer>>) -> Result<(), RelayError> {
         let batch = std::mem::take(&mut self.batch);
+        let progress = &self.shared.progress;
+        progress.add(Counter::UnchangedPages, batch.unchanged);
         if batch.builder.is_empty() {
             return Ok(());
         }
-        let progress = &self.shared.progress;
         progress.add(Counter::ZeroPages, batch.zero);
         progress.add(Counter::DataPages, batch.first);
         progress.add(Counter::ResentPages, batch.again);
@@ -229,6 +234,7 @@ impl StreamReader {
                 Kind::Zero { page, fill } => {
                     let key = key(page);
                     self.mark_sent(key);
+                    self.last_sent.forget(key);
                     self.batch.builder.zero(key.block, key.page, fill);
                     self.batch.zero += 1;
                 }
@@ -274,6 +280,11 @@ impl StreamReader {
     fn page(&mut self, page: Page, data: &[u8; PAGE_SIZE], offset: usize) {
         let key = key(page);
         let first = self.mark_sent(key);
+        let digest = self.digester.digest(data);
+        if self.last_sent.replace(key, digest) {
+            self.batch.unchanged += 1;
+            return;
+        }
         // The offset is below BUFFER_LEN.
         let offset = u32::try_from(offset).unwrap_or(u32::MAX);
         // A page that comes again was written after the guest named it.
@@ -281,7 +292,6 @@ impl StreamReader {
             && self.batch.references.len() < self.batch.room
             && let Some(place) = self.table.look_up(key, &mut self.cursor)
         {
-            let digest = self.digester.digest(data);
             self.batch
                 .builder
                 .reference(key.block, key.page, place.disk, place.sector, &digest);
@@ -303,6 +313,8 @@ impl StreamReader {
             .iter()
             .map(|block| Bitmap::new(block.length / PAGE_SIZE as u64))
             .collect();
+        let pages = blocks.iter().map(|block| block.length / PAGE_SIZE as u64);
+        self.last_sent = LastSent::new(pages.fold(0, u64::saturating_add));
         let section = self.decoder.ram_section().unwrap_or_default();
         self.batch.builder.blocks(
             section,
