@@ -5,6 +5,7 @@
 
 mod answers;
 mod buffers;
+mod compression;
 mod facts;
 mod flow;
 mod hints;

@@ -1,23 +1,22 @@
 //! Sends what the flow holds over the link, compressing when the link is what limits.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use transhume_protocol::link::{BatchBuilder, BatchEncoding, BatchHeader, FrameKind, PAGE_LEN};
 use zstd::bulk::Compressor;
 
 use super::buffers::Buffer;
+use super::compression::Compression;
 use super::flow::{Content, Next, Outgoing};
 use super::shared::Shared;
 use crate::link::{ALIVE_INTERVAL, Sender};
 use crate::relay::error::RelayError;
 use crate::relay::progress::Counter;
 
-/// With more bytes than this waiting in the kernel, the link is slower than the stream, and the time
-/// that compression takes is free.
-const BACKLOG: usize = 256 * 1024;
-/// Of Zstandard's levels: on pages as fast again by half as level 1, and nearly as small.
-const LEVEL: i32 = -3;
+/// Of Zstandard's levels: on pages of programs and kernels as fast as the lower ones, and smaller by a
+/// quarter.
+const LEVEL: i32 = 1;
 /// Compression that saves less than a sixteenth is not worth the destination's time.
 const WORTH: usize = 16;
 /// Pages of a fill that go into one frame.
@@ -27,6 +26,7 @@ const FILL_PAGES: usize = 128;
 pub(super) struct Transmitter {
     sender: Sender,
     shared: Arc<Shared>,
+    compression: Compression,
     compressor: Compressor<'static>,
     plain: Vec<u8>,
 }
@@ -37,6 +37,7 @@ impl Transmitter {
         Ok(Self {
             sender,
             shared,
+            compression: Compression::default(),
             compressor,
             plain: Vec::new(),
         })
@@ -108,10 +109,12 @@ impl Transmitter {
         records: &[u8],
         pages: &[&[u8]],
     ) -> Result<(), RelayError> {
-        let compressed = if pages.is_empty() || self.sender.backlog() < BACKLOG {
-            None
-        } else {
+        let (sent, backlog) = (self.sender.bytes(), self.sender.backlog());
+        let worth = self.compression.is_worth_it(Instant::now(), sent, backlog);
+        let compressed = if worth && !pages.is_empty() {
             self.compress(pages)
+        } else {
+            None
         };
         let bytes = if let Some(compressed) = compressed {
             header.encoding = BatchEncoding::Zstd;
@@ -131,14 +134,23 @@ impl Transmitter {
     }
 
     fn compress(&mut self, pages: &[&[u8]]) -> Option<Vec<u8>> {
+        let started = cpu_time();
         self.plain.clear();
         for page in pages {
             self.plain.extend_from_slice(page);
         }
         // An error means that it did not fit: then it goes as it is.
         let compressed = self.compressor.compress(&self.plain).ok()?;
+        let took = cpu_time().saturating_sub(started);
+        self.compression.took(self.plain.len(), took);
         (compressed.len() < self.plain.len() - self.plain.len() / WORTH).then_some(compressed)
     }
+}
+
+/// Time that this thread had a CPU for.
+fn cpu_time() -> Duration {
+    use nix::time::{ClockId, clock_gettime};
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 fn content(buffer: &Buffer, offset: u32) -> &[u8] {

@@ -1,0 +1,126 @@
+//! Whether compression is faster than the link.
+//!
+//! While the kernel has much to send, the link limits and its rate shows. Compression is worth it as long
+//! as it takes bytes in faster than the link would carry them. When nothing waits for a while, the next
+//! batches go plain: either they show that the link limits still, or that it does not.
+
+use std::time::{Duration, Instant};
+
+/// With more bytes than this waiting in the kernel, the link is slower than the stream.
+const BACKLOG: usize = 256 * 1024;
+/// With at least so many at both ends of a span, the link was busy throughout.
+const BUSY: usize = 32 * 1024;
+/// How long a link that limited is taken to do so still.
+const LIMITS: Duration = Duration::from_secs(1);
+/// What remains of earlier measurements with each new one.
+const FADE: f64 = 0.95;
+
+/// Bytes a second, over a fading past.
+#[derive(Debug, Clone, Copy, Default)]
+struct Rate {
+    bytes: f64,
+    seconds: f64,
+}
+
+impl Rate {
+    fn note(&mut self, bytes: u64, took: Duration) {
+        self.bytes = self.bytes * FADE + bytes as f64;
+        self.seconds = self.seconds * FADE + took.as_secs_f64();
+    }
+
+    fn get(self) -> Option<f64> {
+        (self.seconds > 1e-3).then(|| self.bytes / self.seconds)
+    }
+}
+
+/// What was seen of link and compressor.
+#[derive(Debug, Default)]
+pub(super) struct Compression {
+    link: Rate,
+    compressor: Rate,
+    limited: Option<Instant>,
+    /// When the link was last seen busy, and what it had carried by then.
+    busy: Option<(Instant, u64)>,
+}
+
+impl Compression {
+    /// Whether the next batch should be compressed. `sent`: bytes handed to the kernel so far, of which
+    /// `backlog` wait there.
+    pub(super) fn is_worth_it(&mut self, now: Instant, sent: u64, backlog: usize) -> bool {
+        let carried = sent.saturating_sub(backlog as u64);
+        let busy = (backlog >= BUSY).then_some((now, carried));
+        if let (Some((now, carried)), Some((then, before))) = (busy, self.busy) {
+            self.link.note(
+                carried.saturating_sub(before),
+                now.saturating_duration_since(then),
+            );
+        }
+        self.busy = busy;
+        if backlog >= BACKLOG {
+            self.limited = Some(now);
+        }
+        let limits = self
+            .limited
+            .is_some_and(|then| now.saturating_duration_since(then) < LIMITS);
+        limits
+            && match (self.compressor.get(), self.link.get()) {
+                (Some(compressor), Some(link)) => compressor > link,
+                (None, Some(_)) => true,
+                // Plain batches show it soonest.
+                (_, None) => false,
+            }
+    }
+
+    /// So many bytes were compressed, in so much time of a CPU.
+    pub(super) fn took(&mut self, bytes: usize, took: Duration) {
+        self.compressor.note(bytes as u64, took);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sends batches of 256 KiB over a link of so many bytes a second, compressed in half at
+    /// `compressor` bytes a second; returns how many of them were compressed.
+    fn run(link: f64, compressor: f64, batches: u32) -> u32 {
+        const BATCH: u64 = 256 * 1024;
+        const PLAIN: f64 = 2e9;
+        let mut compression = Compression::default();
+        let mut now = Instant::now();
+        let (mut sent, mut carried, mut compressed) = (0_u64, 0.0_f64, 0);
+        for _ in 0..batches {
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "never more than was sent"
+            )]
+            let backlog = (sent as f64 - carried) as usize;
+            let worth = compression.is_worth_it(now, sent, backlog);
+            let seconds = BATCH as f64 / if worth { compressor } else { PLAIN };
+            let length = if worth { BATCH / 2 } else { BATCH };
+            if worth {
+                compressed += 1;
+                compression.took(262_144, Duration::from_secs_f64(seconds));
+            }
+            sent += length;
+            // The kernel takes no more than 2 MiB: then it makes the sender wait.
+            let wait = ((sent as f64 - carried - 2e6) / link - seconds).max(0.0);
+            carried = (carried + link * (seconds + wait)).min(sent as f64);
+            now += Duration::from_secs_f64(seconds + wait);
+        }
+        compressed
+    }
+
+    #[test]
+    fn a_slow_link_gets_compressed_batches() {
+        assert!(run(100e6, 400e6, 1000) > 950);
+        assert!(run(10e6, 400e6, 1000) > 950);
+    }
+
+    #[test]
+    fn a_link_faster_than_the_compressor_gets_plain_ones() {
+        assert!(run(1000e6, 400e6, 1000) < 50);
+        assert!(run(5000e6, 400e6, 1000) < 50);
+    }
+}
