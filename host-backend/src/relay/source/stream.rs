@@ -248,7 +248,7 @@ impl StreamReader {
                 Kind::Footer { .. } => {
                     if self.sent.is_empty() {
                         self.batch.builder.raw(bytes);
-                        self.announce_blocks();
+                        self.announce_blocks()?;
                     } else {
                         self.end_section(buffer)?;
                     }
@@ -307,7 +307,9 @@ impl StreamReader {
         }
     }
 
-    fn announce_blocks(&mut self) {
+    /// The set-up section is whole: the destination gets the table of RAM blocks, and only then the
+    /// hints, which are about blocks.
+    fn announce_blocks(&mut self) -> Result<(), RelayError> {
         let blocks = self.decoder.blocks();
         self.sent = blocks
             .iter()
@@ -323,7 +325,12 @@ impl StreamReader {
                 .map(|block| (block.name.as_bytes(), block.length)),
         );
         self.steer = Steer::new(blocks);
-        self.shared.hints.set_blocks(blocks);
+        let room = self.batch.room;
+        self.dispatch(None)?;
+        self.batch.room = room;
+        self.shared.flow.drain()?;
+        self.shared.hints.set_blocks(self.decoder.blocks());
+        Ok(())
     }
 
     fn begin_final_section(&mut self) {
