@@ -9,7 +9,7 @@ use transhume_protocol::agent::{
     AgentMessage, Decoder, HostMessage, MAX_FRAME_LEN, ReportSource, VERSION,
 };
 
-use super::report::{Collector, DiskName, Report};
+use super::report::{Collector, DiskName, GuestRange, Report};
 
 /// How often a waiting read looks whether it should end.
 const TICK: Duration = Duration::from_millis(100);
@@ -21,6 +21,15 @@ pub struct Greeting {
     pub agent: String,
     /// Where its reports come from.
     pub source: ReportSource,
+}
+
+/// What came of a report.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Reported<'a> {
+    /// All ranges so far of a report that goes on.
+    Part(&'a [GuestRange]),
+    /// A report's end, and all of it.
+    Whole(Report),
 }
 
 /// A session with an agent.
@@ -162,12 +171,12 @@ impl Agent {
         send(&self.stream, &HostMessage::ReportStop)
     }
 
-    /// Reads what the agent sends for as long as `go_on` says, and hands each whole report to `report`
-    /// and each text for people to `trouble`. A channel that closes ends it, too.
+    /// Reads what the agent sends for as long as `go_on` says, and hands reports to `report`, as they grow
+    /// and whole, and each text for people to `trouble`. A channel that closes ends it, too.
     pub fn listen(
         &mut self,
         go_on: impl Fn() -> bool,
-        mut report: impl FnMut(Report),
+        mut report: impl FnMut(Reported<'_>),
         mut trouble: impl FnMut(String),
     ) -> io::Result<()> {
         let mut buffer = vec![0; 64 * 1024];
@@ -187,7 +196,7 @@ impl Agent {
                         Ok(AgentMessage::Trouble { text }) => trouble(printable(text)),
                         Ok(message) => {
                             if let Some(whole) = self.collector.take(&message) {
-                                report(whole);
+                                report(Reported::Whole(whole));
                             }
                         }
                         Err(error) => {
@@ -196,6 +205,7 @@ impl Agent {
                     }
                 }
             }
+            report(Reported::Part(&self.collector.report().ranges));
         }
         Ok(())
     }

@@ -6,5 +6,5 @@
 mod channel;
 mod report;
 
-pub use channel::{Agent, Greeting, connect};
+pub use channel::{Agent, Greeting, Reported, connect};
 pub use report::{Collector, DiskName, GuestRange, Report};

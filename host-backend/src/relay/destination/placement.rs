@@ -214,20 +214,22 @@ impl Placement {
     }
 
     /// Takes part of the guest's report. What lies outside of memory or disks is left out.
-    pub(super) fn hint(&self, run: HintRun) {
+    pub(super) fn hint(&self, runs: &[HintRun]) {
         let mut state = self.lock();
-        let inside = state
-            .blocks
-            .get(usize::from(run.block))
-            .is_some_and(|block| {
+        let State { blocks, plan, .. } = &mut *state;
+        let inside = |run: &&HintRun| {
+            blocks.get(usize::from(run.block)).is_some_and(|block| {
                 run.page
                     .checked_add(u64::from(run.pages))
                     .is_some_and(|end| end <= block.spoken.len())
-            });
-        if inside && usize::from(run.disk) < self.disks {
-            state.plan.add_hint(run);
-            self.changed.notify_all();
+            })
+        };
+        for run in runs.iter().filter(inside) {
+            if usize::from(run.disk) < self.disks {
+                plan.add_hint(*run);
+            }
         }
+        self.changed.notify_all();
     }
 
     /// Puts the source's first word on pages, or what was read ahead of it, into the guest's memory, or

@@ -71,9 +71,8 @@ impl Intake {
                 }
                 FrameKind::Fill => self.fill(frame.payload)?,
                 FrameKind::Hints => {
-                    for run in decode_hints(&frame.payload) {
-                        self.placement.hint(run?);
-                    }
+                    let runs = decode_hints(&frame.payload).collect::<Result<Vec<_>, _>>()?;
+                    self.placement.hint(&runs);
                 }
                 FrameKind::Control => match decode_control(&frame.payload)? {
                     Control::Commit => return Ok(()),

@@ -11,7 +11,7 @@ use transhume_protocol::qemu::Block;
 use super::flow::{Flow, Next};
 use crate::guest::GuestRange;
 use crate::hypervisor::layout::Region;
-use crate::pages::hints::HintTable;
+use crate::pages::hints::{HintTable, MAX_RUNS};
 use crate::pages::{PAGE_SIZE, SECTORS_PER_PAGE};
 
 /// Runs in one frame to the destination.
@@ -19,9 +19,11 @@ const RUNS_A_FRAME: usize = 8192;
 
 #[derive(Default)]
 struct State {
-    ranges: Vec<GuestRange>,
+    /// Ranges that wait for the table of blocks.
+    waiting: Vec<GuestRange>,
     blocks: Vec<Block>,
     table: Arc<HintTable>,
+    whole: bool,
 }
 
 /// The reports of one migration.
@@ -44,33 +46,36 @@ impl Hints {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The table to look pages up in.
-    pub(super) fn current(&self) -> Arc<HintTable> {
-        Arc::clone(&self.lock().table)
+    /// The table to look pages up in, and whether a whole report is in it.
+    pub(super) fn current(&self) -> (Arc<HintTable>, bool) {
+        let state = self.lock();
+        (Arc::clone(&state.table), state.whole)
     }
 
-    /// Pages named in the last report.
+    /// Pages named.
     pub(super) fn pages(&self) -> u64 {
         let state = self.lock();
-        let waiting: u64 = state
-            .ranges
-            .iter()
-            .map(|range| u64::from(range.pages))
-            .sum();
-        if waiting > 0 {
-            waiting
-        } else {
-            state.table.pages()
-        }
+        let waiting = state.waiting.iter().map(|range| u64::from(range.pages));
+        waiting.fold(state.table.pages(), u64::saturating_add)
     }
 
-    /// Takes a report, which replaces the one before.
-    pub(super) fn report(&self, ranges: Vec<GuestRange>) {
+    /// Takes part of a report, or with `whole` the last of it.
+    pub(super) fn extend(&self, ranges: &[GuestRange], whole: bool) {
         let mut state = self.lock();
-        state.ranges = ranges;
-        if !state.blocks.is_empty() {
-            self.publish(&mut state);
-        }
+        let room = MAX_RUNS.saturating_sub(state.waiting.len());
+        let ranges = ranges.get(..room).unwrap_or(ranges);
+        state.waiting.extend_from_slice(ranges);
+        state.whole |= whole;
+        self.publish(&mut state);
+    }
+
+    /// Takes a whole report, which replaces all before.
+    pub(super) fn replace(&self, ranges: Vec<GuestRange>) {
+        let mut state = self.lock();
+        state.waiting = ranges;
+        state.table = Arc::default();
+        state.whole = true;
+        self.publish(&mut state);
     }
 
     /// Takes QEMU's table of blocks, which comes with the stream.
@@ -81,20 +86,23 @@ impl Hints {
     }
 
     fn publish(&self, state: &mut State) {
-        let ranges = std::mem::take(&mut state.ranges);
-        let mut runs = Vec::with_capacity(ranges.len());
-        for range in ranges {
-            self.translate(range, &state.blocks, &mut runs);
+        if state.blocks.is_empty() {
+            return;
         }
-        let table = HintTable::new(runs);
-        for runs in table.runs().chunks(RUNS_A_FRAME) {
+        let mut new = Vec::with_capacity(state.waiting.len());
+        for range in std::mem::take(&mut state.waiting) {
+            self.translate(range, &state.blocks, &mut new);
+        }
+        new.truncate(MAX_RUNS);
+        for runs in new.chunks(RUNS_A_FRAME) {
             let mut payload = Vec::new();
             for run in runs {
                 encode_hint(&mut payload, run);
             }
             self.flow.push_urgent(Next::Hints(payload));
         }
-        state.table = Arc::new(table);
+        new.extend_from_slice(state.table.runs());
+        state.table = Arc::new(HintTable::new(new));
     }
 
     /// Cuts a range along the regions of memory; what lies outside of them is dropped.
@@ -168,8 +176,11 @@ mod tests {
             disk: 1,
             sector: 800,
         };
-        hints.report(vec![hole, above]);
-        let table = hints.current();
+        hints.extend(&[hole], false);
+        assert_eq!((hints.pages(), hints.current().1), (2, false));
+        hints.extend(&[above], true);
+        let (table, whole) = hints.current();
+        assert!(whole);
         assert_eq!(table.pages(), 3);
         let found = |page| table.look_up(PageKey { block: 1, page }, &mut 0);
         assert_eq!(
@@ -187,5 +198,7 @@ mod tests {
             })
         );
         assert_eq!(found(2 * GIB / 4096 + 1), None);
+        hints.replace(vec![above]);
+        assert_eq!(hints.pages(), 1);
     }
 }

@@ -9,7 +9,8 @@ use tokio::sync::watch;
 use transhume_protocol::agent::ReportSource;
 
 use super::hints::Hints;
-use crate::guest::{self, DiskName};
+use crate::guest::GuestRange;
+use crate::guest::{self, DiskName, Reported};
 use crate::relay::progress::{Counter, Progress};
 
 /// How long an agent may take to answer.
@@ -19,6 +20,11 @@ const INTERVAL: Duration = Duration::from_secs(10);
 const CPU_PERMILLE: u16 = 500;
 /// Reports that come faster than this are dropped: sorting one costs the host more than the guest.
 const LEAST_INTERVAL: Duration = Duration::from_millis(250);
+
+/// The first report is used in parts of so many pages, so that memory moves while the guest still looks
+/// through its page cache; and in so many parts at most.
+const PART_PAGES: u64 = 8192;
+const MOST_PARTS: u32 = 256;
 
 /// The thread that listens to the agent.
 pub(super) struct Reports {
@@ -67,7 +73,7 @@ impl Reports {
         remark(&self.remarks, text);
     }
 
-    /// Waits for the first report, or until it is clear that none will come.
+    /// Waits for the first part of a report, or until it is clear that none will come.
     pub(super) async fn first(&mut self, patience: Duration) {
         let came = self.first.wait_for(|ready| *ready);
         if let Ok(Err(_)) | Err(_) = tokio::time::timeout(patience, came).await {
@@ -138,21 +144,36 @@ impl Listener {
             );
         }
         tracing::debug!(agent = greeting.agent, source = ?greeting.source, "agent answers");
+        let mut first = FirstReport::default();
         let mut last: Option<Instant> = None;
         let listened = agent.start_reports(INTERVAL, CPU_PERMILLE).and_then(|()| {
             agent.listen(
                 || !self.stop.load(Ordering::Relaxed),
-                |report| {
+                |reported| {
+                    let report = match reported {
+                        Reported::Part(ranges) if last.is_none() => {
+                            if let Some(ranges) = first.part(ranges) {
+                                self.hints.extend(ranges, false);
+                                self.tell();
+                            }
+                            return;
+                        }
+                        Reported::Part(_) => return,
+                        Reported::Whole(report) => report,
+                    };
                     if last.is_some_and(|last| last.elapsed() < LEAST_INTERVAL) {
                         return;
                     }
-                    last = Some(Instant::now());
+                    let is_first = last.replace(Instant::now()).is_none();
                     if report.left_out > 0 {
                         tracing::debug!(ranges = report.left_out, "left out of the report");
                     }
-                    self.hints.report(report.ranges);
-                    self.progress.set(Counter::HintedPages, self.hints.pages());
-                    let _ = self.ready.send(true);
+                    if is_first {
+                        self.hints.extend(first.rest(&report.ranges), true);
+                    } else {
+                        self.hints.replace(report.ranges);
+                    }
+                    self.tell();
                 },
                 |text| remark(&self.remarks, format!("the guest's agent says: {text}")),
             )
@@ -162,5 +183,65 @@ impl Listener {
         if let Err(error) = stopped {
             tracing::debug!(%error, "agent's channel");
         }
+    }
+
+    fn tell(&self) {
+        self.progress.set(Counter::HintedPages, self.hints.pages());
+        let _ = self.ready.send(true);
+    }
+}
+
+/// Cuts the first report into parts.
+#[derive(Default)]
+struct FirstReport {
+    /// Ranges that were taken.
+    taken: usize,
+    parts: u32,
+}
+
+impl FirstReport {
+    /// What is new in a report, when it is enough.
+    fn part<'a>(&mut self, ranges: &'a [GuestRange]) -> Option<&'a [GuestRange]> {
+        let new = self.rest(ranges);
+        let pages: u64 = new.iter().map(|range| u64::from(range.pages)).sum();
+        if pages < PART_PAGES || self.parts >= MOST_PARTS {
+            return None;
+        }
+        self.parts += 1;
+        self.taken = ranges.len();
+        Some(new)
+    }
+
+    /// What was not taken yet. A report that is shorter than what was taken is another one.
+    fn rest<'a>(&self, ranges: &'a [GuestRange]) -> &'a [GuestRange] {
+        ranges.get(self.taken..).unwrap_or(ranges)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_make_up_the_whole() {
+        let range = |n: u64| GuestRange {
+            pfn: n * 10_000,
+            pages: 3000,
+            disk: 0,
+            sector: 0,
+        };
+        let all: Vec<_> = (0..10).map(range).collect();
+        let mut first = FirstReport::default();
+        let mut got = Vec::new();
+        for end in 0..all.len() {
+            got.extend_from_slice(first.part(&all[..end]).unwrap_or_default());
+        }
+        assert_eq!(got.len(), 9);
+        got.extend_from_slice(first.rest(&all));
+        assert_eq!(got, all);
+        // The agent began anew.
+        assert_eq!(first.part(&all[..4]), Some(&all[..4]));
+        first.parts = MOST_PARTS;
+        assert_eq!(first.part(&all), None);
     }
 }

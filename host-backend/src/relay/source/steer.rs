@@ -4,7 +4,8 @@
 //! while the disk works, and then the disk while the link does. A request for a page, as a destination
 //! in post-copy makes it, moves QEMU's scan there also in pre-copy (`get_queued_page` in QEMU's
 //! `migration/ram.c`: the search goes on from the page). So the scan is moved to memory that the link
-//! must carry when the link runs dry, and to memory that disks hold when the link has enough.
+//! must carry when the link runs dry, and to memory that disks hold when the link has enough. While the
+//! guest's report is not whole, the scan keeps to memory that is known to be on disk: the rest might be.
 
 use std::time::{Duration, Instant};
 
@@ -39,6 +40,8 @@ pub(super) struct Steer {
     name: String,
     /// Whether disks hold most of a chunk.
     on_disk: Vec<bool>,
+    /// Whether that is from a whole report.
+    whole: bool,
     /// Chunks to look at next, for the link and for disks.
     next: [usize; 2],
     moved: Instant,
@@ -59,6 +62,7 @@ impl Steer {
             block: u16::try_from(number).ok()?,
             name: block.name.clone(),
             on_disk: vec![false; usize::try_from(chunks).ok()?],
+            whole: false,
             next: [0; 2],
             moved: Instant::now(),
         })
@@ -69,8 +73,9 @@ impl Steer {
         (self.block, &self.name)
     }
 
-    /// Takes the guest's report.
-    pub(super) fn set_table(&mut self, table: &HintTable) {
+    /// Takes the guest's report, as far as it came.
+    pub(super) fn set_table(&mut self, table: &HintTable, whole: bool) {
+        self.whole = whole;
         let mut counts = vec![0_u64; self.on_disk.len()];
         for run in table.runs().iter().filter(|run| run.block == self.block) {
             let end = run.page.saturating_add(u64::from(run.pages));
@@ -103,6 +108,12 @@ impl Steer {
             .then(|| self.on_disk.get(chunk?).copied())
             .flatten()?;
         let to_disk = match (here, demand) {
+            (here, _) if !self.whole => {
+                if here {
+                    return None;
+                }
+                true
+            }
             (true, Demand::Pages) => false,
             (true, Demand::Nothing) if !room => false,
             (false, Demand::Rest) if room => true,
@@ -157,11 +168,14 @@ mod tests {
             disk: 0,
             sector: 0,
         };
-        steer.set_table(&HintTable::new(vec![
-            run(2 * CHUNK, 512),
-            run(5 * CHUNK, 100),
-            run(PAGES - 1, u32::MAX),
-        ]));
+        steer.set_table(
+            &HintTable::new(vec![
+                run(2 * CHUNK, 512),
+                run(5 * CHUNK, 100),
+                run(PAGES - 1, u32::MAX),
+            ]),
+            true,
+        );
         steer.moved = Instant::now().checked_sub(PAUSE).expect("a clock");
         steer
     }
@@ -196,6 +210,16 @@ mod tests {
             sent.insert(page);
         });
         assert_eq!(steer().target(&sent, at(0), Demand::Rest, true), None);
+    }
+
+    #[test]
+    fn what_nobody_named_yet_comes_later() {
+        let sent = Bitmap::new(PAGES);
+        let mut steer = steer();
+        steer.whole = false;
+        let known = 2 * CHUNK;
+        assert_eq!(steer.target(&sent, at(known), Demand::Pages, true), None);
+        assert_eq!(steer.target(&sent, at(0), Demand::Pages, true), Some(known));
     }
 
     #[test]

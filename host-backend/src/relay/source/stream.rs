@@ -187,12 +187,12 @@ impl StreamReader {
             room,
             ..Batch::default()
         };
-        let table = self.shared.hints.current();
+        let (table, whole) = self.shared.hints.current();
         if !Arc::ptr_eq(&table, &self.table) {
             self.table = table;
             self.cursor = 0;
             if let Some(steer) = &mut self.steer {
-                steer.set_table(&self.table);
+                steer.set_table(&self.table, whole);
             }
         }
         Ok(())
