@@ -60,6 +60,8 @@ impl Daemon {
             }
         }
         daemon.finish_interrupted().await;
+        let settings = daemon.launch_settings();
+        tokio::spawn(async move { preflight::look_at_qemu(&settings).await });
         Ok(daemon)
     }
 

@@ -1,5 +1,6 @@
 //! Drivers of hypervisors: start, find, watch and stop virtual machines. They know nothing of pages.
 
+mod binary;
 pub mod command_line;
 pub mod definition;
 mod error;

@@ -4,7 +4,7 @@
 use super::definition::{Accelerator, Backend, Disk, Format};
 use super::files::LaunchSettings;
 use super::qmp::Version;
-use super::{Definition, Error, Result, Size, Vm};
+use super::{Definition, Error, Result, Size, Vm, binary};
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -12,15 +12,10 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
-use std::process::Stdio;
 use std::time::Duration;
-use tokio::io::AsyncReadExt;
-use tokio::process::Command;
 
-/// How long a QEMU may take to tell of itself, and storage to answer.
+/// How long storage may take to answer.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// The most that QEMU may tell of itself, in bytes.
-const MAX_HELP: u64 = 256 << 10;
 /// What QEMU takes beside the guest's memory, roughly.
 const OVERHEAD: Size = Size::from_bytes(64 << 20);
 const MAX_FLAGS: usize = 1024;
@@ -124,10 +119,7 @@ impl Offer {
         settings: &LaunchSettings,
     ) -> Option<Refusal> {
         // A QEMU that does not run at all is refused by check_here.
-        let text = ask(settings.binary(definition), &["--version"])
-            .await
-            .ok()?;
-        let Some(here) = parse_version(&text) else {
+        let Some(here) = binary::version(settings.binary(definition)).await.ok()? else {
             return Some(Refusal::new(
                 format!("{} tells no version", settings.binary(definition).display()),
                 "set `qemu` to a qemu-system-x86_64",
@@ -176,10 +168,21 @@ impl Offer {
 
 /// Version of the QEMU that would run the VM here; `None` if it tells none.
 pub async fn version_here(definition: &Definition, settings: &LaunchSettings) -> Option<Version> {
-    let text = ask(settings.binary(definition), &["--version"])
+    binary::version(settings.binary(definition))
         .await
-        .ok()?;
-    parse_version(&text)
+        .ok()
+        .flatten()
+}
+
+/// Asks this host's own QEMU what will be asked of it when a VM comes.
+pub async fn look_at_qemu(settings: &LaunchSettings) {
+    let asked = async {
+        binary::version(&settings.qemu).await?;
+        binary::machines(&settings.qemu).await
+    };
+    if let Err(error) = asked.await {
+        tracing::warn!(qemu = %settings.qemu.display(), %error, "QEMU cannot be run");
+    }
 }
 
 async fn disk_sizes(vm: &Vm, definition: &Definition) -> Result<Vec<OfferedDisk>> {
@@ -286,41 +289,10 @@ fn check_resources(
     refusals
 }
 
-/// Runs a QEMU that only tells of itself.
-async fn ask(binary: &Path, arguments: &[&str]) -> io::Result<String> {
-    let mut child = Command::new(binary)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .kill_on_drop(true)
-        .spawn()?;
-    let mut text = String::new();
-    let read = async {
-        if let Some(output) = child.stdout.take() {
-            output.take(MAX_HELP).read_to_string(&mut text).await?;
-        }
-        Ok(text)
-    };
-    let late = |_| io::Error::new(io::ErrorKind::TimedOut, "it did not answer in time");
-    tokio::time::timeout(PATIENCE, read).await.map_err(late)?
-}
-
-fn parse_version(text: &str) -> Option<Version> {
-    let rest = text.strip_prefix("QEMU emulator version ")?;
-    let word = rest.split([' ', '\n']).next()?;
-    let mut numbers = word.split('.').map(|number| number.parse().ok());
-    Some(Version {
-        major: numbers.next()??,
-        minor: numbers.next()??,
-        micro: numbers.next()??,
-    })
-}
-
 async fn check_machine(definition: &Definition, settings: &LaunchSettings) -> Option<Refusal> {
     let binary = settings.binary(definition);
     let host = &settings.host;
-    let help = match ask(binary, &["-machine", "help"]).await {
+    let help = match binary::machines(binary).await {
         Ok(help) => help,
         Err(error) => {
             return Some(Refusal::new(

@@ -147,7 +147,7 @@ fn by_stock(setup: &Setup, hosts: &Hosts, stock: Stock, span: Duration) -> Resul
     let ballast = Ballast::take(machine.memory + SPARE);
     std::thread::sleep(SETTLE);
     let wire = watch_wire(hosts)?;
-    ballast.release();
+    let _held = ballast.release();
     let begun = SystemTime::now();
     let mut destination = machine.start(&hosts.b, qemu, true)?;
     destination.listen(&console, At::Destination)?;
@@ -187,7 +187,7 @@ fn by_transhume(setup: &Setup, hosts: &Hosts, span: Duration) -> Result<Measured
     std::thread::sleep(SETTLE);
     let wire = watch_wire(hosts)?;
     let destination = b.vm_folder(&machine.name).join("serial.sock");
-    ballast.release();
+    let _held = ballast.release();
     let begun = SystemTime::now();
     let ended = std::thread::scope(|scope| {
         // The socket is there once the destination's QEMU is.

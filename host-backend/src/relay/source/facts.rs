@@ -8,7 +8,7 @@ use transhume_protocol::link::{Control, Offer, OfferedDisk};
 
 use crate::hypervisor::layout::{Layout, Region};
 use crate::hypervisor::{Vm, preflight};
-use crate::link::{Connection, PATIENCE};
+use crate::link::{self, Connection, PATIENCE};
 use crate::pages::digest;
 use crate::relay::Error;
 
@@ -62,7 +62,8 @@ impl fmt::Display for Plan {
 pub(super) struct Facts {
     pub(super) offer: Offer,
     pub(super) layout: Vec<Region>,
-    pub(super) capabilities: Vec<String>,
+    /// QEMU's migration capabilities, and their states.
+    pub(super) capabilities: Vec<(String, bool)>,
     /// Whether vCPUs run; a paused VM stays paused.
     pub(super) running: bool,
 }
@@ -80,6 +81,7 @@ pub(super) async fn examine(vm: &Vm, from: &str, dry_run: bool) -> Result<Facts,
             vm.name()
         )));
     }
+    refuse_virtio_mem(vm).await?;
     let layout = Layout::read(qmp).await.map_err(Error::refused)?;
     let capabilities = qmp.migrate_capabilities().await.map_err(Error::refused)?;
     let vm_offer = preflight::Offer::of(vm).await.map_err(Error::refused)?;
@@ -99,7 +101,6 @@ pub(super) async fn examine(vm: &Vm, from: &str, dry_run: bool) -> Result<Facts,
         running: status.running,
         dry_run,
     };
-    let capabilities = capabilities.into_iter().map(|(name, _)| name).collect();
     let layout = layout.regions().to_vec();
     Ok(Facts {
         offer,
@@ -107,6 +108,29 @@ pub(super) async fn examine(vm: &Vm, from: &str, dry_run: bool) -> Result<Facts,
         capabilities,
         running: status.running,
     })
+}
+
+/// Memory of a virtio-mem device comes and goes while the stream goes on: QEMU sends what of it there is
+/// ahead of all memory (`vmstate_virtio_mem_device_early`), which the relay does not read.
+async fn refuse_virtio_mem(vm: &Vm) -> Result<(), Error> {
+    #[derive(Deserialize)]
+    struct Device {
+        #[serde(rename = "type")]
+        kind: String,
+    }
+    let devices: Vec<Device> = vm
+        .qmp()
+        .query("query-memory-devices", serde_json::Value::Null)
+        .await
+        .map_err(Error::refused)?;
+    if devices.iter().any(|device| device.kind == "virtio-mem") {
+        return Err(Error::refused(format!(
+            "{} has a virtio-mem device, which Transhume cannot move; unplug it (device_del), or give the VM \
+             its memory at the start",
+            vm.name()
+        )));
+    }
+    Ok(())
 }
 
 fn random() -> Result<[u8; 8], Error> {
@@ -124,14 +148,20 @@ pub(super) struct Accepted {
 }
 
 /// Offers the VM to a peer. Blocks.
-pub(super) fn negotiate(address: &str, offer: Offer, has_ack: bool) -> Result<Accepted, Error> {
-    let mut connection = Connection::open(address).map_err(Error::refused)?;
+pub(super) fn negotiate(
+    to: &str,
+    address: &str,
+    offer: Offer,
+    has_ack: bool,
+) -> Result<Accepted, Error> {
+    let failed = |error| no_agreement(to, address, error);
+    let mut connection = Connection::open(address).map_err(failed)?;
     connection
         .send(&Control::Offer(Box::new(offer)))
-        .map_err(Error::refused)?;
+        .map_err(failed)?;
     match connection
         .receive(LOOK_PATIENCE.max(PATIENCE))
-        .map_err(Error::refused)?
+        .map_err(failed)?
     {
         Control::Accepted {
             qemu,
@@ -142,8 +172,17 @@ pub(super) fn negotiate(address: &str, offer: Offer, has_ack: bool) -> Result<Ac
             switchover_ack: switchover_ack && has_ack,
         }),
         Control::Refused { reasons } => Err(Error::Refused { reasons }),
-        _ => Err(Error::refused(
-            "the other host answered an offer with something else",
+        _ => Err(failed(link::Error::Unexpected("no answer to an offer"))),
+    }
+}
+
+fn no_agreement(to: &str, address: &str, error: link::Error) -> Error {
+    match error {
+        // It names the address and what to look at.
+        link::Error::Connect { .. } => Error::refused(error),
+        error => Error::refused(format!(
+            "no agreement with {to} ({address}): {error}; see `journalctl -u transhumed` on {to}, and whether \
+             both hosts have the same version of Transhume"
         )),
     }
 }

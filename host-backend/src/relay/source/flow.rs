@@ -21,6 +21,8 @@ use crate::relay::error::RelayError;
 
 /// Bytes of page data that wait to be sent, at most.
 const QUEUE_LIMIT: usize = 4 << 20;
+/// With so many of them the link is busy for some milliseconds.
+const QUEUE_ENOUGH: usize = 512 << 10;
 /// Batches that wait, at most: each keeps a whole buffer, however little of it is to be sent.
 const QUEUE_BATCHES: usize = 32;
 /// Bytes of batches on their way: sent, but not yet worked off by the destination.
@@ -112,6 +114,15 @@ impl State {
         self.retained.len() * BUFFER_LEN
     }
 
+    /// Bytes of pages that were not sent, or only referred to.
+    fn owed(&self) -> u64 {
+        let unsettled = self
+            .retained
+            .values()
+            .map(|batch| u64::from(batch.unsettled));
+        unsettled.sum::<u64>() * PAGE_LEN as u64 + self.queued_data as u64
+    }
+
     fn queue_is_full(&self) -> bool {
         self.queued_data >= QUEUE_LIMIT || self.queue.len() >= QUEUE_BATCHES
     }
@@ -189,7 +200,8 @@ impl Flow {
                 return Ok(BUFFER_LEN / PAGE_LEN);
             }
             state.limited = true;
-            if !state.queue_is_full() {
+            // As long as the link has enough to do, waiting for a disk costs nothing.
+            if state.queued_data < QUEUE_ENOUGH && !state.queue_is_full() {
                 return Ok(0);
             }
             state = self.wait(state);
@@ -391,6 +403,20 @@ impl Flow {
         }
         self.changed.notify_all();
         Ok(counts)
+    }
+
+    /// Waits until the destination is no further behind than so many bytes of pages. QEMU can pause the VM
+    /// only once it could write the rest, so what is owed then is bounded by this.
+    pub(super) fn wait_for_peer(&self, most: u64) -> Result<(), RelayError> {
+        let mut state = self.lock();
+        while !state.stopped && state.owed() + self.window.out() > most {
+            state = self.wait(state);
+        }
+        if state.stopped {
+            Err(RelayError::Stopped)
+        } else {
+            Ok(())
+        }
     }
 
     /// Whether the destination has nearly everything that QEMU sent so far: a switch-over now would

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use serde_json::json;
 use tokio::sync::{broadcast, watch};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use transhume_protocol::link::{Control, encode_control};
@@ -13,8 +12,9 @@ use super::facts::{self, Accepted, Facts, Plan};
 use super::flow::{Flow, Next};
 use super::hints::Hints;
 use super::report::Reports;
+use super::settings::{self, Before};
 use super::shared::Shared;
-use super::switchover::{FIRST_LIMIT_MS, Switchover};
+use super::switchover::Switchover;
 use crate::guest::DiskName;
 use crate::hypervisor::qmp::Event;
 use crate::hypervisor::{self, Vm};
@@ -32,19 +32,6 @@ const POLL: Duration = Duration::from_millis(25);
 const QEMU_PATIENCE: Duration = Duration::from_secs(15);
 /// How long a silent destination is asked what became of the VM.
 const QUERY_PATIENCE: Duration = Duration::from_secs(30);
-/// More than any link carries, in bytes a second: the relay sets the pace.
-const UNLIMITED: u64 = 1 << 40;
-/// Capabilities that would change the stream into one that the relay does not read.
-const OFF: [&str; 7] = [
-    "multifd",
-    "mapped-ram",
-    "xbzrle",
-    "compress",
-    "x-ignore-shared",
-    "postcopy-ram",
-    "rdma-pin-all",
-];
-
 /// A migration to be done.
 pub struct Request {
     /// The VM, which runs here.
@@ -108,9 +95,10 @@ pub async fn migrate(
     let has_ack = facts
         .capabilities
         .iter()
-        .any(|name| name == "switchover-ack");
-    let (address, offer) = (request.address.clone(), facts.offer.clone());
-    let accepted = blocking(move || facts::negotiate(&address, offer, has_ack)).await?;
+        .any(|(name, _)| name == "switchover-ack");
+    let (to, address) = (request.to.clone(), request.address.clone());
+    let offer = facts.offer.clone();
+    let accepted = blocking(move || facts::negotiate(&to, &address, offer, has_ack)).await?;
     if request.dry_run {
         return Ok(Outcome::Planned(plan(&request, &facts, &accepted)));
     }
@@ -158,6 +146,7 @@ struct Migration {
     progress: Arc<Progress>,
     shared: Option<Arc<Shared>>,
     reports: Option<Reports>,
+    before: Option<Before>,
     /// Ends the link while no relay runs on it.
     closer: Option<Closer>,
 }
@@ -170,6 +159,7 @@ impl Migration {
             progress,
             shared: None,
             reports: None,
+            before: None,
             closer: None,
         }
     }
@@ -192,7 +182,10 @@ impl Migration {
         };
         let (sender, receiver, closer) = connection.split();
         self.closer = Some(closer.clone());
-        self.set_up_qemu(accepted.switchover_ack).await?;
+        let known = &self.facts.capabilities;
+        let before =
+            settings::set_up(self.request.vm.qmp(), known, accepted.switchover_ack).await?;
+        self.before = Some(before);
         tokio::select! {
             () = reports.first(REPORT_PATIENCE) => {}
             () = cancelled(cancel) => return Err(Stop::Cancelled),
@@ -262,29 +255,6 @@ impl Migration {
             Ok(Err(cause)) => Err(Stop::Failed(cause)),
             Err(error) => Err(Stop::Failed(error.to_string())),
         }
-    }
-
-    async fn set_up_qemu(&self, switchover_ack: bool) -> Result<(), Stop> {
-        let qmp = self.request.vm.qmp();
-        let known = |name: &&str| self.facts.capabilities.iter().any(|known| known == name);
-        let mut capabilities: Vec<(&str, bool)> = OFF
-            .iter()
-            .filter(|name| known(name))
-            .map(|&name| (name, false))
-            .collect();
-        // With it QEMU learns of an error at the destination, and the VM runs on here.
-        capabilities.push(("return-path", true));
-        capabilities.push(("events", true));
-        if known(&"switchover-ack") {
-            capabilities.push(("switchover-ack", switchover_ack));
-        }
-        qmp.migrate_set_capabilities(&capabilities).await?;
-        qmp.migrate_set_parameters(json!({
-            "max-bandwidth": UNLIMITED,
-            "downtime-limit": FIRST_LIMIT_MS,
-        }))
-        .await?;
-        Ok(())
     }
 
     /// Lets QEMU migrate into a socket of ours.
@@ -498,6 +468,9 @@ impl Migration {
         } else {
             self.run_again().await
         };
+        if let Some(before) = self.before.take() {
+            before.restore(qmp).await;
+        }
         let host = self.request.from.clone();
         match stop {
             Stop::Cancelled => {

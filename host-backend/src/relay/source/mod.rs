@@ -11,6 +11,7 @@ mod flow;
 mod hints;
 mod migration;
 mod report;
+mod settings;
 mod shared;
 mod steer;
 mod stream;

@@ -84,10 +84,19 @@ impl Reports {
     /// Ends the listening; what people should know of it.
     pub(super) fn finish(&self) -> Vec<String> {
         self.stop.store(true, Ordering::Relaxed);
-        self.remarks
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        let remarks = || {
+            self.remarks
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone()
+        };
+        if !*self.first.borrow() && remarks().is_empty() {
+            self.remark(
+                "the guest's agent sent no report of its page cache: all memory crossed the link"
+                    .to_owned(),
+            );
+        }
+        remarks()
     }
 }
 

@@ -108,12 +108,8 @@ impl Steer {
             .then(|| self.on_disk.get(chunk?).copied())
             .flatten()?;
         let to_disk = match (here, demand) {
-            (here, _) if !self.whole => {
-                if here {
-                    return None;
-                }
-                true
-            }
+            (false, _) if !self.whole && room => true,
+            (_, _) if !self.whole => return None,
             (true, Demand::Pages) => false,
             (true, Demand::Nothing) if !room => false,
             (false, Demand::Rest) if room => true,

@@ -13,6 +13,7 @@ use super::buffers::{BUFFER_LEN, Buffer, Pool};
 use super::flow::{Content, Outgoing};
 use super::shared::Shared;
 use super::steer::Steer;
+use super::switchover::ASSUMED_RATE;
 use crate::pages::bitmap::Bitmap;
 use crate::pages::digest::Digester;
 use crate::pages::hints::HintTable;
@@ -25,6 +26,10 @@ use crate::relay::progress::Counter;
 const READ_LEAST: usize = 64 * 1024;
 /// A batch that is not full is held so long for more: small ones cost much and compress badly.
 const HOLD: Duration = Duration::from_millis(5);
+/// How far the destination may be behind when the VM could be paused, in time of the link, and in bytes.
+const NEAR: Duration = Duration::from_millis(40);
+const NEAR_LEAST: f64 = 512.0 * 1024.0;
+const NEAR_MOST: f64 = 8.0 * 1024.0 * 1024.0;
 /// Length of a page in a request.
 const PAGE_LENGTH: u32 = 4096;
 /// Opaque bytes go on in pieces of this length.
@@ -42,6 +47,8 @@ pub(super) struct StreamReader {
     pool: Arc<Pool>,
     /// Pages that QEMU sent at least once, a bitmap a block.
     sent: Vec<Bitmap>,
+    /// Pages that QEMU has not sent yet.
+    unsent: u64,
     last_sent: LastSent,
     table: Arc<HintTable>,
     cursor: usize,
@@ -78,6 +85,7 @@ impl StreamReader {
             decoder: Decoder::new(),
             pool: Arc::new(Pool::default()),
             sent: Vec::new(),
+            unsent: 0,
             last_sent: LastSent::default(),
             at: PageKey { block: 0, page: 0 },
             steer: None,
@@ -126,10 +134,29 @@ impl StreamReader {
             used = 0;
             if !self.final_section {
                 self.steer()?;
+                self.stay_near()?;
             }
             self.begin_batch()?;
             begun = Instant::now();
         }
+    }
+
+    /// Keeps the destination from falling behind by more than QEMU has still to send for the first time:
+    /// from the end of the first scan on the VM can be paused at any moment, and what is owed then is
+    /// downtime.
+    fn stay_near(&self) -> Result<(), RelayError> {
+        if self.sent.is_empty() {
+            return Ok(());
+        }
+        let rate = self.shared.rate().unwrap_or(ASSUMED_RATE);
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "clamped"
+        )]
+        let near = (rate * NEAR.as_secs_f64()).clamp(NEAR_LEAST, NEAR_MOST) as u64;
+        let unsent = self.unsent.saturating_mul(PAGE_SIZE as u64);
+        self.shared.flow.wait_for_peer(near.max(unsent))
     }
 
     /// Moves QEMU's scan to where disk and link are both busy.
@@ -272,9 +299,12 @@ impl StreamReader {
 
     fn mark_sent(&mut self, key: PageKey) -> bool {
         self.at = key;
-        self.sent
+        let first = self
+            .sent
             .get_mut(usize::from(key.block))
-            .is_some_and(|sent| sent.insert(key.page))
+            .is_some_and(|sent| sent.insert(key.page));
+        self.unsent = self.unsent.saturating_sub(u64::from(first));
+        first
     }
 
     fn page(&mut self, page: Page, data: &[u8; PAGE_SIZE], offset: usize) {
@@ -316,7 +346,8 @@ impl StreamReader {
             .map(|block| Bitmap::new(block.length / PAGE_SIZE as u64))
             .collect();
         let pages = blocks.iter().map(|block| block.length / PAGE_SIZE as u64);
-        self.last_sent = LastSent::new(pages.fold(0, u64::saturating_add));
+        self.unsent = pages.fold(0, u64::saturating_add);
+        self.last_sent = LastSent::new(self.unsent);
         let section = self.decoder.ram_section().unwrap_or_default();
         self.batch.builder.blocks(
             section,

@@ -20,7 +20,7 @@ use crate::relay::progress::Counter;
 /// much gets nearer to what a stock migration allows.
 const GOALS_MS: [(u64, f64); 3] = [(4, 80.0), (8, 150.0), (u64::MAX, 300.0)];
 /// Rate of a link that has not been measured yet, in bytes a second.
-const ASSUMED_RATE: f64 = 100e6;
+pub(super) const ASSUMED_RATE: f64 = 100e6;
 /// The limit for the start, when nothing is known, in milliseconds.
 pub(super) const FIRST_LIMIT_MS: u64 = 5;
 
