@@ -269,9 +269,7 @@ impl Prepared {
             .definition
             .to_toml()
             .map_err(|error| error.to_string())?;
-        std::fs::create_dir_all(folder)
-            .and_then(|()| std::fs::write(folder.join("definition.toml"), text))
-            .and_then(|()| recovery::mark(folder, Mark::Waiting, offer.job))
+        recovery::begin(folder, &text, offer.job)
             .map_err(|error| format!("{}: {error}", folder.display()))?;
         let launched = timeout(
             START_PATIENCE,

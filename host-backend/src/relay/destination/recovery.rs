@@ -13,6 +13,7 @@ use crate::hypervisor::{Definition, Error, LaunchSettings, Vm};
 
 const MARK: &str = "incoming";
 const LAST: &str = "arrived";
+const DEFINITION: &str = "definition.toml";
 /// How often, and after which time each, a QEMU that answers wrongly is looked at again.
 const ENDING_LOOKS: u32 = 20;
 const ENDING_GLANCE: Duration = Duration::from_millis(100);
@@ -43,6 +44,14 @@ pub(super) fn mark(folder: &Path, mark: Mark, job: u64) -> io::Result<()> {
         Mark::Committed { runs: false } => "committed-paused",
     };
     write(&folder.join(MARK), &format!("{word} {job:016x}\n"))
+}
+
+/// Notes, in a folder that is made for it, that a VM is about to arrive: the mark first, so that whatever
+/// is in the folder is known to be an arriving VM's.
+pub(super) fn begin(folder: &Path, definition: &str, job: u64) -> io::Result<()> {
+    std::fs::create_dir_all(folder)?;
+    mark(folder, Mark::Waiting, job)?;
+    write(&folder.join(DEFINITION), definition)
 }
 
 /// Notes that the daemon knows the VM, and which migration brought it.
@@ -102,6 +111,9 @@ pub async fn recover(settings: &LaunchSettings) -> Vec<Vm> {
         .collect();
     for folder in folders {
         let Some((mark, job)) = read(&folder) else {
+            // What was made for a mark that did not come any more; a folder in use is not empty.
+            let _ = std::fs::remove_file(folder.join(MARK).with_extension("new"));
+            let _ = std::fs::remove_dir(&folder);
             continue;
         };
         match recover_one(settings, &folder, mark).await {
@@ -128,7 +140,13 @@ async fn recover_one(
     folder: &Path,
     mark: Mark,
 ) -> Result<Option<Vm>, Error> {
-    let text = std::fs::read_to_string(folder.join("definition.toml")).unwrap_or_default();
+    let path = folder.join(DEFINITION);
+    if mark == Mark::Waiting && !path.exists() {
+        // Its QEMU was not started: that is done with a definition.
+        std::fs::remove_dir_all(folder).map_err(|error| Error::file("remove", folder, error))?;
+        return Ok(None);
+    }
+    let text = std::fs::read_to_string(path).unwrap_or_default();
     let definition = Definition::parse(&text)?;
     let files = settings.files(&definition.name);
     let qmp = files.qmp();
@@ -194,5 +212,36 @@ mod tests {
         clear(folder).unwrap();
         std::fs::write(folder.join(MARK), "waiting nothing").unwrap();
         assert_eq!(read(folder), None);
+    }
+
+    #[tokio::test]
+    async fn whatever_was_made_for_an_arrival_goes() {
+        let run = tempfile::tempdir().unwrap();
+        let vms = run.path().join("vms");
+        let cut_off = |name: &str, files: &[&str]| {
+            std::fs::create_dir_all(vms.join(name)).unwrap();
+            for file in files {
+                std::fs::write(vms.join(name).join(file), "").unwrap();
+            }
+        };
+        cut_off("empty", &[]);
+        cut_off("unmarked", &["incoming.new"]);
+        cut_off("marked", &["definition.new"]);
+        mark(&vms.join("marked"), Mark::Waiting, 7).unwrap();
+        begin(&vms.join("defined"), "name = \"", 7).unwrap();
+        cut_off("in-use", &["definition.toml"]);
+        let settings = LaunchSettings {
+            host: "hosta".into(),
+            run_directory: run.path().into(),
+            qemu: "qemu-system-x86_64".into(),
+        };
+        assert!(recover(&settings).await.is_empty());
+        let mut left: Vec<_> = std::fs::read_dir(&vms)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        left.sort();
+        // What cannot be read is left for a person to look at.
+        assert_eq!(left, ["defined", "in-use"]);
     }
 }
