@@ -11,7 +11,7 @@ const BACKLOG: usize = 256 * 1024;
 /// With at least so many at both ends of a span, the link was busy throughout.
 const BUSY: usize = 32 * 1024;
 /// How long a link that limited is taken to do so still.
-const LIMITS: Duration = Duration::from_secs(1);
+const LIMITS: Duration = Duration::from_secs(3);
 /// What remains of earlier measurements with each new one.
 const FADE: f64 = 0.95;
 
