@@ -2,12 +2,11 @@
 //! memory right, when the operator did what the command said.
 
 use super::micro::{Life, Micro, NAME, Qemus};
-use super::pair::{At, Pair};
+use super::pair::{At, NEWEST, Pair};
 use super::transhume::{Answer, ask};
 use super::{Bed, Scenario};
 use crate::cleanup::still_time;
 use crate::error::check;
-use crate::packages::Qemu;
 use crate::{Error, Result};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Write};
@@ -15,8 +14,9 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 const LIMIT: Duration = Duration::from_secs(300);
-/// Neither can hold the switch-over back: it is longer, and easier to hit.
-const OLD: Qemus = (Qemu::V7_2, Qemu::V7_2);
+/// Not QEMU 7.2: a second migration after one that failed has ended that, rarely and without a word
+/// (see the README's limits), and here each guest moves on afterwards.
+const QEMUS: Qemus = NEWEST;
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
@@ -75,7 +75,7 @@ enum Victim {
 
 fn each(bed: &Bed, victim: Victim, moments: &[Moment]) -> Result<()> {
     for moment in moments {
-        let mut pair = Pair::new(bed, OLD, Some(1000))?;
+        let mut pair = Pair::new(bed, QEMUS, Some(1000))?;
         let outcome = one(&mut pair, victim, *moment).map_err(|error| {
             pair.with_logs(Error::Check(format!("{victim:?} at {moment:?}: {error}")))
         })?;
