@@ -1,4 +1,4 @@
-//! What is done to every page: its digest, its place in the guest's report, what was sent last.
+//! What is done to every page: its digest, and the look at what was sent last.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;

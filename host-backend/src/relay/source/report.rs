@@ -211,9 +211,12 @@ struct FirstReport {
 impl FirstReport {
     /// What is new in a report, when it is enough.
     fn part<'a>(&mut self, ranges: &'a [GuestRange]) -> Option<&'a [GuestRange]> {
+        if self.parts >= MOST_PARTS {
+            return None;
+        }
         let new = self.rest(ranges);
         let pages: u64 = new.iter().map(|range| u64::from(range.pages)).sum();
-        if pages < PART_PAGES || self.parts >= MOST_PARTS {
+        if pages < PART_PAGES {
             return None;
         }
         self.parts += 1;
