@@ -7,6 +7,7 @@ use super::transhume::{Answer, ask};
 use super::{Bed, Scenario};
 use crate::cleanup::still_time;
 use crate::error::check;
+use crate::packages::Qemu;
 use crate::{Error, Result};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Write};
@@ -14,9 +15,8 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 const LIMIT: Duration = Duration::from_secs(300);
-/// Not QEMU 7.2: a second migration after one that failed has ended that, rarely and without a word
-/// (see the README's limits), and here each guest moves on afterwards.
-const QEMUS: Qemus = NEWEST;
+/// Neither can hold the switch-over back: it is longer, and easier to hit.
+const OLD: Qemus = (Qemu::V7_2, Qemu::V7_2);
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
@@ -74,9 +74,15 @@ enum Victim {
 }
 
 fn each(bed: &Bed, victim: Victim, moments: &[Moment]) -> Result<()> {
-    for moment in moments {
-        let mut pair = Pair::new(bed, QEMUS, Some(1000))?;
-        let outcome = one(&mut pair, victim, *moment).map_err(|error| {
+    for (qemus, moment) in [OLD, NEWEST]
+        .into_iter()
+        .flat_map(|qemus| moments.iter().map(move |moment| (qemus, moment)))
+    {
+        let mut pair = Pair::new(bed, qemus, Some(1000))?;
+        // A second migration after one that failed has ended QEMU 7.2, rarely and without a word: see the
+        // README's limits.
+        let moves_on = qemus == NEWEST;
+        let outcome = one(&mut pair, victim, *moment, moves_on).map_err(|error| {
             pair.with_logs(Error::Check(format!("{victim:?} at {moment:?}: {error}")))
         })?;
         println!("  {victim:?} at {moment:?}: {outcome}");
@@ -125,7 +131,7 @@ impl Watch {
     }
 }
 
-fn one(pair: &mut Pair<'_>, victim: Victim, moment: Moment) -> Result<String> {
+fn one(pair: &mut Pair<'_>, victim: Victim, moment: Moment, moves_on: bool) -> Result<String> {
     let micro = Micro {
         machine: "pc".into(),
         parameters: "cache=48M data=24M zero=16M rate=16M".into(),
@@ -153,7 +159,9 @@ fn one(pair: &mut Pair<'_>, victim: Victim, moment: Moment) -> Result<String> {
     };
     runs.map_err(|error| Error::Check(format!("{error}\nafter {answer}")))?;
     // And it can be moved from where it is.
-    move_on(pair, at, &mut life)?;
+    if moves_on {
+        move_on(pair, at, &mut life)?;
+    }
     Ok(format!(
         "in phase {phase}; exit code {}, it ran on at {}",
         answer.code,
