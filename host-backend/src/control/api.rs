@@ -45,6 +45,11 @@ pub enum Request {
         /// As if power were cut.
         force: bool,
     },
+    /// Halt a VM's CPUs: answered by [`Response::Vm`].
+    VmPause {
+        /// Which.
+        name: String,
+    },
     /// Run a VM that stands still: answered by [`Response::Vm`].
     VmResume {
         /// Which.

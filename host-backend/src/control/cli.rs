@@ -109,6 +109,15 @@ enum VmCommand {
         #[arg(long)]
         force: bool,
     },
+    /// Halt a VM's CPUs; its memory and devices stay as they are
+    ///
+    /// It can be moved while it is paused, and stays paused at the other host. `transhume vm resume` lets it run
+    /// again.
+    #[command(after_help = "Example:\n  transhume vm pause web1")]
+    Pause {
+        /// The VM
+        name: String,
+    },
     /// Let a VM run that stands still
     ///
     /// After a migration whose outcome was not known: only when you have seen that the other host does not
@@ -287,6 +296,9 @@ impl VmCommand {
             Self::Stop { name, force } => Request::VmStop {
                 name: check_name(name)?,
                 force: *force,
+            },
+            Self::Pause { name } => Request::VmPause {
+                name: check_name(name)?,
             },
             Self::Resume { name } => Request::VmResume {
                 name: check_name(name)?,

@@ -145,6 +145,7 @@ impl Daemon {
             Request::VmList => Ok(self.list().await),
             Request::VmShow { name } => self.show(&name).await,
             Request::VmStop { name, force } => self.stop(&name, force).await,
+            Request::VmPause { name } => self.pause(&name).await,
             Request::VmResume { name } => self.resume(&name).await,
             Request::Migrate { name, to, dry_run } => self.migrate(&name, &to, dry_run),
             Request::JobList => Ok(Response::Jobs(
@@ -366,6 +367,24 @@ impl Daemon {
         Ok(Response::Done(format!("{name} has stopped.")))
     }
 
+    async fn pause(&self, name: &str) -> Result<Response> {
+        self.refuse_while_moving(name)?;
+        let vm = self.table.here(name)?;
+        let status = vm.qmp().status().await?;
+        if !status.running {
+            return Err(Error::refused(
+                format!(
+                    "{name} does not run: QEMU says that it is \"{}\"",
+                    status.status
+                ),
+                "there is nothing to do",
+            ));
+        }
+        tracing::info!(vm = name, "the operator pauses it");
+        vm.qmp().stop().await?;
+        Ok(Response::Vm(Box::new(self.info(&vm).await)))
+    }
+
     async fn resume(&self, name: &str) -> Result<Response> {
         self.refuse_while_moving(name)?;
         let vm = self.table.here(name)?;
@@ -515,6 +534,10 @@ impl destination::Host for Door {
 
     fn reserve(&self, vm: &str) -> std::result::Result<(), String> {
         self.0.table.reserve(vm).map_err(|error| error.to_string())
+    }
+
+    fn is_coming(&self, vm: &str) -> bool {
+        self.0.table.is_coming(vm)
     }
 
     fn release(&self, vm: &str) {

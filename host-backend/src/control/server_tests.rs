@@ -88,6 +88,7 @@ async fn refuses_with_cause_and_cure() {
             name: name(),
             force: true,
         },
+        Request::VmPause { name: name() },
         Request::VmResume { name: name() },
         Request::Migrate {
             name: name(),

@@ -101,6 +101,11 @@ impl Table {
         })
     }
 
+    /// Whether a name is kept for a VM that is not here yet.
+    pub(super) fn is_coming(&self, name: &str) -> bool {
+        matches!(self.lock().entries.get(name), Some(Entry::Coming))
+    }
+
     /// Gives a kept name back.
     pub(super) fn release(&self, name: &str) {
         let mut inner = self.lock();

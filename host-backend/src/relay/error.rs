@@ -1,5 +1,7 @@
 //! What can end a migration.
 
+use std::fmt;
+
 use thiserror::Error as ThisError;
 
 /// What an error means for the VM.
@@ -15,6 +17,24 @@ pub enum ErrorKind {
     Unresolved,
 }
 
+/// What a VM does at the source that was not moved after all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stays {
+    /// As it did before.
+    Running,
+    /// As it was before.
+    Paused,
+}
+
+impl fmt::Display for Stays {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Running => "runs on",
+            Self::Paused => "stays paused",
+        })
+    }
+}
+
 /// Why a migration did not come to its end.
 #[derive(Debug, ThisError)]
 pub enum Error {
@@ -25,18 +45,22 @@ pub enum Error {
         reasons: Vec<String>,
     },
     /// The operator ended it.
-    #[error("the migration was cancelled; the VM runs on at {host}")]
+    #[error("the migration was cancelled; the VM {stays} at {host}")]
     Cancelled {
         /// The source.
         host: String,
+        /// What it does there.
+        stays: Stays,
     },
     /// It failed before the hand-over.
-    #[error("the migration failed: {cause}\nThe VM runs on at {host}; {cure}.")]
+    #[error("the migration failed: {cause}\nThe VM {stays} at {host}; {cure}.")]
     Failed {
         /// What happened.
         cause: String,
         /// The source.
         host: String,
+        /// What it does there.
+        stays: Stays,
         /// What to do.
         cure: String,
     },

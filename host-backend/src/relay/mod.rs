@@ -14,4 +14,4 @@ pub mod progress;
 pub mod source;
 mod threads;
 
-pub use error::{Error, ErrorKind};
+pub use error::{Error, ErrorKind, Stays};

@@ -1,6 +1,7 @@
 //! Whatever fails at whatever moment of a migration: afterwards the guest runs exactly once, with its
 //! memory right, when the operator did what the command said.
 
+use super::die::sigkill;
 use super::micro::{Life, Micro, NAME, Qemus};
 use super::pair::{At, NEWEST, Pair};
 use super::transhume::{Answer, ask};
@@ -31,6 +32,22 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             about: "SIGKILL of the destination's transhumed in each phase",
             limit: LIMIT,
             run: |bed| each(bed, Victim::DestinationDaemon, &MOMENTS),
+        },
+        Scenario {
+            name: "die-any-moment-destination-qemu",
+            about: "SIGKILL of the destination's QEMU in the phases in which there is one",
+            limit: LIMIT,
+            run: |bed| {
+                each(
+                    bed,
+                    Victim::DestinationQemu,
+                    &[
+                        Moment::Phase("pre-copy"),
+                        Moment::Phase("switchover"),
+                        Moment::Phase("commit"),
+                    ],
+                )
+            },
         },
         Scenario {
             name: "die-any-moment-link",
@@ -70,6 +87,7 @@ const MOMENTS: [Moment; 7] = [
 enum Victim {
     SourceDaemon,
     DestinationDaemon,
+    DestinationQemu,
     Link,
 }
 
@@ -144,13 +162,30 @@ fn one(pair: &mut Pair<'_>, victim: Victim, moment: Moment, moves_on: bool) -> R
     match victim {
         Victim::SourceDaemon => pair.a.kill(),
         Victim::DestinationDaemon => pair.b.kill(),
+        Victim::DestinationQemu => {
+            for process in pair.qemus(At::B) {
+                sigkill(process)?;
+            }
+        }
         Victim::Link => pair.hosts.set_link(false)?,
     }
     let answer = command.end()?;
     match victim {
         Victim::SourceDaemon => pair.restart(At::A)?,
         Victim::DestinationDaemon => pair.restart(At::B)?,
+        Victim::DestinationQemu => {}
         Victim::Link => pair.hosts.set_link(true)?,
+    }
+    if matches!(victim, Victim::DestinationQemu) && answer.code == 0 {
+        // It was the guest's own QEMU by then.
+        check(phase != "pre-copy", || format!("Odd: {answer}"))?;
+        pair.wait("both hosts to have no such guest", || {
+            let gone = state(pair, At::A)?.is_none() && state(pair, At::B)?.is_none();
+            Ok(gone && pair.qemus(At::A).is_empty() && pair.qemus(At::B).is_empty())
+        })?;
+        return Ok(format!(
+            "in phase {phase}: it belonged to hostb, and is gone"
+        ));
     }
     let at = settle(pair, &answer)?;
     let runs = match at {

@@ -87,7 +87,7 @@ fn second_try(pair: &Pair<'_>, mut life: Life) -> Result<()> {
     pair.moves(At::A, &mut life).map(drop)
 }
 
-fn sigkill(process: i32) -> Result<()> {
+pub(super) fn sigkill(process: i32) -> Result<()> {
     kill(Pid::from_raw(process), Signal::SIGKILL).map_err(Error::system("kill a process"))
 }
 

@@ -1,8 +1,9 @@
 //! The main job on guests of all kinds: what a truthful agent names comes from disk, every page is
 //! right, and the guest can go back.
 
-use super::micro::{Micro, Qemus, qcow2_disk};
+use super::micro::{Micro, NAME, Qemus, qcow2_disk};
 use super::pair::{At, NEWEST, Pair};
+use super::transhume::{Answer, ask};
 use super::{Bed, Scenario};
 use crate::Result;
 use crate::error::check;
@@ -83,6 +84,11 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             "migrate-adopted",
             "a QEMU that was started by hand and adopted",
             adopted
+        ),
+        scenario!(
+            "migrate-paused",
+            "a paused guest stays paused, whether it moves or not, until it is resumed",
+            paused
         ),
         scenario!(
             "migrate-without-agent",
@@ -178,6 +184,38 @@ fn adopted(bed: &Bed) -> Result<()> {
         pair.moves(from, &mut life)?;
     }
     Ok(())
+}
+
+fn paused(bed: &Bed) -> Result<()> {
+    let pair = Pair::new(bed, NEWEST, Some(100))?;
+    let mut life = pair.boot(&Micro::new(bed)?)?;
+    let state = |at: At| ask(pair.daemon(at), &["vm", "show", NAME])?.expect(0);
+    let still = |answer: Answer| {
+        check(answer.word("/state")? == "paused", || {
+            format!("It is not paused: {answer}")
+        })
+    };
+    still(ask(&pair.a, &["vm", "pause", NAME])?.expect(0)?)?;
+    ask(&pair.a, &["vm", "pause", NAME])?.refused(3, &["does not run", "paused"])?;
+
+    let command = pair.begin_migration(At::A, &[])?;
+    let job = pair.in_pre_copy(At::A)?;
+    ask(&pair.a, &["job", "cancel", &job])?.expect(0)?;
+    command
+        .end()?
+        .refused(4, &["cancelled", "stays paused at hosta"])?;
+    still(state(At::A)?)?;
+
+    pair.hosts.shape(Some(1000))?;
+    let answer = pair.migrate(At::A, &[])?.expect(0)?;
+    let remarks = answer.value["summary"]["remarks"].to_string();
+    check(remarks.contains("paused, and with it its agent"), || {
+        format!("Nobody says that the agent cannot report: {answer}")
+    })?;
+    still(state(At::B)?)?;
+    ask(&pair.b, &["vm", "resume", NAME])?.expect(0)?;
+    pair.arrived(At::B, &mut life)
+        .map_err(|error| pair.with_logs(error))
 }
 
 fn without_agent(bed: &Bed) -> Result<()> {

@@ -204,6 +204,7 @@ fn names(bed: &Bed) -> Result<()> {
         (&["vm", "show", "web9"], &["web9", "vm list"]),
         (&["vm", "stop", "web9"], &["web9", "vm list"]),
         (&["vm", "resume", NAME], &["runs already"]),
+        (&["vm", "pause", "web9"], &["web9", "vm list"]),
         (&["job", "show", "77"], &["77", "job list"]),
         (&["job", "cancel", "77"], &["77", "job list"]),
     ] {

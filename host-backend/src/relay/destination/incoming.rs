@@ -3,7 +3,7 @@
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{broadcast, watch};
 use tokio::time::timeout;
@@ -14,16 +14,21 @@ use super::look::{self, Fit};
 use super::recovery::{self, Mark};
 use super::{Host, Outcomes, send};
 use crate::hypervisor::command_line::Start;
+use crate::hypervisor::definition::Definition;
 use crate::hypervisor::memory::GuestMemory;
 use crate::hypervisor::qmp::Event;
-use crate::hypervisor::{LaunchSettings, Vm, stream};
+use crate::hypervisor::{self, LaunchSettings, Vm, stream};
 use crate::link::{Connection, PATIENCE, START_PATIENCE};
 use crate::pages::digest::Digester;
 use crate::relay::error::RelayError;
 use crate::volume;
 
-/// How long QEMU may take to run the VM when told so.
-const RUN_PATIENCE: Duration = Duration::from_secs(5);
+/// How long QEMU may take to load the VM once all of it is there, and how often it is looked at.
+const LOAD_PATIENCE: Duration = Duration::from_secs(5);
+const LOAD_GLANCE: Duration = Duration::from_millis(1);
+/// How long an earlier migration of the VM may take to end, and how often it is looked at.
+const ENDING_PATIENCE: Duration = Duration::from_secs(2);
+const ENDING_GLANCE: Duration = Duration::from_millis(50);
 /// How long a QEMU that closed its socket may take to end.
 const END_PATIENCE: Duration = Duration::from_secs(2);
 /// How long the last words to the source may take.
@@ -63,22 +68,11 @@ pub(super) async fn take(
     outcomes: &Outcomes,
 ) -> Result<(), String> {
     let settings = host.launch_settings();
-    let fit = match look::at(&offer, &settings).await {
-        Ok(fit) => fit,
+    let (fit, mut reservation) = match admit(&offer, &host, &settings).await {
+        Ok(admitted) => admitted,
         Err(reasons) => return send(&mut connection, &Control::Refused { reasons }),
     };
     let name = fit.definition.name.clone();
-    let mut reservation = match Reservation::make(&host, &name) {
-        Ok(reservation) => reservation,
-        Err(reason) => {
-            return send(
-                &mut connection,
-                &Control::Refused {
-                    reasons: vec![reason],
-                },
-            );
-        }
-    };
     let accepted = Control::Accepted {
         qemu: fit.qemu,
         switchover_ack: fit.switchover_ack,
@@ -109,6 +103,7 @@ pub(super) async fn take(
         Ok(prepared) => prepared,
         Err(reason) => {
             tracing::warn!(vm = name, reason, "QEMU cannot be prepared");
+            let _ = outcome.send(Some(false));
             return send(&mut connection, &Control::Abort { reason });
         }
     };
@@ -168,6 +163,32 @@ pub(super) async fn take(
     Ok(())
 }
 
+/// Looks whether the VM fits here, and keeps its name; or why not. An earlier migration of it that has just
+/// failed may still be ending here: that is waited for.
+async fn admit(
+    offer: &Offer,
+    host: &Arc<dyn Host>,
+    settings: &LaunchSettings,
+) -> Result<(Fit, Reservation), Vec<String>> {
+    let name = Definition::parse(&offer.definition).map(|definition| definition.name);
+    let is_coming = || name.as_ref().is_ok_and(|name| host.is_coming(name));
+    let deadline = Instant::now() + ENDING_PATIENCE;
+    loop {
+        let was_coming = is_coming();
+        let refused = match look::at(offer, settings).await {
+            Ok(fit) => match Reservation::make(host, &fit.definition.name) {
+                Ok(reservation) => return Ok((fit, reservation)),
+                Err(reason) => vec![reason],
+            },
+            Err(reasons) => reasons,
+        };
+        if !was_coming || Instant::now() > deadline {
+            return Err(refused);
+        }
+        tokio::time::sleep(ENDING_GLANCE).await;
+    }
+}
+
 /// Waits for the source's commit, and for QEMU's or the relay's failure.
 async fn receive(
     engine: &Engine,
@@ -220,7 +241,8 @@ async fn abandon(vm: &Vm, outcome: &watch::Sender<Option<bool>>) {
     }
 }
 
-/// The source gave the VM up: it runs here from now on, or stays paused as it was there.
+/// The source gave the VM up: it runs here from now on, or stays paused as it was there. An error means
+/// that it never ran here, and goes back; a QEMU that ends when it is told to run it has lost it.
 async fn run(vm: &Vm, folder: &Path, offer: &Offer) -> Result<(), String> {
     let runs = offer.running;
     recovery::mark(folder, Mark::Committed { runs }, offer.job)
@@ -228,24 +250,25 @@ async fn run(vm: &Vm, folder: &Path, offer: &Offer) -> Result<(), String> {
     if !runs {
         return Ok(());
     }
-    let mut events = vm.qmp().events();
-    vm.qmp().cont().await.map_err(|error| error.to_string())?;
-    let resumed = async {
-        loop {
-            match events.recv().await {
-                Ok(event) if event.name == "RESUME" => return Ok(()),
-                Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
-                Err(broadcast::error::RecvError::Closed) => return Err("QEMU ended".to_owned()),
-            }
+    // QEMU answers `cont` at once while it still loads the VM, and may give it up afterwards.
+    let deadline = Instant::now() + LOAD_PATIENCE;
+    loop {
+        let status = vm.qmp().status().await.map_err(|error| error.to_string())?;
+        if status.status != "inmigrate" {
+            break;
         }
-    };
-    match timeout(RUN_PATIENCE, resumed).await {
-        Ok(result) => result,
-        Err(_) => match vm.qmp().status().await {
-            Ok(status) if status.running => Ok(()),
-            Ok(status) => Err(format!("QEMU stays in state \"{}\"", status.status)),
-            Err(error) => Err(error.to_string()),
-        },
+        if Instant::now() > deadline {
+            return Err("QEMU does not come to an end of loading the VM".to_owned());
+        }
+        tokio::time::sleep(LOAD_GLANCE).await;
+    }
+    match vm.qmp().cont().await {
+        Ok(()) => Ok(()),
+        Err(refused @ hypervisor::Error::Refused { .. }) => Err(refused.to_string()),
+        Err(error) => {
+            tracing::error!(vm = vm.name(), %error, "told to run; it may have, so it does not go back");
+            Ok(())
+        }
     }
 }
 

@@ -46,6 +46,8 @@ pub trait Host: Send + Sync + 'static {
     /// # Errors
     /// Why the name cannot be had, for people.
     fn reserve(&self, vm: &str) -> Result<(), String>;
+    /// Whether the name is kept for a VM that has not arrived.
+    fn is_coming(&self, vm: &str) -> bool;
     /// Gives the name back: the VM did not come.
     fn release(&self, vm: &str);
     /// The VM belongs to this host now.
@@ -86,9 +88,8 @@ impl Outcomes {
             tokio::time::timeout(DECISION_PATIENCE, receiver.wait_for(Option::is_some)).await;
         match decided {
             Ok(Ok(outcome)) => *outcome,
-            // Its task ended without a decision: it never took the VM.
-            Ok(Err(_)) => Some(false),
-            Err(_) => None,
+            // It cannot be decided, or not yet.
+            Ok(Err(_)) | Err(_) => None,
         }
     }
 }

@@ -20,9 +20,9 @@ use crate::hypervisor::qmp::Event;
 use crate::hypervisor::{self, Vm};
 use crate::link::{Closer, Connection, PATIENCE, START_PATIENCE};
 use crate::pages::digest::Digester;
-use crate::relay::Error;
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Downtime, Phase, Progress, Summary};
+use crate::relay::{Error, Stays};
 
 /// How long the first report of the page cache is waited for, once the destination is ready.
 const REPORT_PATIENCE: Duration = Duration::from_secs(3);
@@ -225,8 +225,14 @@ impl Migration {
                 size: disk.size,
             })
             .collect();
+        let socket = vm.agent_socket().map(PathBuf::from);
+        let agent = match socket {
+            _ if !self.facts.running => Err("the VM is paused, and with it its agent"),
+            None => Err("the VM has no agent channel"),
+            Some(socket) => Ok(socket),
+        };
         Reports::start(
-            vm.agent_socket().map(PathBuf::from),
+            agent,
             disks,
             self.facts.offer.job,
             Arc::clone(hints),
@@ -472,13 +478,18 @@ impl Migration {
             before.restore(qmp).await;
         }
         let host = self.request.from.clone();
+        let stays = if self.facts.running {
+            Stays::Running
+        } else {
+            Stays::Paused
+        };
         match stop {
             Stop::Cancelled => {
                 self.progress.enter(Phase::Cancelled);
                 if let Err(cause) = runs {
                     return self.not_running(format!("it was cancelled, and {cause}"));
                 }
-                Error::Cancelled { host }
+                Error::Cancelled { host, stays }
             }
             Stop::Failed(cause) => {
                 self.progress.enter(Phase::Failed);
@@ -490,7 +501,12 @@ impl Migration {
                     "when the cause is mended, try `transhume migrate {vm} --to {}` again",
                     self.request.to
                 );
-                Error::Failed { cause, host, cure }
+                Error::Failed {
+                    cause,
+                    host,
+                    stays,
+                    cure,
+                }
             }
         }
     }

@@ -34,9 +34,9 @@ pub(super) struct Reports {
 }
 
 impl Reports {
-    /// Starts to listen.
+    /// Starts to listen to an agent by its socket, or tells why there is none.
     pub(super) fn start(
-        socket: Option<PathBuf>,
+        agent: Result<PathBuf, &'static str>,
         disks: Vec<DiskName>,
         session: u64,
         hints: Arc<Hints>,
@@ -61,7 +61,7 @@ impl Reports {
         let thread = std::thread::Builder::new().name("relay-agent".to_owned());
         let spawned = thread.spawn(move || {
             let _entered = span.entered();
-            listener.run(socket, disks, session);
+            listener.run(agent, disks, session);
         });
         if let Err(error) = spawned {
             reports.remark(format!("the agent cannot be listened to: {error}"));
@@ -126,13 +126,16 @@ struct Listener {
 }
 
 impl Listener {
-    fn run(self, socket: Option<PathBuf>, disks: Vec<DiskName>, session: u64) {
-        let Some(socket) = socket else {
-            remark(
-                &self.remarks,
-                "the VM has no agent channel: all memory crosses the link".into(),
-            );
-            return;
+    fn run(self, agent: Result<PathBuf, &'static str>, disks: Vec<DiskName>, session: u64) {
+        let socket = match agent {
+            Ok(socket) => socket,
+            Err(reason) => {
+                remark(
+                    &self.remarks,
+                    format!("{reason}: all memory crosses the link"),
+                );
+                return;
+            }
         };
         let (mut agent, greeting) = match guest::connect(&socket, disks, session, HELLO_PATIENCE) {
             Ok(connected) => connected,

@@ -143,7 +143,7 @@ impl StreamReader {
 
     /// Keeps the destination from falling behind by more than QEMU has still to send for the first time:
     /// from the end of the first scan on the VM can be paused at any moment, and what is owed then is
-    /// downtime.
+    /// downtime. Once that is little, QEMU may switch over.
     fn stay_near(&self) -> Result<(), RelayError> {
         if self.sent.is_empty() {
             return Ok(());
@@ -156,7 +156,11 @@ impl StreamReader {
         )]
         let near = (rate * NEAR.as_secs_f64()).clamp(NEAR_LEAST, NEAR_MOST) as u64;
         let unsent = self.unsent.saturating_mul(PAGE_SIZE as u64);
-        self.shared.flow.wait_for_peer(near.max(unsent))
+        self.shared.flow.wait_for_peer(near.max(unsent))?;
+        if unsent == 0 {
+            self.shared.release_switchover()?;
+        }
+        Ok(())
     }
 
     /// Moves QEMU's scan to where disk and link are both busy.
