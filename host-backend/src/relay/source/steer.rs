@@ -19,10 +19,8 @@ use crate::pages::{PAGE_SIZE, PageKey};
 const CHUNK: u64 = 256;
 /// Smaller blocks, in bytes, are not worth it.
 const LEAST: u64 = 64 << 20;
-/// Pause between two moves: QEMU follows in some milliseconds. It is shorter while the scan must be kept
-/// from memory that nobody named yet.
+/// Pause between two moves: QEMU follows in some milliseconds.
 const PAUSE: Duration = Duration::from_millis(10);
-const SHORT_PAUSE: Duration = Duration::from_millis(4);
 
 /// What the link needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,8 +115,7 @@ impl Steer {
             (false, Demand::Rest) if room => true,
             _ => return None,
         };
-        let pause = if self.whole { PAUSE } else { SHORT_PAUSE };
-        if self.moved.elapsed() < pause {
+        if self.moved.elapsed() < PAUSE {
             return None;
         }
         let page = self.find(sent, to_disk)?;

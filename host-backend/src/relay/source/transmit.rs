@@ -13,6 +13,7 @@ use super::shared::Shared;
 use crate::link::{ALIVE_INTERVAL, Sender};
 use crate::relay::error::RelayError;
 use crate::relay::progress::Counter;
+use crate::relay::threads::yield_to_guests;
 
 /// Of Zstandard's levels: on pages of programs and kernels as fast as the lower ones, and smaller by a
 /// quarter.
@@ -45,6 +46,7 @@ impl Transmitter {
 
     /// Sends until the flow is stopped.
     pub(super) fn run(mut self) -> Result<(), RelayError> {
+        yield_to_guests();
         loop {
             let before = self.sender.bytes();
             match self.shared.flow.next(ALIVE_INTERVAL)? {
@@ -109,9 +111,7 @@ impl Transmitter {
         records: &[u8],
         pages: &[&[u8]],
     ) -> Result<(), RelayError> {
-        let (sent, backlog) = (self.sender.bytes(), self.sender.backlog());
-        let worth = self.compression.is_worth_it(Instant::now(), sent, backlog);
-        let compressed = if worth && !pages.is_empty() {
+        let compressed = if !pages.is_empty() && self.is_compression_worth_it() {
             self.compress(pages)
         } else {
             None
@@ -131,6 +131,11 @@ impl Transmitter {
         };
         self.shared.progress.add(Counter::PageBytes, bytes as u64);
         Ok(())
+    }
+
+    fn is_compression_worth_it(&mut self) -> bool {
+        let (sent, backlog) = (self.sender.bytes(), self.sender.backlog());
+        self.compression.is_worth_it(Instant::now(), sent, backlog)
     }
 
     fn compress(&mut self, pages: &[&[u8]]) -> Option<Vec<u8>> {
