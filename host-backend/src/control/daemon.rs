@@ -21,6 +21,8 @@ use tracing::Instrument;
 const GLANCE: Duration = Duration::from_secs(2);
 /// How long running migrations may take to end when the service does.
 const FAREWELL: Duration = Duration::from_secs(30);
+/// How long QEMU may take to notice that its migration was cut off.
+const INTERRUPTED_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The service.
 #[derive(Debug)]
@@ -90,7 +92,7 @@ impl Daemon {
             let vm = job.vm();
             let to = job.info().to;
             let status = match self.table.here(vm) {
-                Ok(vm) => vm.qmp().status().await.map(|status| status.status).ok(),
+                Ok(vm) => status_after_migration(&vm).await,
                 Err(_) => None,
             };
             let (state, said) = match status.as_deref() {
@@ -522,6 +524,20 @@ fn failed(error: &relay::Error) -> Ending {
 /// What arriving VMs need of the service.
 #[derive(Debug)]
 pub struct Door(pub Arc<Daemon>);
+
+/// QEMU's word on a VM whose migration was cut off. One that runs, runs on.
+async fn status_after_migration(vm: &Vm) -> Option<String> {
+    let status = match vm.migration_over(INTERRUPTED_PATIENCE).await {
+        Ok(status) => status,
+        Err(_) => vm.qmp().status().await.ok()?,
+    };
+    if status.running
+        && let Err(error) = vm.run_on().await
+    {
+        tracing::warn!(vm = vm.name(), %error, "after a migration that was cut off");
+    }
+    Some(status.status)
+}
 
 impl destination::Host for Door {
     fn name(&self) -> &str {

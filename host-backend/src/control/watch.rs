@@ -51,9 +51,12 @@ async fn shutdown_reason(vm: &Vm) -> String {
         Some("guest-shutdown") => "its guest shut down".to_owned(),
         Some("host-qmp-quit" | "host-signal") => "its QEMU was told to end".to_owned(),
         Some(other) => format!("its QEMU ended ({other})"),
-        None => format!(
-            "its QEMU ended without a word: see {}",
-            vm.files().qemu_log().display()
-        ),
+        None => {
+            let log = vm.files().qemu_log();
+            match vm.files().last_words() {
+                Some(words) => format!("its QEMU ended; the end of {}:\n{words}", log.display()),
+                None => format!("its QEMU ended without a word: see {}", log.display()),
+            }
+        }
     }
 }

@@ -3,6 +3,7 @@
 use super::command_line::{self, Start};
 use super::files::{LaunchSettings, RunFiles};
 use super::process::{Child, Process};
+use super::qmp::Status;
 use super::{Definition, Error, Qmp, Result, inspect};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -16,6 +17,8 @@ const GREETING_PATIENCE: Duration = Duration::from_secs(10);
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(60);
 /// How long QEMU may take to end when told so.
 const QUIT_PATIENCE: Duration = Duration::from_secs(10);
+/// How often a migration that ends is looked at.
+const MIGRATION_GLANCE: Duration = Duration::from_millis(20);
 
 /// A VM whose QEMU runs on this host. It goes on when this is dropped.
 #[derive(Debug)]
@@ -215,6 +218,46 @@ impl Vm {
                 cure: "it hangs in the kernel, most likely on storage: see `dmesg`".to_owned(),
             }),
         }
+    }
+
+    /// Waits until QEMU has done with its last migration, whatever became of it, and returns the VM's state.
+    ///
+    /// # Errors
+    /// [`Error::Unfit`] if it takes longer than `patience`.
+    pub async fn migration_over(&self, patience: Duration) -> Result<Status> {
+        let deadline = tokio::time::Instant::now() + patience;
+        loop {
+            let migration = self.qmp.query_migrate().await?;
+            let over = matches!(
+                migration.status.as_deref(),
+                None | Some("none" | "failed" | "cancelled" | "completed")
+            );
+            let status = self.qmp.status().await?;
+            if over && status.status != "finish-migrate" {
+                return Ok(status);
+            }
+            if tokio::time::Instant::now() > deadline {
+                return Err(Error::Unfit {
+                    cause: format!(
+                        "QEMU does not come to an end of its migration (it says \"{}\")",
+                        status.status
+                    ),
+                    cure: format!(
+                        "look at qemu.log; `transhume vm stop {} --force` ends it",
+                        self.name()
+                    ),
+                });
+            }
+            tokio::time::sleep(MIGRATION_GLANCE).await;
+        }
+    }
+
+    /// Runs the VM again after a migration that failed, also when QEMU says that it runs already.
+    ///
+    /// A QEMU before 8.1 can run it with its disks still given up to the destination
+    /// (`BDRV_O_INACTIVE`), and aborts at the next write or migration then; `cont` takes them back.
+    pub async fn run_on(&self) -> Result<()> {
+        self.qmp.cont().await
     }
 
     /// Waits until its QEMU has ended. A lost QMP connection is not enough.

@@ -2,7 +2,7 @@
 //! memory right, when the operator did what the command said.
 
 use super::die::sigkill;
-use super::micro::{Life, Micro, NAME, Qemus};
+use super::micro::{Micro, NAME, Qemus};
 use super::pair::{At, NEWEST, Pair};
 use super::transhume::{Answer, ask};
 use super::{Bed, Scenario};
@@ -97,10 +97,7 @@ fn each(bed: &Bed, victim: Victim, moments: &[Moment]) -> Result<()> {
         .flat_map(|qemus| moments.iter().map(move |moment| (qemus, moment)))
     {
         let mut pair = Pair::new(bed, qemus, Some(1000))?;
-        // A second migration after one that failed has ended QEMU 7.2, rarely and without a word: see the
-        // README's limits.
-        let moves_on = qemus == NEWEST;
-        let outcome = one(&mut pair, victim, *moment, moves_on).map_err(|error| {
+        let outcome = one(&mut pair, victim, *moment).map_err(|error| {
             pair.with_logs(Error::Check(format!("{victim:?} at {moment:?}: {error}")))
         })?;
         println!("  {victim:?} at {moment:?}: {outcome}");
@@ -149,7 +146,7 @@ impl Watch {
     }
 }
 
-fn one(pair: &mut Pair<'_>, victim: Victim, moment: Moment, moves_on: bool) -> Result<String> {
+fn one(pair: &mut Pair<'_>, victim: Victim, moment: Moment) -> Result<String> {
     let micro = Micro {
         machine: "pc".into(),
         parameters: "cache=48M data=24M zero=16M rate=16M".into(),
@@ -194,19 +191,13 @@ fn one(pair: &mut Pair<'_>, victim: Victim, moment: Moment, moves_on: bool) -> R
     };
     runs.map_err(|error| Error::Check(format!("{error}\nafter {answer}")))?;
     // And it can be moved from where it is.
-    if moves_on {
-        move_on(pair, at, &mut life)?;
-    }
+    pair.migrate(at, &[])?.expect(0)?;
+    pair.arrived(at.other(), &mut life)?;
     Ok(format!(
         "in phase {phase}; exit code {}, it ran on at {}",
         answer.code,
         at.name()
     ))
-}
-
-fn move_on(pair: &Pair<'_>, from: At, life: &mut Life) -> Result<()> {
-    pair.migrate(from, &[])?.expect(0)?;
-    pair.arrived(from.other(), life)
 }
 
 /// Does what an operator is told to do, and returns where the guest runs.

@@ -520,32 +520,19 @@ impl Migration {
         }
     }
 
-    /// Waits until the VM runs here again, and sees to it if QEMU does not.
+    /// Sees to it that the VM runs here again.
     async fn run_again(&self) -> Result<(), String> {
-        let qmp = self.request.vm.qmp();
-        let deadline = Instant::now() + QEMU_PATIENCE;
-        loop {
-            let status = qmp.status().await.map_err(|error| error.to_string())?;
-            let migration = qmp
-                .query_migrate()
-                .await
-                .map_err(|error| error.to_string())?;
-            let over = matches!(
-                migration.status.as_deref(),
-                None | Some("none" | "failed" | "cancelled" | "completed")
-            );
+        let vm = &self.request.vm;
+        let run_again = async {
             // Not before QEMU has done with it: another migration may begin at once.
-            if over && (status.running || !self.facts.running) {
-                return Ok(());
+            vm.migration_over(QEMU_PATIENCE).await?;
+            if self.facts.running {
+                vm.run_on().await?;
             }
-            if over {
-                qmp.cont().await.map_err(|error| error.to_string())?;
-            }
-            if Instant::now() > deadline {
-                return Err(format!("QEMU stays in state \"{}\"", status.status));
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+            Ok(())
+        };
+        let result: Result<(), hypervisor::Error> = run_again.await;
+        result.map_err(|error| error.to_string())
     }
 }
 
