@@ -1,11 +1,12 @@
 //! Transhume's host side: the service `transhumed`, the command `transhume`, and the rooms they are
 //! made of. A room knows the rooms below it only:
-//! `control` → `relay` → `pages`, `guest`, `volume`, `link`, `hypervisor`.
+//! `control` → `pki`, `relay` → `pages`, `guest`, `volume`, `link`, `hypervisor`.
 
 pub mod control;
 pub mod guest;
 pub mod hypervisor;
 pub mod link;
 pub mod pages;
+pub mod pki;
 pub mod relay;
 pub mod volume;

@@ -13,8 +13,8 @@ use transhume_host::control::{config::Config, server};
     name = "transhumed",
     version,
     after_help = "Example:\n  transhumed --config /etc/transhume/transhumed.toml\n\n\
-                  A configuration needs one line, host = \"NAME\", and [hosts.OTHER] with address = \
-                  \"ADDRESS:7465\" for each host that VMs are to move to.\n\n\
+                  A configuration needs host = \"NAME\", [tls] with the files that `transhume pki` makes, and \
+                  [hosts.OTHER] with address = \"ADDRESS:7465\" for each host that VMs are to move to.\n\n\
                   Exit codes:\n  0  ended by SIGTERM or SIGINT; its VMs go on\n  1  could not begin\n  \
                   2  the command line is wrong\n  3  the configuration is wrong, or another transhumed runs"
 )]

@@ -5,6 +5,7 @@ use super::client::Client;
 use super::show;
 use super::{Error, Result};
 use crate::hypervisor::definition;
+use crate::pki::{self, Authority};
 use clap::{Args, Parser, Subcommand};
 use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
@@ -61,6 +62,13 @@ enum Command {
          transhume migrate web1 --to hostb --json > report.json\n\n{EXIT_CODES}"
     ))]
     Migrate(MigrateArgs),
+    /// Make and show certificates for the link between hosts
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  transhume pki init\n  transhume pki issue hosta\n  transhume pki \
+                                        show /etc/transhume/pki/hosta.crt"
+    )]
+    Pki(PkiCommand),
     /// List, show and cancel migrations
     #[command(subcommand, after_help = "Example:\n  transhume job list")]
     Job(JobCommand),
@@ -126,6 +134,48 @@ enum VmCommand {
     Resume {
         /// The VM
         name: String,
+    },
+}
+
+/// Where an authority is, if nothing else is said.
+const PKI: &str = "/etc/transhume/pki";
+
+#[derive(Debug, Subcommand)]
+enum PkiCommand {
+    /// Make a site's authority: once, on a machine that is kept well
+    ///
+    /// Its certificate (ca.crt) goes to every host; its key (ca.key) stays.
+    #[command(after_help = "Example:\n  transhume pki init --dir /root/transhume-pki")]
+    Init {
+        /// The folder to make it in
+        #[arg(long, value_name = "DIR", default_value = PKI)]
+        dir: PathBuf,
+        /// How long it is valid
+        #[arg(long, value_name = "DAYS", default_value_t = 3650, value_parser = clap::value_parser!(u32).range(1..=36500))]
+        days: u32,
+    },
+    /// Make a host's certificate and key, to be copied to that host
+    ///
+    /// A running transhumed takes a new one with the next connection.
+    #[command(after_help = "Example:\n  transhume pki issue hosta --dir /root/transhume-pki")]
+    Issue {
+        /// The host's name, as in `host` of its transhumed.toml
+        host: String,
+        /// The authority's folder
+        #[arg(long, value_name = "DIR", default_value = PKI)]
+        dir: PathBuf,
+        /// The folder to put them into, if not the authority's
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+        /// How long it is valid
+        #[arg(long, value_name = "DAYS", default_value_t = 825, value_parser = clap::value_parser!(u32).range(1..=36500))]
+        days: u32,
+    },
+    /// Show what a certificate says
+    #[command(after_help = "Example:\n  transhume pki show /etc/transhume/pki/hosta.crt")]
+    Show {
+        /// The certificate (PEM)
+        certificate: PathBuf,
     },
 }
 
@@ -197,6 +247,7 @@ impl Cli {
                 }
             }
             Command::Job(command) => command.request(),
+            Command::Pki(command) => return command.execute(self.json),
         };
         let mut client = Client::connect(&self.socket).await?;
         let response = client.ask(&request).await?;
@@ -304,6 +355,65 @@ impl VmCommand {
                 name: check_name(name)?,
             },
         })
+    }
+}
+
+impl PkiCommand {
+    /// It is done here: no service is needed for it.
+    fn execute(&self, json: bool) -> Result<u8> {
+        let (value, people) = match self {
+            Self::Init { dir, days } => {
+                let made = Authority::at(dir).init(*days)?;
+                let people = format!(
+                    "The authority is made. Copy {} to every host; keep {} from everyone.",
+                    made.certificate.display(),
+                    made.key.display()
+                );
+                (serde_json::to_value(made), people)
+            }
+            Self::Issue {
+                host,
+                dir,
+                out,
+                days,
+            } => {
+                if !definition::is_name(host) {
+                    return Err(Error::refused(
+                        format!("{host:?} is no host's name"),
+                        "a name has at most 63 of a-z, 0-9 and -, as `host` in transhumed.toml",
+                    ));
+                }
+                let made = Authority::at(dir).issue(host, *days, out.as_ref().unwrap_or(dir))?;
+                let people = format!(
+                    "{} is {host}'s certificate, {} its key. On {host}, transhumed.toml names them in [tls].",
+                    made.certificate.display(),
+                    made.key.display()
+                );
+                (serde_json::to_value(made), people)
+            }
+            Self::Show { certificate } => {
+                let shown = pki::show(certificate)?;
+                let hosts = if shown.authority {
+                    "an authority".to_owned()
+                } else {
+                    shown.hosts.join(", ")
+                };
+                let people = format!(
+                    "subject  {}\nissuer   {}\nfor      {hosts}\nvalid    {}{}",
+                    shown.subject,
+                    shown.issuer,
+                    shown.validity,
+                    if shown.valid { "" } else { ": not now" }
+                );
+                (serde_json::to_value(shown), people)
+            }
+        };
+        print_line(&if json {
+            value.unwrap_or_default().to_string()
+        } else {
+            people
+        });
+        Ok(0)
     }
 }
 

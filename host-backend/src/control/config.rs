@@ -3,6 +3,7 @@
 use super::{Error, Result};
 use crate::hypervisor::LaunchSettings;
 use crate::hypervisor::definition::is_name;
+use crate::link::{Files, Security};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -28,9 +29,26 @@ pub struct Config {
     /// The QEMU for VMs whose definition names none.
     #[serde(default = "default_qemu")]
     pub qemu: PathBuf,
+    /// Certificates for the link between hosts.
+    pub tls: Option<Tls>,
+    /// The link is not encrypted, and nobody proves who they are: for a network of the hosts' own.
+    #[serde(default)]
+    pub plain_link: bool,
     /// The other hosts, by name.
     #[serde(default)]
     pub hosts: BTreeMap<String, Peer>,
+}
+
+/// Certificates, all PEM.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Tls {
+    /// The authority's certificate.
+    pub authority: PathBuf,
+    /// This host's certificate.
+    pub certificate: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
 }
 
 /// Another host.
@@ -67,7 +85,7 @@ impl Config {
             action: "read",
             path: path.to_owned(),
             source,
-            cure: "; write it (at least `host = \"NAME\"`) or name another by --config",
+            cure: "; write it (`host = \"NAME\"` and [tls]) or name another by --config",
         })?;
         Self::parse(&text).map_err(|cause| Error::Config {
             path: path.to_owned(),
@@ -92,6 +110,33 @@ impl Config {
                     path.display()
                 ));
             }
+        }
+        match &config.tls {
+            None if !config.plain_link => {
+                return Err(
+                    "neither [tls] nor `plain-link = true`; make certificates by `transhume pki`, and name them by \
+                     `authority`, `certificate` and `key` in [tls]"
+                        .to_owned(),
+                );
+            }
+            Some(_) if config.plain_link => {
+                return Err("both [tls] and `plain-link = true`; take one away".to_owned());
+            }
+            Some(tls) => {
+                for (key, path) in [
+                    ("authority", &tls.authority),
+                    ("certificate", &tls.certificate),
+                    ("key", &tls.key),
+                ] {
+                    if !path.is_absolute() {
+                        return Err(format!(
+                            "`tls.{key}` is {}; write an absolute path",
+                            path.display()
+                        ));
+                    }
+                }
+            }
+            None => {}
         }
         for (host, peer) in &config.hosts {
             if !is_name(host) {
@@ -123,6 +168,21 @@ impl Config {
         }
     }
 
+    /// How connections to other hosts are protected.
+    pub fn security(&self) -> Security {
+        match &self.tls {
+            Some(tls) => Security::Tls {
+                files: Files {
+                    authority: tls.authority.clone(),
+                    certificate: tls.certificate.clone(),
+                    key: tls.key.clone(),
+                },
+                host: self.host.clone(),
+            },
+            None => Security::Plain,
+        }
+    }
+
     /// The socket for the command line.
     pub fn control_socket(&self) -> PathBuf {
         self.run_directory.join("control.sock")
@@ -137,17 +197,19 @@ mod tests {
     fn reads_every_field() {
         let config = Config::parse(
             "host = \"hosta\"\nlisten = \"127.0.0.1:7000\"\nrun-directory = \"/run/t\"\n\
-             state-directory = \"/var/t\"\nqemu = \"/opt/qemu\"\n[hosts.hostb]\naddress = \"10.0.0.2:7465\"",
+             state-directory = \"/var/t\"\nqemu = \"/opt/qemu\"\n[hosts.hostb]\naddress = \"10.0.0.2:7465\"\n\
+             [tls]\nauthority = \"/a\"\ncertificate = \"/c\"\nkey = \"/k\"",
         );
         let config = config.expect("a configuration");
         assert_eq!(config.hosts["hostb"].address, "10.0.0.2:7465");
         assert_eq!(config.control_socket(), Path::new("/run/t/control.sock"));
         assert_eq!(config.launch_settings().qemu, Path::new("/opt/qemu"));
+        assert!(matches!(config.security(), Security::Tls { host, .. } if host == "hosta"));
     }
 
     #[test]
-    fn needs_a_name_only() {
-        let config = Config::parse("host = \"hosta\"").expect("a configuration");
+    fn needs_a_name_and_a_link() {
+        let config = Config::parse("host = \"hosta\"\nplain-link = true").expect("a configuration");
         assert_eq!(config.listen.port(), 7465);
         assert_eq!(config.run_directory, Path::new("/run/transhume"));
     }
@@ -157,17 +219,32 @@ mod tests {
         for (text, word) in [
             ("", "missing field `host`"),
             ("host = \"Host A\"", "a-z"),
+            ("host = \"a\"", "transhume pki"),
+            (
+                "host = \"a\"\nplain-link = true\n[tls]\nauthority = \"/a\"\ncertificate = \"/c\"\nkey = \"/k\"",
+                "take one away",
+            ),
+            (
+                "host = \"a\"\n[tls]\nauthority = \"/a\"\ncertificate = \"c\"\nkey = \"/k\"",
+                "absolute",
+            ),
             ("host = \"a\"\nlisten = \"7465\"", "socket address"),
             ("host = \"a\"\nport = 1", "unknown field `port`"),
             ("host = \"a\"\nrun-directory = \"run\"", "absolute"),
             (
-                "host = \"a\"\n[hosts.b]\naddress = \"10.0.0.2\"",
+                "host = \"a\"\nplain-link = true\n[hosts.b]\naddress = \"10.0.0.2\"",
                 "host:port",
             ),
-            ("host = \"a\"\n[hosts.b]\naddress = \":7465\"", "host:port"),
-            ("host = \"a\"\n[hosts.b]\naddress = \"b:0\"", "host:port"),
             (
-                "host = \"a\"\n[hosts.b]\naddress = \"b:1\"\nkey = \"\"",
+                "host = \"a\"\nplain-link = true\n[hosts.b]\naddress = \":7465\"",
+                "host:port",
+            ),
+            (
+                "host = \"a\"\nplain-link = true\n[hosts.b]\naddress = \"b:0\"",
+                "host:port",
+            ),
+            (
+                "host = \"a\"\nplain-link = true\n[hosts.b]\naddress = \"b:1\"\nkey = \"\"",
                 "unknown field `key`",
             ),
         ] {

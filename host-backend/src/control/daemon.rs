@@ -10,6 +10,7 @@ use super::table::{Entry, Table};
 use super::watch::watch;
 use super::{Error, Result};
 use crate::hypervisor::{self, Definition, LaunchSettings, Start, Vm, command_line, preflight};
+use crate::link::Security;
 use crate::relay::{self, ErrorKind, destination, source};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -449,6 +450,7 @@ impl Daemon {
             from: host.clone(),
             to: to.to_owned(),
             address: peer.address.clone(),
+            security: self.config.security(),
             dry_run,
         };
         let span = tracing::info_span!("migration", vm = name, job = job.id(), to);
@@ -542,6 +544,10 @@ async fn status_after_migration(vm: &Vm) -> Option<String> {
 impl destination::Host for Door {
     fn name(&self) -> &str {
         &self.0.config.host
+    }
+
+    fn security(&self) -> Security {
+        self.0.config.security()
     }
 
     fn launch_settings(&self) -> LaunchSettings {

@@ -3,6 +3,7 @@
 use super::api::{Failure, FailureKind};
 use crate::hypervisor;
 use crate::hypervisor::preflight::Refusal;
+use crate::pki;
 use std::io;
 use std::path::PathBuf;
 
@@ -12,6 +13,12 @@ pub enum Error {
     /// The hypervisor's drivers failed.
     #[error("{0}")]
     Hypervisor(#[from] hypervisor::Error),
+    /// Certificates.
+    #[error(transparent)]
+    Pki(#[from] pki::Error),
+    /// This host cannot prove who it is.
+    #[error(transparent)]
+    Identity(#[from] crate::link::IdentityError),
     /// A VM cannot run here.
     #[error("{}", list(.0))]
     Unfit(Vec<Refusal>),
@@ -78,6 +85,8 @@ impl Error {
         match self {
             Self::Unfit(_)
             | Self::Config { .. }
+            | Self::Identity(_)
+            | Self::Pki(pki::Error::Exists { .. } | pki::Error::NoAuthority { .. })
             | Self::Refused { .. }
             | Self::Hypervisor(
                 hypervisor::Error::Syntax(_)

@@ -32,6 +32,12 @@ const BEAT: Duration = Duration::from_millis(250);
 /// # Errors
 /// If it cannot begin: a socket or a directory that it cannot have.
 pub async fn run(config: Config) -> Result<()> {
+    config.security().check()?;
+    if config.plain_link {
+        tracing::warn!(
+            "plain-link = true: the link to other hosts is not encrypted, and they prove nothing"
+        );
+    }
     let socket = config.control_socket();
     let control = bind_control(&socket).await?;
     let listen = config.listen;

@@ -1,8 +1,12 @@
-//! Host to host: one connection, framed and checksummed.
+//! Host to host: one connection, encrypted, framed and checksummed.
 //!
 //! The two halves of a [`Connection`] are used by one thread each. Silence for longer than
 //! [`PATIENCE`] counts as a broken link, so an idle side sends [`FrameKind::Alive`].
 
+mod channel;
+mod identity;
+#[cfg(test)]
+mod security_tests;
 pub mod window;
 #[cfg(test)]
 mod window_models;
@@ -14,7 +18,7 @@ mod sync {
     pub(super) use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 }
 
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, IoSlice};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -25,6 +29,11 @@ use transhume_protocol::link::{
     Control, FRAME_HEADER_LEN, FrameHeader, FrameKind, LinkError, PREAMBLE_LEN, Preamble,
     decode_control, encode_control,
 };
+
+pub(crate) use channel::write_all_vectored;
+use channel::{Channel, Sealed};
+use identity::Identity;
+pub use identity::{Files, HandshakeError, IdentityError};
 
 /// How long a peer may be silent.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -46,6 +55,12 @@ pub enum Error {
         /// The cause.
         source: io::Error,
     },
+    /// This host cannot prove who it is.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The hosts do not believe each other.
+    #[error(transparent)]
+    Handshake(#[from] HandshakeError),
     /// The connection broke.
     #[error("the link to the other host broke: {0}")]
     Broken(io::Error),
@@ -75,6 +90,34 @@ impl From<io::Error> for Error {
     }
 }
 
+/// How connections are protected.
+#[derive(Debug, Clone)]
+pub enum Security {
+    /// By TLS. The files are read for each connection: a new certificate needs no restart.
+    Tls {
+        /// Certificates and key.
+        files: Files,
+        /// This host's name.
+        host: String,
+    },
+    /// By nothing but the network.
+    Plain,
+}
+
+impl Security {
+    fn identity(&self) -> Result<Option<Identity>, IdentityError> {
+        match self {
+            Self::Tls { files, host } => Identity::load(files, host).map(Some),
+            Self::Plain => Ok(None),
+        }
+    }
+
+    /// Reads the files, to see whether they can be used.
+    pub fn check(&self) -> Result<(), IdentityError> {
+        self.identity().map(drop)
+    }
+}
+
 /// A frame as received.
 #[derive(Debug)]
 pub struct Frame {
@@ -85,15 +128,15 @@ pub struct Frame {
 }
 
 /// A connection whose versions are agreed.
-#[derive(Debug)]
 pub struct Connection {
     sender: Sender,
     receiver: Receiver,
 }
 
 impl Connection {
-    /// Connects to a peer's `host:port`. Blocks.
-    pub fn open(address: &str) -> Result<Self, Error> {
+    /// Connects to a host at `host:port`, which must prove that it is that host. Blocks.
+    pub fn open(address: &str, host: &str, security: &Security) -> Result<Self, Error> {
+        let identity = security.identity()?;
         let connect = |source| Error::Connect {
             address: address.to_owned(),
             source,
@@ -101,38 +144,60 @@ impl Connection {
         let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
         for candidate in address.to_socket_addrs().map_err(connect)? {
             match TcpStream::connect_timeout(&candidate, PATIENCE) {
-                Ok(stream) => return Self::accept(stream),
+                Ok(socket) => {
+                    set_up(&socket)?;
+                    return Self::begin(match identity {
+                        Some(identity) => Channel::connect(socket, &identity, host)?,
+                        None => Channel::plain(socket),
+                    });
+                }
                 Err(error) => last = error,
             }
         }
         Err(connect(last))
     }
 
-    /// Takes a connected stream, ours or the peer's, and agrees on a version. Blocks.
-    pub fn accept(stream: TcpStream) -> Result<Self, Error> {
-        stream.set_nonblocking(false)?;
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        let patience = u32::try_from(PATIENCE.as_millis()).unwrap_or(u32::MAX);
-        setsockopt(&stream, sockopt::TcpUserTimeout, &patience).map_err(io::Error::from)?;
-        (&stream).write_all(&Preamble::OURS.encode())?;
-        let mut preamble = [0; PREAMBLE_LEN];
-        (&stream).read_exact(&mut preamble)?;
-        Preamble::OURS.agree(Preamble::decode(&preamble)?)?;
-        let stream = Arc::new(stream);
+    /// Takes a connection that another host made. Blocks.
+    pub fn accept(socket: TcpStream, security: &Security) -> Result<Self, Error> {
+        set_up(&socket)?;
+        Self::begin(match security.identity()? {
+            Some(identity) => Channel::accept(socket, &identity)?,
+            None => Channel::plain(socket),
+        })
+    }
+
+    /// Agrees on a version.
+    fn begin(channel: Channel) -> Result<Self, Error> {
+        let channel = Arc::new(channel);
         let heard = Arc::new(Heard(Mutex::new(Instant::now())));
-        Ok(Self {
+        let connection = Self {
             sender: Sender {
-                stream: Arc::clone(&stream),
+                channel: Arc::clone(&channel),
                 heard: Arc::clone(&heard),
                 bytes: 0,
             },
             receiver: Receiver {
-                stream,
+                channel,
+                sealed: Sealed::default(),
                 heard,
                 bytes: 0,
             },
-        })
+        };
+        connection.agree()
+    }
+
+    fn agree(mut self) -> Result<Self, Error> {
+        let ours = Preamble::OURS.encode();
+        self.sender.channel.write_all(&mut [IoSlice::new(&ours)])?;
+        let mut preamble = [0; PREAMBLE_LEN];
+        self.receiver.fill(&mut preamble)?;
+        Preamble::OURS.agree(Preamble::decode(&preamble)?)?;
+        Ok(self)
+    }
+
+    /// Whether the peer proved to be that host.
+    pub fn peer_is(&self, host: &str) -> bool {
+        self.sender.channel.peer_is(host)
     }
 
     /// Sends a control message.
@@ -142,7 +207,10 @@ impl Connection {
 
     /// Receives a control message, skipping signs of life, and waits `patience` for it.
     pub fn receive(&mut self, patience: Duration) -> Result<Control, Error> {
-        self.receiver.stream.set_read_timeout(Some(patience))?;
+        self.receiver
+            .channel
+            .socket
+            .set_read_timeout(Some(patience))?;
         let message = loop {
             let frame = self.receiver.next_frame()?;
             match frame.kind {
@@ -151,13 +219,16 @@ impl Connection {
                 _ => return Err(Error::Unexpected("data before the control message")),
             }
         };
-        self.receiver.stream.set_read_timeout(Some(PATIENCE))?;
+        self.receiver
+            .channel
+            .socket
+            .set_read_timeout(Some(PATIENCE))?;
         Ok(message)
     }
 
     /// The peer's address, for messages.
     pub fn peer(&self) -> String {
-        self.sender.stream.peer_addr().map_or_else(
+        self.sender.channel.socket.peer_addr().map_or_else(
             |_| "an unknown address".to_owned(),
             |address| address.to_string(),
         )
@@ -165,20 +236,29 @@ impl Connection {
 
     /// The two halves, and a handle that ends both.
     pub fn split(self) -> (Sender, Receiver, Closer) {
-        let closer = Closer(Arc::clone(&self.sender.stream));
+        let closer = Closer(Arc::clone(&self.sender.channel));
         (self.sender, self.receiver, closer)
     }
 }
 
+fn set_up(socket: &TcpStream) -> Result<(), Error> {
+    socket.set_nonblocking(false)?;
+    socket.set_nodelay(true)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    let patience = u32::try_from(PATIENCE.as_millis()).unwrap_or(u32::MAX);
+    setsockopt(socket, sockopt::TcpUserTimeout, &patience).map_err(io::Error::from)?;
+    Ok(())
+}
+
 /// Ends a connection from another thread.
 #[derive(Debug, Clone)]
-pub struct Closer(Arc<TcpStream>);
+pub struct Closer(Arc<Channel>);
 
 impl Closer {
     /// Shuts both directions down; whoever is blocked on the connection gets an error.
     pub fn close(&self) {
         // Fails only when the connection is gone already.
-        let _ = self.0.shutdown(Shutdown::Both);
+        let _ = self.0.socket.shutdown(Shutdown::Both);
     }
 }
 
@@ -206,13 +286,10 @@ impl Heard {
 /// The sending half.
 #[derive(Debug)]
 pub struct Sender {
-    stream: Arc<TcpStream>,
+    channel: Arc<Channel>,
     heard: Arc<Heard>,
     bytes: u64,
 }
-
-/// Most pieces that one `writev` takes (`IOV_MAX` of Linux).
-pub(crate) const MAX_PIECES: usize = 1024;
 
 impl Sender {
     /// Sends a frame whose payload is given in pieces, without joining them.
@@ -227,7 +304,8 @@ impl Sender {
                 .map(|piece| IoSlice::new(piece)),
         );
         self.bytes += slices.iter().map(|slice| slice.len() as u64).sum::<u64>();
-        write_all_vectored(&mut &*self.stream, &mut slices)
+        self.channel
+            .write_all(&mut slices)
             .map_err(|error| self.heard.explain(error.into()))
     }
 
@@ -243,7 +321,7 @@ impl Sender {
 
     /// Bytes that wait in the kernel to be sent: many of them mean that the link is what limits.
     pub fn backlog(&self) -> usize {
-        backlog(&self.stream)
+        backlog(&self.channel.socket)
     }
 }
 
@@ -259,27 +337,10 @@ fn backlog(stream: &TcpStream) -> usize {
     }
 }
 
-/// Writes all pieces, however many they are.
-pub(crate) fn write_all_vectored(
-    out: &mut impl Write,
-    mut slices: &mut [IoSlice<'_>],
-) -> io::Result<()> {
-    while !slices.is_empty() {
-        let most = slices.len().min(MAX_PIECES);
-        match out.write_vectored(&slices[..most]) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(written) => IoSlice::advance_slices(&mut slices, written),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
-}
-
 /// The receiving half.
-#[derive(Debug)]
 pub struct Receiver {
-    stream: Arc<TcpStream>,
+    channel: Arc<Channel>,
+    sealed: Sealed,
     heard: Arc<Heard>,
     bytes: u64,
 }
@@ -292,18 +353,12 @@ impl Receiver {
     }
 
     fn next_frame(&mut self) -> Result<Frame, Error> {
-        let mut stream = &*self.stream;
         let mut head = [0; FRAME_HEADER_LEN];
-        stream.read_exact(&mut head)?;
+        self.fill(&mut head)?;
         let header = FrameHeader::decode(&head)?;
         // The header bounds the length.
-        let mut payload = Vec::with_capacity(header.length);
-        let got = stream
-            .take(header.length as u64)
-            .read_to_end(&mut payload)?;
-        if got != header.length {
-            return Err(Error::Closed);
-        }
+        let mut payload = vec![0; header.length];
+        self.fill(&mut payload)?;
         header.check(&payload)?;
         self.heard.note();
         self.bytes += (FRAME_HEADER_LEN + header.length) as u64;
@@ -311,6 +366,18 @@ impl Receiver {
             kind: header.kind,
             payload,
         })
+    }
+
+    fn fill(&mut self, mut into: &mut [u8]) -> Result<(), Error> {
+        while !into.is_empty() {
+            match self.channel.read(&mut self.sealed, into) {
+                Ok(0) => return Err(Error::Closed),
+                Ok(got) => into = &mut into[got..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
     }
 
     /// Bytes received so far, framing included.

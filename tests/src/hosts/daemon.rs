@@ -1,6 +1,6 @@
 //! A host's Transhume: its daemon, and the command line that talks to it.
 
-use super::{HOST_A, HOST_B, Host, Hosts};
+use super::{HOST_A, HOST_B, Host, Hosts, Link};
 use crate::command::{Process, Run};
 use crate::{Error, Result};
 use nix::sys::signal::Signal;
@@ -46,6 +46,34 @@ pub struct Ended {
     pub errors: String,
 }
 
+/// Makes a host's certificate, and the authority before the first one; what transhumed.toml says of them.
+fn certificates(hosts: &Hosts, host: &Host, programs: &Path) -> Result<String> {
+    let folder = host.folder.join("pki");
+    let authority = hosts.a.folder.join("authority");
+    let pki = |arguments: &[&str]| -> Result<()> {
+        Run::new(programs.join("transhume"))
+            .arg("pki")
+            .args(arguments)
+            .args(["--dir".as_ref(), authority.as_os_str()])
+            .cure("See its words")
+            .output()
+            .map(drop)
+    };
+    if !authority.exists() {
+        pki(&["init"])?;
+    }
+    if !folder.exists() {
+        let out = folder.display().to_string();
+        pki(&["issue", host.name, "--out", &out])?;
+    }
+    Ok(format!(
+        "\n[tls]\nauthority = \"{}\"\ncertificate = \"{}\"\nkey = \"{}\"\n",
+        authority.join("ca.crt").display(),
+        folder.join(format!("{}.crt", host.name)).display(),
+        folder.join(format!("{}.key", host.name)).display(),
+    ))
+}
+
 impl Daemon {
     /// Starts a host's daemon and waits until it answers.
     pub fn start(hosts: &Hosts, host: &Host, programs: &Path, qemu: &Path) -> Result<Self> {
@@ -55,7 +83,11 @@ impl Daemon {
             &hosts.a
         };
         let configuration = host.folder.join("transhumed.toml");
-        fs::write(&configuration, Self::configuration(host, peer, qemu))
+        let link = match hosts.link {
+            Link::Tls => certificates(hosts, host, programs)?,
+            Link::Plain => "plain-link = true\n".to_owned(),
+        };
+        fs::write(&configuration, Self::configuration(host, peer, qemu, &link))
             .map_err(Error::file("write", &configuration))?;
         let log = host.folder.join("transhumed.log");
         let output = File::options()
@@ -82,11 +114,11 @@ impl Daemon {
         Ok(daemon)
     }
 
-    fn configuration(host: &Host, peer: &Host, qemu: &Path) -> String {
+    fn configuration(host: &Host, peer: &Host, qemu: &Path, link: &str) -> String {
         let mut text = String::new();
         let _ = write!(
             text,
-            "host = \"{}\"\nlisten = \"{}:{PORT}\"\nrun-directory = \"{}\"\nstate-directory = \"{}\"\nqemu = \"{}\"\n\n\
+            "host = \"{}\"\nlisten = \"{}:{PORT}\"\nrun-directory = \"{}\"\nstate-directory = \"{}\"\nqemu = \"{}\"\n{link}\n\
              [hosts.{}]\naddress = \"{}:{PORT}\"\n",
             host.name,
             host.address,

@@ -93,7 +93,18 @@ pub struct Hosts {
     pub a: Host,
     /// Where it moves to.
     pub b: Host,
+    /// How the daemons' link is protected.
+    pub link: Link,
     _guards: Vec<Guard>,
+}
+
+/// How the daemons' link is protected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Link {
+    /// By certificates of an authority that the test makes.
+    Tls,
+    /// Not at all, for tests that speak to a daemon as another host would.
+    Plain,
 }
 
 /// What the link carries, in Mbit/s, each way. `None` leaves it unshaped.
@@ -128,6 +139,7 @@ impl Hosts {
         let hosts = Self {
             a,
             b,
+            link: Link::Tls,
             _guards: guards,
         };
         hosts.shape(rate)?;

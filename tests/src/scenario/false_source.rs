@@ -190,7 +190,7 @@ fn streams() -> Result<Vec<(&'static str, Vec<u8>)>> {
 }
 
 fn false_source(bed: &Bed) -> Result<()> {
-    let pair = Pair::new(bed, NEWEST, None)?;
+    let pair = Pair::plain(bed, NEWEST, None)?;
     for (name, bytes) in streams()? {
         let mut link = Link::open(&pair)?;
         link.send(&offer(bed)?)?;

@@ -7,7 +7,7 @@ use crate::cleanup::still_time;
 use crate::command::Process;
 use crate::error::check;
 use crate::hosts::daemon::Daemon;
-use crate::hosts::{HOST_A, HOST_B, Host, Hosts, Rate};
+use crate::hosts::{HOST_A, HOST_B, Host, Hosts, Link, Rate};
 use crate::packages::Qemu;
 use crate::{Error, Result};
 use std::fs;
@@ -59,8 +59,18 @@ pub(super) struct Pair<'a> {
 impl<'a> Pair<'a> {
     /// Two hosts and their daemons, no guest yet.
     pub(super) fn new(bed: &'a Bed, qemus: Qemus, rate: Rate) -> Result<Self> {
+        Self::linked(bed, qemus, Hosts::new(rate)?)
+    }
+
+    /// The same without encryption, to speak to a daemon as another host would.
+    pub(super) fn plain(bed: &'a Bed, qemus: Qemus, rate: Rate) -> Result<Self> {
+        let mut hosts = Hosts::new(rate)?;
+        hosts.link = Link::Plain;
+        Self::linked(bed, qemus, hosts)
+    }
+
+    fn linked(bed: &'a Bed, qemus: Qemus, hosts: Hosts) -> Result<Self> {
         let qemus = (bed.packages.qemu(qemus.0)?, bed.packages.qemu(qemus.1)?);
-        let hosts = Hosts::new(rate)?;
         let programs = bed.programs()?;
         let a = Daemon::start(&hosts, &hosts.a, programs, &qemus.0)?;
         let b = Daemon::start(&hosts, &hosts.b, programs, &qemus.1)?;

@@ -3,6 +3,7 @@
 
 use super::micro::Micro;
 use super::pair::{At, NEWEST, Pair};
+use super::transhume::ask;
 use super::{Bed, Scenario};
 use crate::error::check;
 use crate::hosts::Host;
@@ -10,6 +11,7 @@ use crate::hosts::daemon::PORT;
 use crate::{Error, Result};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::path::Path;
 use std::time::Duration;
 use transhume_protocol::link::{Control, FrameHeader, FrameKind, Preamble, encode_control};
 
@@ -21,15 +23,33 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
         Scenario {
             name: "refused-strangers",
-            about: "random bytes, truncated and misplaced frames at the host link",
+            about: "random bytes at the host link",
             limit: LIMIT,
-            run: strangers,
+            run: |bed| strangers(&Pair::new(bed, NEWEST, None)?),
+        },
+        Scenario {
+            name: "refused-strangers-plain",
+            about: "truncated and misplaced frames at a host link without encryption",
+            limit: LIMIT,
+            run: |bed| strangers(&Pair::plain(bed, NEWEST, None)?),
         },
         Scenario {
             name: "refused-by-no-daemon",
             about: "a destination where nobody listens, or somebody else",
             limit: LIMIT,
-            run: no_daemon,
+            run: |bed| no_daemon(Pair::new(bed, NEWEST, None)?),
+        },
+        Scenario {
+            name: "refused-by-no-daemon-plain",
+            about: "the same without encryption",
+            limit: LIMIT,
+            run: |bed| no_daemon(Pair::plain(bed, NEWEST, None)?),
+        },
+        Scenario {
+            name: "refused-certificates",
+            about: "a destination of another site, or with another host's certificate",
+            limit: LIMIT,
+            run: certificates,
         },
     ]
 }
@@ -125,9 +145,8 @@ fn say(target: &str, bytes: &[u8]) -> std::io::Result<()> {
     }
 }
 
-fn strangers(bed: &Bed) -> Result<()> {
-    let pair = Pair::new(bed, NEWEST, None)?;
-    let mut life = pair.boot(&Micro::new(bed)?)?;
+fn strangers(pair: &Pair<'_>) -> Result<()> {
+    let mut life = pair.boot(&Micro::new(pair.bed)?)?;
     let target = pair.hosts.b.address;
     for (name, bytes) in sayings()? {
         let before = pair.b.count_words("connection dropped");
@@ -169,9 +188,8 @@ fn serve_once(host: &Host, bytes: Vec<u8>) -> Result<std::thread::JoinHandle<()>
     }))
 }
 
-fn no_daemon(bed: &Bed) -> Result<()> {
-    let mut pair = Pair::new(bed, NEWEST, None)?;
-    let mut life = pair.boot(&Micro::new(bed)?)?;
+fn no_daemon(mut pair: Pair<'_>) -> Result<()> {
+    let mut life = pair.boot(&Micro::new(pair.bed)?)?;
     pair.b.kill();
     pair.migrate(At::A, &[])?.refused(
         3,
@@ -198,6 +216,47 @@ fn no_daemon(bed: &Bed) -> Result<()> {
         .refused(3, &["cannot connect to"])?;
     pair.hosts.set_link(true)?;
     pair.restart(At::B)?;
+    pair.stayed(At::A, &mut life)?;
+    pair.moves(At::A, &mut life).map(drop)
+}
+
+fn certificates(bed: &Bed) -> Result<()> {
+    let pair = Pair::new(bed, NEWEST, None)?;
+    let mut life = pair.boot(&Micro::new(bed)?)?;
+    let authority = pair.hosts.a.folder.join("authority");
+    let elsewhere = pair.hosts.a.folder.join("elsewhere");
+    let own = pair.hosts.b.folder.join("pki");
+    let pki = |arguments: &[&str], authority: &Path| {
+        let dir = authority.display().to_string();
+        let arguments = [&["pki"], arguments, &["--dir", &dir]].concat();
+        ask(&pair.a, &arguments)?.expect(0)
+    };
+    let issue = |host: &str, authority: &Path| -> Result<()> {
+        let out = own.display().to_string();
+        pki(&["issue", host, "--out", &out], authority)?;
+        // A running daemon takes it with the next connection.
+        for kind in ["crt", "key"] {
+            let (from, to) = (
+                own.join(format!("{host}.{kind}")),
+                own.join(format!("hostb.{kind}")),
+            );
+            if from != to {
+                std::fs::rename(&from, &to).map_err(Error::file("rename", &from))?;
+            }
+        }
+        Ok(())
+    };
+    let refused = |words: &[&str]| pair.migrate(At::A, &[])?.refused(3, words).map(drop);
+    pki(&["init"], &elsewhere)?;
+    issue("hostb", &elsewhere)?;
+    refused(&["not from an authority that this host believes"])?;
+    // Its own daemon says so before any other host can.
+    issue("hostc", &authority)?;
+    refused(&["hostb"])?;
+    pair.wait("hostb's word on its certificate", || {
+        Ok(pair.b.count_words("transhume pki issue hostb") > 0)
+    })?;
+    issue("hostb", &authority)?;
     pair.stayed(At::A, &mut life)?;
     pair.moves(At::A, &mut life).map(drop)
 }

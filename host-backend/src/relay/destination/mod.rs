@@ -26,7 +26,7 @@ use tracing::Instrument;
 use transhume_protocol::link::Control;
 
 use crate::hypervisor::{LaunchSettings, Vm};
-use crate::link::{Connection, PATIENCE};
+use crate::link::{Connection, PATIENCE, Security};
 
 /// Connections served at once; further ones wait.
 const CONNECTIONS: usize = 32;
@@ -39,6 +39,8 @@ const DECISION_PATIENCE: Duration = Duration::from_secs(8);
 pub trait Host: Send + Sync + 'static {
     /// This host's name.
     fn name(&self) -> &str;
+    /// How connections of other hosts are protected.
+    fn security(&self) -> Security;
     /// How VMs are started here.
     fn launch_settings(&self) -> LaunchSettings;
     /// Keeps the name for an arriving VM.
@@ -131,8 +133,9 @@ async fn greet(
     outcomes: &Outcomes,
 ) -> Result<(), String> {
     let stream = stream.into_std().map_err(|error| error.to_string())?;
+    let security = host.security();
     let greeted = tokio::task::spawn_blocking(move || {
-        let mut connection = Connection::accept(stream)?;
+        let mut connection = Connection::accept(stream, &security)?;
         let first = connection.receive(PATIENCE)?;
         Ok::<_, crate::link::Error>((connection, first))
     });
@@ -141,6 +144,16 @@ async fn greet(
         Err(error) => return Err(error.to_string()),
     };
     match first {
+        Control::Offer(offer) if !connection.peer_is(&offer.from) => {
+            let reason = format!(
+                "it says that it is {}, but its certificate is for another name; `transhume pki issue {}` makes \
+                 one that is for it",
+                offer.from, offer.from
+            );
+            let reasons = vec![reason.clone()];
+            send(&mut connection, &Control::Refused { reasons })?;
+            Err(reason)
+        }
         Control::Offer(offer) => incoming::take(connection, *offer, host, outcomes).await,
         Control::Query { job, vm } => {
             let taken = match outcomes.of(job).await {

@@ -8,7 +8,7 @@ use transhume_protocol::link::{Control, Offer, OfferedDisk};
 
 use crate::hypervisor::layout::{Layout, Region};
 use crate::hypervisor::{Vm, preflight};
-use crate::link::{self, Connection, PATIENCE};
+use crate::link::{self, Connection, PATIENCE, Security};
 use crate::pages::digest;
 use crate::relay::Error;
 
@@ -151,11 +151,12 @@ pub(super) struct Accepted {
 pub(super) fn negotiate(
     to: &str,
     address: &str,
+    security: &Security,
     offer: Offer,
     has_ack: bool,
 ) -> Result<Accepted, Error> {
     let failed = |error| no_agreement(to, address, error);
-    let mut connection = Connection::open(address).map_err(failed)?;
+    let mut connection = Connection::open(address, to, security).map_err(failed)?;
     connection
         .send(&Control::Offer(Box::new(offer)))
         .map_err(failed)?;

@@ -18,7 +18,7 @@ use super::switchover::Switchover;
 use crate::guest::DiskName;
 use crate::hypervisor::qmp::Event;
 use crate::hypervisor::{self, Vm};
-use crate::link::{Closer, Connection, PATIENCE, START_PATIENCE};
+use crate::link::{Closer, Connection, PATIENCE, START_PATIENCE, Security};
 use crate::pages::digest::Digester;
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Downtime, Phase, Progress, Summary};
@@ -32,7 +32,9 @@ const POLL: Duration = Duration::from_millis(25);
 const QEMU_PATIENCE: Duration = Duration::from_secs(15);
 /// How long a silent destination is asked what became of the VM.
 const QUERY_PATIENCE: Duration = Duration::from_secs(30);
+
 /// A migration to be done.
+#[derive(Clone)]
 pub struct Request {
     /// The VM, which runs here.
     pub vm: Arc<Vm>,
@@ -42,6 +44,8 @@ pub struct Request {
     pub to: String,
     /// Its daemon's `host:port`.
     pub address: String,
+    /// How the connection to it is protected.
+    pub security: Security,
     /// Only look whether it would work.
     pub dry_run: bool,
 }
@@ -96,9 +100,11 @@ pub async fn migrate(
         .capabilities
         .iter()
         .any(|(name, _)| name == "switchover-ack");
-    let (to, address) = (request.to.clone(), request.address.clone());
+    let peer = request.clone();
     let offer = facts.offer.clone();
-    let accepted = blocking(move || facts::negotiate(&to, &address, offer, has_ack)).await?;
+    let accepted =
+        blocking(move || facts::negotiate(&peer.to, &peer.address, &peer.security, offer, has_ack))
+            .await?;
     if request.dry_run {
         return Ok(Outcome::Planned(plan(&request, &facts, &accepted)));
     }
@@ -425,13 +431,18 @@ impl Migration {
     async fn ask_what_became(&self) -> Option<bool> {
         let deadline = Instant::now() + QUERY_PATIENCE;
         while Instant::now() < deadline {
-            let address = self.request.address.clone();
+            let Request {
+                address,
+                to,
+                security,
+                ..
+            } = self.request.clone();
             let query = Control::Query {
                 job: self.facts.offer.job,
                 vm: self.request.vm.name().to_owned(),
             };
             let asked = tokio::task::spawn_blocking(move || {
-                let mut connection = Connection::open(&address)?;
+                let mut connection = Connection::open(&address, &to, &security)?;
                 connection.send(&query)?;
                 connection.receive(PATIENCE)
             });

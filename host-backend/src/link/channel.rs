@@ -1,0 +1,181 @@
+//! The bytes of a connection, encrypted or not. One thread writes while another one reads.
+
+use std::io::{self, IoSlice, Read, Write};
+use std::net::TcpStream;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::identity::{HandshakeError, Identity, is_for};
+
+/// What is encrypted at once, at most: some records of 16 KiB.
+const PLAIN_MOST: usize = 256 * 1024;
+/// What is read at once.
+const RAW: usize = 64 * 1024;
+/// Most pieces that one `writev` takes (`IOV_MAX` of Linux).
+const MAX_PIECES: usize = 1024;
+
+/// A connection's two directions.
+pub(super) struct Channel {
+    pub(super) socket: TcpStream,
+    tls: Option<Tls>,
+}
+
+struct Tls {
+    /// Never held while the socket is waited for.
+    session: Mutex<rustls::Connection>,
+    /// Encrypted bytes on their way to the socket; whoever holds it writes.
+    sealed: Mutex<Vec<u8>>,
+}
+
+/// Encrypted bytes that were read and not decrypted yet. The one reader's.
+pub(super) struct Sealed {
+    raw: Box<[u8]>,
+    start: usize,
+    end: usize,
+}
+
+impl Default for Sealed {
+    fn default() -> Self {
+        Self {
+            raw: vec![0; RAW].into(),
+            start: 0,
+            end: 0,
+        }
+    }
+}
+
+impl std::fmt::Debug for Channel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Channel({:?})", self.socket)
+    }
+}
+
+impl Channel {
+    /// Bytes as they are.
+    pub(super) fn plain(socket: TcpStream) -> Self {
+        Self { socket, tls: None }
+    }
+
+    /// Encrypted, to a host of that name.
+    pub(super) fn connect(
+        socket: TcpStream,
+        identity: &Identity,
+        host: &str,
+    ) -> Result<Self, HandshakeError> {
+        let session = identity.connect(&socket, host)?;
+        Ok(Self::sealed(socket, session))
+    }
+
+    /// Encrypted, to a host that connected.
+    pub(super) fn accept(socket: TcpStream, identity: &Identity) -> Result<Self, HandshakeError> {
+        let session = identity.accept(&socket)?;
+        Ok(Self::sealed(socket, session))
+    }
+
+    fn sealed(socket: TcpStream, mut session: rustls::Connection) -> Self {
+        // What is handed over at once is bounded by PLAIN_MOST.
+        session.set_buffer_limit(None);
+        Self {
+            socket,
+            tls: Some(Tls {
+                session: Mutex::new(session),
+                sealed: Mutex::new(Vec::new()),
+            }),
+        }
+    }
+
+    /// Whether the peer proved to be that host. Nobody proves anything on a plain connection.
+    pub(super) fn peer_is(&self, host: &str) -> bool {
+        let Some(tls) = &self.tls else { return true };
+        let session = tls.session();
+        let certificates = session.peer_certificates().unwrap_or_default();
+        certificates.first().is_some_and(|own| is_for(own, host))
+    }
+
+    /// Writes all pieces, however many they are.
+    pub(super) fn write_all(&self, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+        let Some(tls) = &self.tls else {
+            return write_all_vectored(&mut &self.socket, slices);
+        };
+        let mut sealed = tls.sealed.lock().unwrap_or_else(PoisonError::into_inner);
+        while !slices.is_empty() {
+            {
+                let mut session = tls.session();
+                let most = pieces_within(slices, PLAIN_MOST);
+                let written = session.writer().write_vectored(&slices[..most])?;
+                IoSlice::advance_slices(&mut slices, written);
+                while session.wants_write() {
+                    session.write_tls(&mut *sealed)?;
+                }
+            }
+            (&self.socket).write_all(&sealed)?;
+            sealed.clear();
+        }
+        Ok(())
+    }
+
+    /// Reads what has come, at least a byte; none at the end.
+    pub(super) fn read(&self, sealed: &mut Sealed, into: &mut [u8]) -> io::Result<usize> {
+        let Some(tls) = &self.tls else {
+            return (&self.socket).read(into);
+        };
+        loop {
+            {
+                let mut session = tls.session();
+                match session.reader().read(into) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    result => return result,
+                }
+                if sealed.start < sealed.end {
+                    let mut bytes = &sealed.raw[sealed.start..sealed.end];
+                    session.read_tls(&mut bytes)?;
+                    sealed.start = sealed.end - bytes.len();
+                    session
+                        .process_new_packets()
+                        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+                    continue;
+                }
+            }
+            sealed.start = 0;
+            sealed.end = (&self.socket).read(&mut sealed.raw)?;
+            if sealed.end == 0 {
+                return Ok(0);
+            }
+        }
+    }
+}
+
+impl Tls {
+    fn session(&self) -> MutexGuard<'_, rustls::Connection> {
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How many pieces, at least one, make up no more than so many bytes.
+fn pieces_within(slices: &[IoSlice<'_>], most: usize) -> usize {
+    let mut bytes = 0_usize;
+    let fitting = slices
+        .iter()
+        .take_while(|slice| {
+            bytes = bytes.saturating_add(slice.len());
+            bytes <= most
+        })
+        .count();
+    fitting.max(1)
+}
+
+/// Writes all pieces, however many they are.
+pub(crate) fn write_all_vectored(
+    out: &mut impl Write,
+    mut slices: &mut [IoSlice<'_>],
+) -> io::Result<()> {
+    while !slices.is_empty() {
+        let most = slices.len().min(MAX_PIECES);
+        match out.write_vectored(&slices[..most]) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => IoSlice::advance_slices(&mut slices, written),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,30 @@
+use super::*;
+use std::os::unix::fs::PermissionsExt;
+
+#[test]
+fn an_authority_makes_certificates_for_hosts() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::at(&folder.path().join("pki"));
+    let said = authority.issue("hosta", 30, folder.path()).unwrap_err();
+    assert!(said.to_string().contains("transhume pki init"), "{said}");
+    let own = authority.init(3650).unwrap();
+    let shown = show(&own.certificate).unwrap();
+    assert!(shown.authority && shown.valid, "{shown:?}");
+    let issued = authority.issue("hosta", 30, folder.path()).unwrap();
+    let shown = show(&issued.certificate).unwrap();
+    assert_eq!(shown.hosts, ["hosta"]);
+    assert_eq!(shown.issuer, "CN=Transhume authority");
+    assert!(!shown.authority && shown.valid, "{shown:?}");
+    assert!(shown.not_after - shown.not_before < 31 * 86_400);
+    for key in [own.key, issued.key] {
+        let mode = std::fs::metadata(&key).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let said = show(&key).unwrap_err().to_string();
+        assert!(said.contains("it is a PRIVATE KEY"), "{said}");
+    }
+    assert!(matches!(authority.init(1), Err(Error::Exists { .. })));
+    assert_eq!(
+        show(&own.certificate).unwrap().subject,
+        "CN=Transhume authority"
+    );
+}
