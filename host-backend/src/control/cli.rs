@@ -145,7 +145,7 @@ enum PkiCommand {
     /// Make a site's authority: once, on a machine that is kept well
     ///
     /// Its certificate (ca.crt) goes to every host; its key (ca.key) stays.
-    #[command(after_help = "Example:\n  transhume pki init --dir /root/transhume-pki")]
+    #[command(after_help = "Example:\n  transhume pki init --dir transhume-pki")]
     Init {
         /// The folder to make it in
         #[arg(long, value_name = "DIR", default_value = PKI)]
@@ -157,7 +157,7 @@ enum PkiCommand {
     /// Make a host's certificate and key, to be copied to that host
     ///
     /// A running transhumed takes a new one with the next connection.
-    #[command(after_help = "Example:\n  transhume pki issue hosta --dir /root/transhume-pki")]
+    #[command(after_help = "Example:\n  transhume pki issue hosta --dir transhume-pki")]
     Issue {
         /// The host's name, as in `host` of its transhumed.toml
         host: String,
@@ -464,7 +464,7 @@ fn read(path: &Path) -> Result<String> {
         input.map_err(|error| Error::file("read", "standard input", error))?;
         return Ok(text);
     }
-    super::state::read_bounded(path, limit).map_err(|source| Error::File {
+    crate::bounded::read_text(path, limit).map_err(|source| Error::File {
         action: "read",
         path: path.to_owned(),
         source,

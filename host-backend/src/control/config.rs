@@ -81,7 +81,7 @@ impl Config {
     /// # Errors
     /// [`Error::File`] and [`Error::Config`], with cause and cure.
     pub fn load(path: &Path) -> Result<Self> {
-        let text = super::state::read_bounded(path, MAX_TEXT).map_err(|source| Error::File {
+        let text = crate::bounded::read_text(path, MAX_TEXT).map_err(|source| Error::File {
             action: "read",
             path: path.to_owned(),
             source,
@@ -99,11 +99,19 @@ impl Config {
         if !is_name(&config.host) {
             return Err(format!("`host` is {:?}; {name}", config.host));
         }
-        for (key, path) in [
+        let tls = config.tls.iter().flat_map(|tls| {
+            [
+                ("tls.authority", &tls.authority),
+                ("tls.certificate", &tls.certificate),
+                ("tls.key", &tls.key),
+            ]
+        });
+        let paths = [
             ("run-directory", &config.run_directory),
             ("state-directory", &config.state_directory),
             ("qemu", &config.qemu),
-        ] {
+        ];
+        for (key, path) in paths.into_iter().chain(tls) {
             if !path.is_absolute() {
                 return Err(format!(
                     "`{key}` is {}; write an absolute path",
@@ -122,21 +130,7 @@ impl Config {
             Some(_) if config.plain_link => {
                 return Err("both [tls] and `plain-link = true`; take one away".to_owned());
             }
-            Some(tls) => {
-                for (key, path) in [
-                    ("authority", &tls.authority),
-                    ("certificate", &tls.certificate),
-                    ("key", &tls.key),
-                ] {
-                    if !path.is_absolute() {
-                        return Err(format!(
-                            "`tls.{key}` is {}; write an absolute path",
-                            path.display()
-                        ));
-                    }
-                }
-            }
-            None => {}
+            _ => {}
         }
         for (host, peer) in &config.hosts {
             if !is_name(host) {

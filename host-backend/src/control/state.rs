@@ -3,10 +3,11 @@
 
 use super::api::JobInfo;
 use super::{Error, Result};
+use crate::bounded::read_text;
 use crate::hypervisor::Definition;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
@@ -103,21 +104,6 @@ impl State {
     }
 }
 
-/// Reads a file of at most `limit` bytes.
-pub(super) fn read_bounded(path: &Path, limit: u64) -> io::Result<String> {
-    let mut text = String::new();
-    let length = File::open(path)?
-        .take(limit + 1)
-        .read_to_string(&mut text)?;
-    if u64::try_from(length).is_ok_and(|length| length > limit) {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("it is larger than {limit} bytes"),
-        ));
-    }
-    Ok(text)
-}
-
 fn read_all<T>(
     folder: &Path,
     extension: &str,
@@ -130,7 +116,7 @@ fn read_all<T>(
         if path.extension().is_none_or(|found| found != extension) {
             continue;
         }
-        let read = read_bounded(&path, MAX_FILE).map_err(|error| error.to_string());
+        let read = read_text(&path, MAX_FILE).map_err(|error| error.to_string());
         match read.and_then(|text| parse(&text)) {
             Ok(one) => all.push(one),
             Err(error) => {
@@ -215,7 +201,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("file");
         fs::write(&path, "12345").expect("written");
-        assert_eq!(read_bounded(&path, 5).expect("a text"), "12345");
-        assert!(read_bounded(&path, 4).is_err());
+        assert_eq!(read_text(&path, 5).expect("a text"), "12345");
+        assert!(read_text(&path, 4).is_err());
     }
 }

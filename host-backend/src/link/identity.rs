@@ -17,6 +17,8 @@ use rustls::version::TLS13;
 use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
 use thiserror::Error;
 
+use crate::bounded;
+
 /// How long a handshake may take, all of it.
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
 /// A certificate, a chain or a key is shorter.
@@ -79,16 +81,9 @@ pub enum IdentityError {
 }
 
 /// What is proven to other hosts, and asked of them.
-#[derive(Clone)]
 pub(super) struct Identity {
     client: Arc<ClientConfig>,
     server: Arc<ServerConfig>,
-}
-
-impl fmt::Debug for Identity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Identity")
-    }
 }
 
 impl Identity {
@@ -278,15 +273,7 @@ pub(super) fn is_for(certificate: &CertificateDer<'_>, host: &str) -> bool {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, IdentityError> {
-    use std::io::Read;
-    let read = || {
-        let mut bytes = Vec::new();
-        std::fs::File::open(path)?
-            .take(MAX_FILE)
-            .read_to_end(&mut bytes)?;
-        Ok(bytes)
-    };
-    read().map_err(|source| IdentityError::File {
+    bounded::read(path, MAX_FILE).map_err(|source| IdentityError::File {
         path: path.to_owned(),
         source,
     })

@@ -18,6 +18,7 @@ use serde::Serialize;
 use x509_parser::pem::Pem;
 use x509_parser::prelude::GeneralName;
 
+use crate::bounded::read_text;
 pub use error::Error;
 
 /// Clocks differ by less, so that a certificate is valid as soon as it is made.
@@ -106,8 +107,9 @@ impl Authority {
 
     /// Makes a certificate for a host, valid for so many days, in a folder. One that was there is replaced.
     pub fn issue(&self, host: &str, days: u32, into: &Path) -> Result<Issued, Error> {
-        let read_own =
-            |path: PathBuf| read(&path).map_err(|source| Error::NoAuthority { path, source });
+        let read_own = |path: PathBuf| {
+            read_text(&path, MAX_FILE).map_err(|source| Error::NoAuthority { path, source })
+        };
         let own_key = KeyPair::from_pem(&read_own(self.key())?)?;
         let issuer = Issuer::from_ca_cert_pem(&read_own(self.certificate())?, own_key)?;
         let mut params = params(host, days);
@@ -150,7 +152,7 @@ pub fn show(path: &Path) -> Result<Shown, Error> {
         path: path.to_owned(),
         cause: cause.to_string(),
     };
-    let text = read(path).map_err(|source| Error::file("read", path, source))?;
+    let text = read_text(path, MAX_FILE).map_err(|source| Error::file("read", path, source))?;
     let pem = Pem::iter_from_buffer(text.as_bytes())
         .next()
         .ok_or_else(|| content(&"it is not PEM"))?
@@ -182,15 +184,6 @@ pub fn show(path: &Path) -> Result<Shown, Error> {
         validity: format!("{} to {}", validity.not_before, validity.not_after),
         valid: validity.is_valid(),
     })
-}
-
-fn read(path: &Path) -> std::io::Result<String> {
-    use std::io::Read;
-    let mut text = String::new();
-    std::fs::File::open(path)?
-        .take(MAX_FILE)
-        .read_to_string(&mut text)?;
-    Ok(text)
 }
 
 /// Writes a whole file or none, with these permissions from the start.
