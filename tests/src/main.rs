@@ -76,7 +76,8 @@ struct Choice {
     #[arg(long, value_enum, default_value_t = Release::V10_0)]
     qemu: Release,
     /// Who moves the guest
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Mover::Plain, Mover::Multifd, Mover::Transhume])]
+    /// (all; with --quick stock QEMU's faster one and Transhume)
+    #[arg(long, value_enum, value_delimiter = ',')]
     sides: Vec<Mover>,
     /// Channels of stock QEMU's multifd
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=16))]
@@ -102,6 +103,11 @@ enum Mover {
     Transhume,
 }
 
+impl Mover {
+    const ALL: [Self; 3] = [Self::Plain, Self::Multifd, Self::Transhume];
+    const FAST: [Self; 2] = [Self::Multifd, Self::Transhume];
+}
+
 impl Choice {
     fn qemu(&self) -> Qemu {
         match self.qemu {
@@ -110,14 +116,23 @@ impl Choice {
         }
     }
 
-    fn sides(&self) -> Vec<Side> {
+    /// Those that were named, or else `default`.
+    fn movers(&self, default: &[Mover]) -> Vec<Mover> {
+        if self.sides.is_empty() {
+            default.to_vec()
+        } else {
+            self.sides.clone()
+        }
+    }
+
+    fn sides(&self, movers: &[Mover]) -> Vec<Side> {
         let channels = self.channels;
         let side = |mover: &Mover| match mover {
             Mover::Plain => Side::Stock(Stock::Plain),
             Mover::Multifd => Side::Stock(Stock::MultifdZstd { channels }),
             Mover::Transhume => Side::Transhume,
         };
-        self.sides.iter().map(side).collect()
+        movers.iter().map(side).collect()
     }
 }
 
@@ -156,19 +171,23 @@ fn run(task: Task) -> Result<bool> {
             runs,
             choice,
         } => {
-            let (profile, runs) = if quick {
-                (bench::Profile::QUICK, 1)
+            let (profile, runs, movers) = if quick {
+                (bench::Profile::QUICK, 1, choice.movers(&Mover::FAST))
             } else {
-                (bench::Profile::BENCH, usize::from(runs))
+                (
+                    bench::Profile::BENCH,
+                    usize::from(runs),
+                    choice.movers(&Mover::ALL),
+                )
             };
             let setup = Setup::prepare(
                 &layout,
                 &packages,
                 profile,
                 choice.qemu(),
-                choice.sides.contains(&Mover::Transhume),
+                movers.contains(&Mover::Transhume),
             )?;
-            let comparison = compare(&setup, &choice.sides(), runs)?;
+            let comparison = compare(&setup, &choice.sides(&movers), runs)?;
             println!("{}", comparison.table());
             if json {
                 println!("{}", comparison.json("page-cache"));
@@ -179,14 +198,15 @@ fn run(task: Task) -> Result<bool> {
 }
 
 fn demo(layout: &Layout, packages: &Packages, choice: &Choice) -> Result<()> {
+    let movers = choice.movers(&Mover::ALL);
     let setup = Setup::prepare(
         layout,
         packages,
         bench::Profile::DEMO,
         choice.qemu(),
-        choice.sides.contains(&Mover::Transhume),
+        movers.contains(&Mover::Transhume),
     )?;
-    let comparison = compare(&setup, &choice.sides(), 1)?;
+    let comparison = compare(&setup, &choice.sides(&movers), 1)?;
     println!("{}", comparison.table());
     let path = layout.base.join("demo.html");
     let about = format!(

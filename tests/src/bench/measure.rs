@@ -13,11 +13,9 @@ use std::fs;
 use std::time::{Duration, SystemTime};
 
 /// A guest rests for so long between being warm and being moved; its pace is taken meanwhile.
-const SETTLE: Duration = Duration::from_secs(4);
+const SETTLE: Duration = Duration::from_secs(3);
 /// Of that, the part in which the pace is taken.
 const BEFORE: Duration = Duration::from_secs(2);
-/// Memory that a migration needs beside the guest's own, in MiB.
-const SPARE: u64 = 1536;
 /// What a check of all data may take.
 const CHECK: Duration = Duration::from_secs(180);
 
@@ -144,7 +142,7 @@ fn by_stock(setup: &Setup, hosts: &Hosts, stock: Stock, span: Duration) -> Resul
     let Setup { machine, qemu, .. } = setup;
     let console = Console::new(&machine.name);
     let mut source = machine.start_warm(&hosts.a, qemu, &console)?;
-    let ballast = Ballast::take(machine.memory + SPARE);
+    let ballast = Ballast::take(needed(machine.memory));
     std::thread::sleep(SETTLE);
     let wire = watch_wire(hosts)?;
     let _held = ballast.release();
@@ -183,7 +181,7 @@ fn by_transhume(setup: &Setup, hosts: &Hosts, span: Duration) -> Result<Measured
     let source = a.vm_folder(&machine.name).join("serial.sock");
     console.attach(At::Source, &source, || a.alive())?;
     console.wait_for("ready", 0, crate::qemu::BOOT, || a.alive())?;
-    let ballast = Ballast::take(machine.memory + SPARE);
+    let ballast = Ballast::take(needed(machine.memory));
     std::thread::sleep(SETTLE);
     let wire = watch_wire(hosts)?;
     let destination = b.vm_folder(&machine.name).join("serial.sock");
@@ -232,6 +230,11 @@ fn by_transhume(setup: &Setup, hosts: &Hosts, span: Duration) -> Result<Measured
     };
     b.run(&["vm", "stop", &machine.name, "--force"])?;
     Ok(measured)
+}
+
+/// Memory that a migration needs, the new guest's and some beside it, in MiB.
+fn needed(memory: u64) -> u64 {
+    memory + memory * 3 / 4
 }
 
 /// Once it has read the counters for the first time.

@@ -36,8 +36,8 @@ impl Profile {
     };
     /// A small one, for a run in under a minute.
     pub const QUICK: Self = Self {
-        memory: 640,
-        cache: 360,
+        memory: 512,
+        cache: 240,
         own: 64,
         dirty: 20,
         files: Amount::Some(400),

@@ -16,6 +16,7 @@ use std::collections::hash_map::Entry;
 use std::sync::mpsc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use foldhash::fast::RandomState;
 use transhume_protocol::link::{Digest, HintRun, SectionKind, Verdict};
 use transhume_protocol::qemu::Block;
 
@@ -63,8 +64,8 @@ struct State {
     stopped: bool,
     blocks: Vec<BlockState>,
     /// Pages read ahead and put into memory, with what they hold.
-    ahead: HashMap<PageKey, Digest>,
-    awaited: HashMap<PageKey, Awaited>,
+    ahead: HashMap<PageKey, Digest, RandomState>,
+    awaited: HashMap<PageKey, Awaited, RandomState>,
     plan: Plan,
     /// Reading ahead has its place: after the set-up and before the last section.
     may_read_ahead: bool,
@@ -148,8 +149,8 @@ impl Placement {
         let state = State {
             stopped: false,
             blocks: Vec::new(),
-            ahead: HashMap::new(),
-            awaited: HashMap::new(),
+            ahead: HashMap::default(),
+            awaited: HashMap::default(),
             plan: Plan::default(),
             may_read_ahead: false,
             section: None,
