@@ -4,6 +4,7 @@
 
 mod bounded;
 pub mod control;
+mod durable;
 pub mod guest;
 pub mod hypervisor;
 pub mod link;

@@ -5,6 +5,7 @@
 //! ([`crate::hosts`]).
 
 use crate::{Error, Result};
+use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{SigSet, Signal, killpg};
 use nix::unistd::Pid;
 use std::collections::BTreeMap;
@@ -20,6 +21,8 @@ pub enum Leftover {
     Namespace(String),
     /// A folder outside `target/`.
     Folder(std::path::PathBuf),
+    /// A file system mounted there.
+    Mount(std::path::PathBuf),
 }
 
 impl Leftover {
@@ -28,6 +31,8 @@ impl Leftover {
             Self::Process(pid) => drop(killpg(Pid::from_raw(*pid), Signal::SIGKILL)),
             Self::Namespace(name) => crate::hosts::delete_namespace(name),
             Self::Folder(path) => drop(std::fs::remove_dir_all(path)),
+            // Also while somebody uses it.
+            Self::Mount(path) => drop(umount2(path, MntFlags::MNT_DETACH)),
         }
     }
 }

@@ -61,6 +61,8 @@ pub enum Request {
         name: String,
         /// To which host of `[hosts]`.
         to: String,
+        /// How long the link may be away, in seconds.
+        link_patience: u16,
         /// Only tell what would be done.
         dry_run: bool,
     },
@@ -75,6 +77,13 @@ pub enum Request {
     JobFollow {
         /// Which.
         id: u64,
+    },
+    /// Say where the VM of a job that is in doubt runs: answered by [`Response::Job`].
+    JobResolve {
+        /// Which.
+        id: u64,
+        /// One of the job's two hosts.
+        runs_at: String,
     },
     /// End a job; the VM runs on at the source: answered by [`Response::Job`].
     JobCancel {
@@ -232,6 +241,22 @@ impl JobState {
     }
 }
 
+/// What a destination knows a migration by.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Offered {
+    /// The offer's number, in hexadecimal.
+    pub number: String,
+    /// Whether the VM ran.
+    pub running: bool,
+}
+
+impl Offered {
+    pub(super) fn number(&self) -> Option<u64> {
+        u64::from_str_radix(&self.number, 16).ok()
+    }
+}
+
 /// A migration, running or ended.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -252,7 +277,13 @@ pub struct JobInfo {
     pub started_ms: u64,
     /// Where it is, or was when it ended.
     pub progress: Snapshot,
-    /// Why it did not succeed, with what to do.
+    /// What was offered to the destination; absent before that.
+    #[serde(default)]
+    pub offer: Option<Offered>,
+    /// Whether it is unresolved because nobody knows which of the two hosts has the VM.
+    #[serde(default)]
+    pub in_doubt: bool,
+    /// Why it did not succeed, with what to do; or how it was settled.
     pub error: Option<String>,
     /// How it went, when it is completed.
     pub summary: Option<Summary>,
@@ -281,9 +312,10 @@ mod tests {
                 Request::Migrate {
                     name: "web1".to_owned(),
                     to: "hostb".to_owned(),
+                    link_patience: 30,
                     dry_run: false,
                 },
-                r#"{"command":"migrate","name":"web1","to":"hostb","dry_run":false}"#,
+                r#"{"command":"migrate","name":"web1","to":"hostb","link_patience":30,"dry_run":false}"#,
             ),
             (
                 Request::JobCancel { id: 3 },

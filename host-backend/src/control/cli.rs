@@ -189,6 +189,9 @@ struct MigrateArgs {
     /// Only check that it would work, and tell what would be done
     #[arg(long)]
     dry_run: bool,
+    /// How long the link to the host may be away before the migration ends, and the VM runs on here
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u16).range(1..=3600))]
+    link_patience: u16,
     /// Do not wait for its end
     #[arg(long, conflicts_with = "dry_run")]
     detach: bool,
@@ -207,6 +210,18 @@ enum JobCommand {
         /// Show how it goes until it has ended; with --json one object at each change
         #[arg(long)]
         follow: bool,
+    },
+    /// Say which host has the VM of a migration that is in doubt, when you have looked
+    ///
+    /// transhumed asks the destination by itself for as long as it is in doubt. This is for a destination that
+    /// will not answer any more. Said wrongly, the VM runs twice and ruins its disks, or not at all.
+    #[command(after_help = "Example:\n  transhume job resolve 3 --runs-at hostb")]
+    Resolve {
+        /// Its number
+        id: u64,
+        /// The one of the job's two hosts that has the VM
+        #[arg(long, value_name = "HOST")]
+        runs_at: String,
     },
     /// End a migration; the VM runs on where it is
     #[command(after_help = "Example:\n  transhume job cancel 3")]
@@ -243,6 +258,7 @@ impl Cli {
                 Request::Migrate {
                     name: args.name.clone(),
                     to: args.to.clone(),
+                    link_patience: args.link_patience,
                     dry_run: args.dry_run,
                 }
             }
@@ -311,9 +327,11 @@ impl Cli {
     fn end(&self, job: &JobInfo) -> u8 {
         let code = match &self.command {
             // A question was answered, whatever the answer.
-            Command::Job(JobCommand::Show { follow: false, .. } | JobCommand::Cancel { .. }) => {
-                None
-            }
+            Command::Job(
+                JobCommand::Show { follow: false, .. }
+                | JobCommand::Cancel { .. }
+                | JobCommand::Resolve { .. },
+            ) => None,
             _ => job.state.failure(),
         };
         if self.json {
@@ -422,6 +440,10 @@ impl JobCommand {
         match self {
             Self::List => Request::JobList,
             Self::Show { id, .. } => Request::JobShow { id: *id },
+            Self::Resolve { id, runs_at } => Request::JobResolve {
+                id: *id,
+                runs_at: runs_at.clone(),
+            },
             Self::Cancel { id } => Request::JobCancel { id: *id },
         }
     }

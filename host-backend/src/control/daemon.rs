@@ -5,6 +5,7 @@ use super::api::{
 };
 use super::config::Config;
 use super::jobs::{Ending, Job, Jobs};
+use super::resolve::{JobJournal, in_doubt};
 use super::state::{Record, State};
 use super::table::{Entry, Table};
 use super::watch::watch;
@@ -22,8 +23,6 @@ use tracing::Instrument;
 const GLANCE: Duration = Duration::from_secs(2);
 /// How long running migrations may take to end when the service does.
 const FAREWELL: Duration = Duration::from_secs(30);
-/// How long QEMU may take to notice that its migration was cut off.
-const INTERRUPTED_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The service.
 #[derive(Debug)]
@@ -31,6 +30,9 @@ pub struct Daemon {
     config: Config,
     pub(super) table: Table,
     pub(super) jobs: Jobs,
+    arrivals: destination::Arrivals,
+    /// Held while a job that was in doubt is settled.
+    pub(super) settling: tokio::sync::Mutex<()>,
 }
 
 impl Daemon {
@@ -43,14 +45,19 @@ impl Daemon {
         let records = state.vms()?;
         let jobs = Jobs::load(state.clone())?;
         let table = Table::new(&config.host, state);
+        let arrivals = destination::Arrivals::open(&config.state_directory).map_err(|error| {
+            Error::file("create", config.state_directory.join("arrivals"), error)
+        })?;
         let daemon = Arc::new(Self {
             config,
             table,
             jobs,
+            arrivals,
+            settling: tokio::sync::Mutex::default(),
         });
         let settings = daemon.launch_settings();
         // First those that were about to arrive: their QEMUs serve one QMP client at a time.
-        for vm in destination::recover(&settings).await {
+        for vm in destination::recover(&settings, &daemon.arrivals).await {
             daemon.arrive(Arc::new(vm));
         }
         let adoptions = records.into_iter().map(|record| {
@@ -62,7 +69,7 @@ impl Daemon {
                 tracing::error!(%error, "finding a VM again failed");
             }
         }
-        daemon.finish_interrupted().await;
+        daemon.finish_interrupted();
         let settings = daemon.launch_settings();
         tokio::spawn(async move { preflight::look_at_qemu(&settings).await });
         Ok(daemon)
@@ -84,36 +91,6 @@ impl Daemon {
                     .depart(&name, "its QEMU had ended while transhumed was not running");
             }
             Err(error) => self.table.lose(record, error.to_string()),
-        }
-    }
-
-    /// Says how the migrations ended that an earlier process was in.
-    async fn finish_interrupted(&self) {
-        for job in self.jobs.all().into_iter().filter(|job| job.is_running()) {
-            let vm = job.vm();
-            let to = job.info().to;
-            let status = match self.table.here(vm) {
-                Ok(vm) => status_after_migration(&vm).await,
-                Err(_) => None,
-            };
-            let (state, said) = match status.as_deref() {
-                Some("running") => (
-                    JobState::Failed,
-                    format!(
-                        "transhumed ended during this migration; {vm} runs on here; start the migration again"
-                    ),
-                ),
-                status => (
-                    JobState::Unresolved,
-                    format!(
-                        "transhumed ended during this migration, and {vm} does not run here ({}).\nLook at {to} \
-                         with `transhume vm show {vm}`. If it runs there: `transhume vm stop {vm} --force` here. \
-                         If it does not, and cannot any more: `transhume vm resume {vm}` here.",
-                        status.unwrap_or("it is not here")
-                    ),
-                ),
-            };
-            self.jobs.finish(&job, Ending::Failed(state, said));
         }
     }
 
@@ -150,7 +127,17 @@ impl Daemon {
             Request::VmStop { name, force } => self.stop(&name, force).await,
             Request::VmPause { name } => self.pause(&name).await,
             Request::VmResume { name } => self.resume(&name).await,
-            Request::Migrate { name, to, dry_run } => self.migrate(&name, &to, dry_run),
+            Request::Migrate {
+                name,
+                to,
+                link_patience,
+                dry_run,
+            } => self.migrate(
+                &name,
+                &to,
+                Duration::from_secs(link_patience.into()),
+                dry_run,
+            ),
             Request::JobList => Ok(Response::Jobs(
                 self.jobs.all().iter().map(|job| job.info()).collect(),
             )),
@@ -158,6 +145,7 @@ impl Daemon {
                 .jobs
                 .get(id)
                 .map(|job| Response::Job(Box::new(job.info()))),
+            Request::JobResolve { id, runs_at } => self.resolve(id, &runs_at).await,
             Request::JobCancel { id } => self.cancel(id).await,
         };
         result.unwrap_or_else(|error| Response::Error(Failure::from(error)))
@@ -165,6 +153,7 @@ impl Daemon {
 
     async fn start(self: &Arc<Self>, definition: &str) -> Result<Response> {
         let definition = Definition::parse(definition)?;
+        self.jobs.refuse_in_doubt(&definition.name)?;
         let settings = self.launch_settings();
         let kept = self.table.reserve_while(&definition.name)?;
         let refusals = preflight::check_here(&definition, &settings, &[]).await;
@@ -197,6 +186,7 @@ impl Daemon {
                 "write it from / on",
             ));
         }
+        self.jobs.refuse_in_doubt(&definition.name)?;
         let same = |record: &Record| record.qmp == qmp;
         let kept = match self.table.entry(&definition.name) {
             // Given up on before; its operator says that it is well.
@@ -325,6 +315,7 @@ impl Daemon {
     }
 
     fn refuse_while_moving(&self, name: &str) -> Result<()> {
+        self.jobs.refuse_in_doubt(name)?;
         match self.jobs.active(name) {
             None => Ok(()),
             Some(job) => Err(Error::refused(
@@ -421,7 +412,13 @@ impl Daemon {
         Ok(Response::Job(Box::new(job.info())))
     }
 
-    fn migrate(self: &Arc<Self>, name: &str, to: &str, dry_run: bool) -> Result<Response> {
+    fn migrate(
+        self: &Arc<Self>,
+        name: &str,
+        to: &str,
+        link_patience: Duration,
+        dry_run: bool,
+    ) -> Result<Response> {
         let vm = self.table.here(name)?;
         let host = &self.config.host;
         if to == host {
@@ -448,9 +445,12 @@ impl Daemon {
         let request = source::Request {
             vm,
             from: host.clone(),
-            to: to.to_owned(),
-            address: peer.address.clone(),
-            security: self.config.security(),
+            destination: source::Destination {
+                host: to.to_owned(),
+                address: peer.address.clone(),
+                security: self.config.security(),
+            },
+            link_patience,
             dry_run,
         };
         let span = tracing::info_span!("migration", vm = name, job = job.id(), to);
@@ -461,7 +461,11 @@ impl Daemon {
     async fn run(self: Arc<Self>, job: Arc<Job>, request: source::Request) {
         tracing::info!(dry_run = request.dry_run, "begins");
         let (progress, cancel) = (job.progress().clone(), job.cancelled());
-        let migration = source::migrate(request, progress, cancel).in_current_span();
+        let journal = Arc::new(JobJournal {
+            daemon: self.clone(),
+            job: job.clone(),
+        });
+        let migration = source::migrate(request, progress, journal, cancel).in_current_span();
         // In a task of its own: a panic in it must not leave a job that never ends.
         let ending = match tokio::spawn(migration).await {
             Ok(Ok(source::Outcome::Migrated(summary))) => {
@@ -474,6 +478,9 @@ impl Daemon {
                 let text = plan.to_string();
                 Ending::Planned(serde_json::to_value(plan).unwrap_or_default(), text)
             }
+            Ok(Err(relay::Error::Unresolved { cause, .. })) => {
+                Ending::InDoubt(in_doubt(&job.info(), &cause))
+            }
             Ok(Err(error)) => failed(&error),
             Err(error) => Ending::Failed(
                 JobState::Unresolved,
@@ -484,10 +491,11 @@ impl Daemon {
             ),
         };
         match &ending {
-            Ending::Failed(state, error) => tracing::error!(?state, error, "ended"),
             Ending::Completed(_) | Ending::Planned(..) => tracing::info!("ended well"),
+            other => tracing::error!(ending = ?other, "ended"),
         }
         self.jobs.finish(&job, ending);
+        self.ask_on(&job);
     }
 
     /// Ends what is under way: running migrations are cancelled, so that their VMs run on here.
@@ -527,20 +535,6 @@ fn failed(error: &relay::Error) -> Ending {
 #[derive(Debug)]
 pub struct Door(pub Arc<Daemon>);
 
-/// QEMU's word on a VM whose migration was cut off. One that runs, runs on.
-async fn status_after_migration(vm: &Vm) -> Option<String> {
-    let status = match vm.migration_over(INTERRUPTED_PATIENCE).await {
-        Ok(status) => status,
-        Err(_) => vm.qmp().status().await.ok()?,
-    };
-    if status.running
-        && let Err(error) = vm.run_on().await
-    {
-        tracing::warn!(vm = vm.name(), %error, "after a migration that was cut off");
-    }
-    Some(status.status)
-}
-
 impl destination::Host for Door {
     fn name(&self) -> &str {
         &self.0.config.host
@@ -554,8 +548,14 @@ impl destination::Host for Door {
         self.0.launch_settings()
     }
 
+    fn arrivals(&self) -> &destination::Arrivals {
+        &self.0.arrivals
+    }
+
     fn reserve(&self, vm: &str) -> std::result::Result<(), String> {
-        self.0.table.reserve(vm).map_err(|error| error.to_string())
+        let free = self.0.jobs.refuse_in_doubt(vm);
+        free.and_then(|()| self.0.table.reserve(vm))
+            .map_err(|error| error.to_string())
     }
 
     fn is_coming(&self, vm: &str) -> bool {

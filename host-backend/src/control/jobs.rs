@@ -1,7 +1,7 @@
 //! The table of migrations: one of a VM at a time, the ended ones kept up to a number, in memory and in
 //! the state directory.
 
-use super::api::{JobInfo, JobState};
+use super::api::{JobInfo, JobState, Offered};
 use super::state::State;
 use super::{Error, Result};
 use crate::relay::progress::{Progress, Summary};
@@ -24,6 +24,7 @@ pub struct Jobs {
 #[derive(Debug)]
 pub struct Job {
     started: JobInfo,
+    offer: Mutex<Option<Offered>>,
     progress: Arc<Progress>,
     cancel: watch::Sender<bool>,
     ended: watch::Sender<Option<JobInfo>>,
@@ -38,12 +39,17 @@ pub enum Ending {
     Planned(serde_json::Value, String),
     /// It did not succeed: one of the other states, and why.
     Failed(JobState, String),
+    /// Nobody knows which host has the VM; what to do.
+    InDoubt(String),
+    /// It was in doubt, and is not any more: how it ended, and by whose word.
+    Settled(JobState, String),
 }
 
 impl Job {
     fn new(started: JobInfo, progress: Progress) -> Self {
         let ended = (started.state != JobState::Running).then(|| started.clone());
         Self {
+            offer: Mutex::new(started.offer.clone()),
             started,
             progress: Arc::new(progress),
             cancel: watch::Sender::new(false),
@@ -90,10 +96,16 @@ impl Job {
     /// How it stands now, or stood when it ended.
     pub fn info(&self) -> JobInfo {
         let ended = self.ended.borrow().clone();
-        ended.unwrap_or_else(|| JobInfo {
+        ended.unwrap_or_else(|| self.now())
+    }
+
+    fn now(&self) -> JobInfo {
+        let offer = self.offer.lock().unwrap_or_else(PoisonError::into_inner);
+        JobInfo {
             progress: self.progress.snapshot(),
+            offer: offer.clone(),
             ..self.started.clone()
-        })
+        }
     }
 }
 
@@ -119,6 +131,7 @@ impl Jobs {
     /// # Errors
     /// [`Error::Refused`] while another one moves the same VM.
     pub fn begin(&self, vm: &str, from: &str, to: &str, dry_run: bool) -> Result<Arc<Job>> {
+        self.refuse_in_doubt(vm)?;
         let job = {
             let mut table = self.lock();
             if let Some(other) = find_active(&table, vm) {
@@ -143,6 +156,8 @@ impl Jobs {
                 state: JobState::Running,
                 started_ms: u64::try_from(since.as_millis()).unwrap_or_default(),
                 progress: progress.snapshot(),
+                offer: None,
+                in_doubt: false,
                 error: None,
                 summary: None,
                 plan: None,
@@ -158,10 +173,7 @@ impl Jobs {
 
     /// Notes how a job ended, and forgets the oldest ended ones.
     pub fn finish(&self, job: &Job, ending: Ending) {
-        let mut info = JobInfo {
-            progress: job.progress.snapshot(),
-            ..job.started.clone()
-        };
+        let mut info = job.now();
         match ending {
             Ending::Completed(summary) => {
                 info.state = JobState::Completed;
@@ -172,8 +184,13 @@ impl Jobs {
                 info.plan = Some(plan);
                 info.plan_text = Some(text);
             }
-            Ending::Failed(state, error) => {
+            Ending::Failed(state, error) | Ending::Settled(state, error) => {
                 info.state = state;
+                info.error = Some(error);
+            }
+            Ending::InDoubt(error) => {
+                info.state = JobState::Unresolved;
+                info.in_doubt = true;
                 info.error = Some(error);
             }
         }
@@ -183,6 +200,37 @@ impl Jobs {
             if let Err(error) = self.state.forget_job(id) {
                 tracing::warn!(job = id, %error, "an old job's file stays");
             }
+        }
+    }
+
+    /// Notes what is about to be done in a job, before it is.
+    ///
+    /// # Errors
+    /// If it cannot be written: then it must not be done.
+    pub(super) fn note(&self, job: &Job, offer: Offered) -> Result<()> {
+        *job.offer.lock().unwrap_or_else(PoisonError::into_inner) = Some(offer);
+        self.state.save_job(&job.now())
+    }
+
+    /// Refuses to touch a VM while it is not known which host has it.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] then.
+    pub(super) fn refuse_in_doubt(&self, vm: &str) -> Result<()> {
+        let table = self.lock();
+        match table
+            .values()
+            .find(|job| job.vm() == vm && job.info().in_doubt)
+        {
+            None => Ok(()),
+            Some(job) => Err(Error::refused(
+                format!(
+                    "it is not known which host has {vm} since job {}, to {}",
+                    job.id(),
+                    job.started.to
+                ),
+                format!("`transhume job show {}` says what to do", job.id()),
+            )),
         }
     }
 
@@ -197,7 +245,7 @@ impl Jobs {
         let mut table = self.lock();
         let ended: Vec<u64> = table
             .iter()
-            .filter(|(_, job)| !job.is_running())
+            .filter(|(_, job)| !job.is_running() && !job.info().in_doubt)
             .map(|(id, _)| *id)
             .collect();
         let oldest = ended[..ended.len().saturating_sub(KEPT)].to_vec();

@@ -7,6 +7,7 @@ pub mod config;
 pub mod daemon;
 mod error;
 pub mod jobs;
+mod resolve;
 pub mod server;
 mod show;
 mod state;

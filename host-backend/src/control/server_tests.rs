@@ -93,6 +93,7 @@ async fn refuses_with_cause_and_cure() {
         Request::Migrate {
             name: name(),
             to: "hostb".to_owned(),
+            link_patience: 30,
             dry_run: false,
         },
         Request::JobShow { id: 7 },

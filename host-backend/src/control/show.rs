@@ -361,6 +361,11 @@ fn moment(job: &JobInfo, rates: Option<(f64, f64)>) -> String {
         }
     }
     let _ = write!(text, ", wire {}", bytes(traffic.wire_bytes));
+    if job.progress.link_away_ms > 0 {
+        let away = duration(to_float(job.progress.link_away_ms));
+        let _ = write!(text, ", the link has been away for {away}");
+        return text;
+    }
     if let Some((stream, wire)) = rates {
         let _ = write!(text, " ({}/s)", bytes(to_number(wire)));
         if let Some(left) = job.progress.remaining_bytes

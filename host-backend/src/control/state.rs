@@ -4,10 +4,11 @@
 use super::api::JobInfo;
 use super::{Error, Result};
 use crate::bounded::read_text;
+use crate::durable;
 use crate::hypervisor::Definition;
 use serde::{Deserialize, Serialize};
-use std::fs::{self, DirBuilder, File};
-use std::io::{self, Write};
+use std::fs::{self, DirBuilder};
+use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
@@ -64,7 +65,7 @@ impl State {
         let path = self.vm(&record.definition.name);
         let text = toml::to_string(record)
             .map_err(|error| Error::file("write", &path, io::Error::other(error)))?;
-        replace(&path, text.as_bytes())
+        durable::replace(&path, text.as_bytes()).map_err(|error| Error::file("write", &path, error))
     }
 
     pub(super) fn forget_vm(&self, name: &str) -> Result<()> {
@@ -88,7 +89,7 @@ impl State {
         let path = self.job(job.id);
         let text =
             serde_json::to_vec(job).map_err(|error| Error::file("write", &path, error.into()))?;
-        replace(&path, &text)
+        durable::replace(&path, &text).map_err(|error| Error::file("write", &path, error))
     }
 
     pub(super) fn forget_job(&self, id: u64) -> Result<()> {
@@ -102,6 +103,10 @@ impl State {
         jobs.sort_by_key(|job| job.id);
         Ok(jobs)
     }
+}
+
+fn remove(path: &Path) -> Result<()> {
+    durable::remove(path).map_err(|error| Error::file("remove", path, error))
 }
 
 fn read_all<T>(
@@ -125,32 +130,6 @@ fn read_all<T>(
         }
     }
     Ok(all)
-}
-
-fn replace(path: &Path, content: &[u8]) -> Result<()> {
-    let fresh = path.with_extension("new");
-    let write = || -> io::Result<()> {
-        let mut file = File::create(&fresh)?;
-        file.write_all(content)?;
-        file.sync_all()?;
-        fs::rename(&fresh, path)?;
-        sync_folder(path)
-    };
-    write().map_err(|error| Error::file("write", path, error))
-}
-
-fn remove(path: &Path) -> Result<()> {
-    match fs::remove_file(path).and_then(|()| sync_folder(path)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(Error::file("remove", path, error))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn sync_folder(path: &Path) -> io::Result<()> {
-    path.parent()
-        .map_or(Ok(()), |folder| File::open(folder)?.sync_all())
 }
 
 #[cfg(test)]

@@ -18,6 +18,10 @@ const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(60);
 /// How long QEMU may take to end when told so.
 const QUIT_PATIENCE: Duration = Duration::from_secs(10);
 /// How often a migration that ends is looked at.
+/// How long the destination's QEMU may hold the disks of a VM that did not move, and how often that is
+/// tried.
+const LOCK_PATIENCE: Duration = Duration::from_secs(15);
+const LOCK_GLANCE: Duration = Duration::from_millis(100);
 const MIGRATION_GLANCE: Duration = Duration::from_millis(20);
 
 /// A VM whose QEMU runs on this host. It goes on when this is dropped.
@@ -255,9 +259,18 @@ impl Vm {
     /// Runs the VM again after a migration that failed, also when QEMU says that it runs already.
     ///
     /// A QEMU before 8.1 can run it with its disks still given up to the destination
-    /// (`BDRV_O_INACTIVE`), and aborts at the next write or migration then; `cont` takes them back.
+    /// (`BDRV_O_INACTIVE`), and aborts at the next write or migration then; `cont` takes them back. It is
+    /// refused as long as the destination's QEMU holds their locks: that one is about to end.
     pub async fn run_on(&self) -> Result<()> {
-        self.qmp.cont().await
+        let deadline = tokio::time::Instant::now() + LOCK_PATIENCE;
+        loop {
+            match self.qmp.cont().await {
+                Err(Error::Refused { .. }) if tokio::time::Instant::now() < deadline => {
+                    tokio::time::sleep(LOCK_GLANCE).await;
+                }
+                result => return result,
+            }
+        }
     }
 
     /// Waits until its QEMU has ended. A lost QMP connection is not enough.

@@ -1,12 +1,13 @@
-//! Host to host: one connection, encrypted, framed and checksummed.
+//! Host to host: connections, encrypted, framed and checksummed, and [`session`]s over them.
 //!
-//! The two halves of a [`Connection`] are used by one thread each. Silence for longer than
-//! [`PATIENCE`] counts as a broken link, so an idle side sends [`FrameKind::Alive`].
+//! The two halves of a [`Connection`] are used by one thread each. Silence for too long counts as a
+//! broken connection, so an idle side sends [`FrameKind::Alive`].
 
 mod channel;
 mod identity;
 #[cfg(test)]
 mod security_tests;
+pub mod session;
 pub mod window;
 #[cfg(test)]
 mod window_models;
@@ -15,7 +16,7 @@ mod window_tests;
 
 /// The primitives of [`window`], which its models replace by loom's.
 mod sync {
-    pub(super) use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+    pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 }
 
 use std::io::{self, IoSlice};
@@ -26,8 +27,8 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::{setsockopt, sockopt};
 use thiserror::Error;
 use transhume_protocol::link::{
-    Control, FRAME_HEADER_LEN, FrameHeader, FrameKind, LinkError, PREAMBLE_LEN, Preamble,
-    decode_control, encode_control,
+    Control, FRAME_HEADER_LEN, FrameHeader, FrameKind, LinkError, Numbering, PREAMBLE_LEN,
+    Preamble, decode_control, encode_control,
 };
 
 pub(crate) use channel::write_all_vectored;
@@ -65,7 +66,7 @@ pub enum Error {
     #[error("the link to the other host broke: {0}")]
     Broken(io::Error),
     /// The peer sent nothing for too long.
-    #[error("the other host has been silent for {} seconds; is the network between the hosts up?", PATIENCE.as_secs())]
+    #[error("the other host was silent for too long; is the network between the hosts up?")]
     Silent,
     /// The peer closed the connection.
     #[error("the other host closed the connection")]
@@ -76,6 +77,20 @@ pub enum Error {
     /// The peer said something that does not belong here.
     #[error("the other host answered with an unexpected message ({0})")]
     Unexpected(&'static str),
+    /// All connections broke, and none could be made.
+    #[error("the link to the other host was away for {seconds} seconds ({cause})")]
+    Away {
+        /// For how long.
+        seconds: u64,
+        /// Why the last one broke, or could not be made.
+        cause: String,
+    },
+    /// The peer knows nothing of a session.
+    #[error("the other host does not take the link up again: {0}")]
+    Forgotten(String),
+    /// A session is over.
+    #[error(transparent)]
+    Session(Arc<Error>),
 }
 
 impl From<io::Error> for Error {
@@ -136,6 +151,16 @@ pub struct Connection {
 impl Connection {
     /// Connects to a host at `host:port`, which must prove that it is that host. Blocks.
     pub fn open(address: &str, host: &str, security: &Security) -> Result<Self, Error> {
+        Self::open_within(address, host, security, PATIENCE)
+    }
+
+    /// The same, and no step of it takes longer than `patience`.
+    pub fn open_within(
+        address: &str,
+        host: &str,
+        security: &Security,
+        patience: Duration,
+    ) -> Result<Self, Error> {
         let identity = security.identity()?;
         let connect = |source| Error::Connect {
             address: address.to_owned(),
@@ -143,9 +168,9 @@ impl Connection {
         };
         let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
         for candidate in address.to_socket_addrs().map_err(connect)? {
-            match TcpStream::connect_timeout(&candidate, PATIENCE) {
+            match TcpStream::connect_timeout(&candidate, patience) {
                 Ok(socket) => {
-                    set_up(&socket)?;
+                    set_up(&socket, patience)?;
                     return Self::begin(match identity {
                         Some(identity) => Channel::connect(socket, &identity, host)?,
                         None => Channel::plain(socket),
@@ -159,7 +184,7 @@ impl Connection {
 
     /// Takes a connection that another host made. Blocks.
     pub fn accept(socket: TcpStream, security: &Security) -> Result<Self, Error> {
-        set_up(&socket)?;
+        set_up(&socket, PATIENCE)?;
         Self::begin(match security.identity()? {
             Some(identity) => Channel::accept(socket, &identity)?,
             None => Channel::plain(socket),
@@ -200,9 +225,16 @@ impl Connection {
         self.sender.channel.peer_is(host)
     }
 
-    /// Sends a control message.
+    /// From now on the peer may be silent for so long.
+    pub fn set_patience(&self, patience: Duration) -> Result<(), Error> {
+        set_up(&self.sender.channel.socket, patience)
+    }
+
+    /// Sends a control message, outside of any session.
     pub fn send(&mut self, message: &Control) -> Result<(), Error> {
-        self.sender.send_control(message)
+        let payload = encode_control(message)?;
+        self.sender
+            .send(FrameKind::Control, Numbering::default(), &[&payload])
     }
 
     /// Receives a control message, skipping signs of life, and waits `patience` for it.
@@ -212,7 +244,7 @@ impl Connection {
             .socket
             .set_read_timeout(Some(patience))?;
         let message = loop {
-            let frame = self.receiver.next_frame()?;
+            let (frame, _) = self.receiver.next_frame()?;
             match frame.kind {
                 FrameKind::Alive => {}
                 FrameKind::Control => break decode_control(&frame.payload)?,
@@ -241,11 +273,11 @@ impl Connection {
     }
 }
 
-fn set_up(socket: &TcpStream) -> Result<(), Error> {
+fn set_up(socket: &TcpStream, patience: Duration) -> Result<(), Error> {
     socket.set_nonblocking(false)?;
     socket.set_nodelay(true)?;
-    socket.set_read_timeout(Some(PATIENCE))?;
-    let patience = u32::try_from(PATIENCE.as_millis()).unwrap_or(u32::MAX);
+    socket.set_read_timeout(Some(patience))?;
+    let patience = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX);
     setsockopt(socket, sockopt::TcpUserTimeout, &patience).map_err(io::Error::from)?;
     Ok(())
 }
@@ -259,6 +291,11 @@ impl Closer {
     pub fn close(&self) {
         // Fails only when the connection is gone already.
         let _ = self.0.socket.shutdown(Shutdown::Both);
+    }
+
+    /// Ends the sending direction behind what was sent.
+    pub fn close_sending(&self) {
+        let _ = self.0.socket.shutdown(Shutdown::Write);
     }
 }
 
@@ -293,8 +330,13 @@ pub struct Sender {
 
 impl Sender {
     /// Sends a frame whose payload is given in pieces, without joining them.
-    pub fn send(&mut self, kind: FrameKind, payload: &[&[u8]]) -> Result<(), Error> {
-        let header = FrameHeader::encode(kind, payload.iter().copied())?;
+    pub fn send(
+        &mut self,
+        kind: FrameKind,
+        numbering: Numbering,
+        payload: &[&[u8]],
+    ) -> Result<(), Error> {
+        let header = FrameHeader::encode(kind, numbering, payload.iter().copied())?;
         let mut slices = Vec::with_capacity(payload.len() + 1);
         slices.push(IoSlice::new(&header));
         slices.extend(
@@ -307,11 +349,6 @@ impl Sender {
         self.channel
             .write_all(&mut slices)
             .map_err(|error| self.heard.explain(error.into()))
-    }
-
-    /// Sends a control message.
-    pub fn send_control(&mut self, message: &Control) -> Result<(), Error> {
-        self.send(FrameKind::Control, &[&encode_control(message)?])
     }
 
     /// Bytes sent so far, framing included.
@@ -348,11 +385,11 @@ pub struct Receiver {
 impl Receiver {
     /// Receives the next frame and checks it. The peer gives a sign of life in every
     /// [`ALIVE_INTERVAL`].
-    pub fn receive(&mut self) -> Result<Frame, Error> {
+    pub fn receive_numbered(&mut self) -> Result<(Frame, Numbering), Error> {
         self.next_frame().map_err(|error| self.heard.explain(error))
     }
 
-    fn next_frame(&mut self) -> Result<Frame, Error> {
+    fn next_frame(&mut self) -> Result<(Frame, Numbering), Error> {
         let mut head = [0; FRAME_HEADER_LEN];
         self.fill(&mut head)?;
         let header = FrameHeader::decode(&head)?;
@@ -362,10 +399,11 @@ impl Receiver {
         header.check(&payload)?;
         self.heard.note();
         self.bytes += (FRAME_HEADER_LEN + header.length) as u64;
-        Ok(Frame {
+        let frame = Frame {
             kind: header.kind,
             payload,
-        })
+        };
+        Ok((frame, header.numbering))
     }
 
     fn fill(&mut self, mut into: &mut [u8]) -> Result<(), Error> {

@@ -69,22 +69,30 @@ fn hosts_of_one_authority_believe_each_other() {
     thread::scope(|scope| {
         scope.spawn(|| {
             for _ in 0..10 {
-                sender.send(FrameKind::Batch, &pieces).unwrap();
+                sender
+                    .send(FrameKind::Batch, Numbering::default(), &pieces)
+                    .unwrap();
             }
         });
         scope.spawn(|| {
             for _ in 0..10 {
-                assert_eq!(receiver.receive().unwrap().payload, whole);
+                assert_eq!(receiver.receive_numbered().unwrap().0.payload, whole);
             }
         });
         for _ in 0..10 {
-            let frame = server.receiver.receive().unwrap();
+            let (frame, numbering) = server.receiver.receive_numbered().unwrap();
             assert_eq!(frame.payload, whole);
-            server.sender.send(frame.kind, &[&frame.payload]).unwrap();
+            server
+                .sender
+                .send(frame.kind, numbering, &[&frame.payload])
+                .unwrap();
         }
     });
     closer.close();
-    assert!(matches!(server.receiver.receive(), Err(Error::Closed)));
+    assert!(matches!(
+        server.receiver.receive_numbered(),
+        Err(Error::Closed)
+    ));
 }
 
 #[test]

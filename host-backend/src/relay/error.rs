@@ -75,12 +75,7 @@ pub enum Error {
         cure: String,
     },
     /// The peer is silent after the commit.
-    #[error(
-        "the destination {to} fell silent while it took {vm} over ({cause}). {vm} is paused here and \
-         must not be resumed before you know that {to} does not run it.\nLook at {to} with `transhume vm \
-         show {vm}`. If it runs there: `transhume vm stop {vm} --force` here. If it does not, and \
-         cannot any more: `transhume vm resume {vm}` here."
-    )]
+    #[error("{to} fell silent while it took {vm} over ({cause}); {vm} is paused here")]
     Unresolved {
         /// The VM.
         vm: String,

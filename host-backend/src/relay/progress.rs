@@ -83,6 +83,9 @@ pub struct Snapshot {
     pub total_bytes: u64,
     /// Page frames that the guest's agent names as clean page cache.
     pub hinted_pages: u64,
+    /// For how long there has been no connection to the destination, in milliseconds; 0 while there is one.
+    #[serde(default)]
+    pub link_away_ms: u64,
 }
 
 /// Downtime in its parts, in milliseconds.
@@ -161,9 +164,10 @@ pub enum Counter {
     RemainingBytes,
     TotalBytes,
     HintedPages,
+    LinkAwayMs,
 }
 
-const COUNTERS: usize = Counter::HintedPages as usize + 1;
+const COUNTERS: usize = Counter::LinkAwayMs as usize + 1;
 
 impl Default for Progress {
     fn default() -> Self {
@@ -252,6 +256,7 @@ impl Progress {
             remaining_bytes: self.get(Counter::RemainingBytes).checked_sub(1),
             total_bytes: self.get(Counter::TotalBytes),
             hinted_pages: self.get(Counter::HintedPages),
+            link_away_ms: self.get(Counter::LinkAwayMs),
         }
     }
 }

@@ -20,7 +20,7 @@ fuzz_target!(|data: &[u8]| {
     assert!(header.length <= MAX_FRAME_PAYLOAD);
     let _ = header.check(payload);
     // The right checksum for this payload.
-    let sealed = FrameHeader::encode(header.kind, [payload].into_iter()).expect("it is short");
+    let sealed = FrameHeader::encode(header.kind, header.numbering, [payload].into_iter()).expect("it is short");
     let sealed = FrameHeader::decode(&sealed).expect("it was encoded");
     assert_eq!((sealed.kind, sealed.length), (header.kind, payload.len()));
     sealed.check(payload).expect("it was encoded");

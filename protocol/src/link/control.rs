@@ -56,9 +56,18 @@ pub enum Control {
     Prepare {
         /// Whether `switchover-ack` is to be used.
         switchover_ack: bool,
+        /// Connections that the source would use.
+        connections: u8,
+        /// How many seconds the link may be away before the migration ends.
+        patience: u16,
     },
-    /// Destination: my QEMU waits for the stream.
-    Ready,
+    /// Destination: my QEMU waits for the stream. The session begins.
+    Ready {
+        /// Whoever knows it may join the session.
+        token: [u8; 16],
+        /// Connections that the session has, at least 1.
+        connections: u8,
+    },
     /// Source: the VM is paused here and its whole state is with you; it is yours.
     Commit,
     /// Destination: I run the VM.
@@ -80,6 +89,22 @@ pub enum Control {
     Outcome {
         /// Whether it runs (or will run) the VM.
         taken: bool,
+    },
+    /// Source, on a new connection: it belongs to that session.
+    Join {
+        /// The number of the offer.
+        job: u64,
+        /// From [`Control::Ready`].
+        token: [u8; 16],
+        /// Which of the session's connections it is, from 0. An earlier one of that number is over.
+        connection: u8,
+        /// All frames up to this number have come.
+        received: u64,
+    },
+    /// Destination: so it does.
+    Joined {
+        /// All frames up to this number have come.
+        received: u64,
     },
 }
 

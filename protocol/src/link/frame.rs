@@ -2,8 +2,12 @@
 //!
 //! ```text
 //! preamble  8 bytes "TRNSHUME" | u16 oldest version | u16 newest version | u32 zero
-//! frame     u8 kind | 3 bytes zero | u32 payload length | u64 XXH3 of the first 8 bytes and payload
+//! frame     u8 kind | 3 bytes zero | u32 payload length | u64 number | u64 taken
+//!           | u64 XXH3 of the first 24 bytes and payload
 //! ```
+//!
+//! Frames of a session are numbered from 1 on in each direction, over all of its connections, so that
+//! one that was lost with a connection can be sent again on another. Number 0 is outside of the order.
 
 use super::{LinkError, VERSION};
 use xxhash_rust::xxh3::Xxh3;
@@ -11,7 +15,9 @@ use xxhash_rust::xxh3::Xxh3;
 /// Length of a preamble, in bytes.
 pub const PREAMBLE_LEN: usize = 16;
 /// Length of a frame's header, in bytes.
-pub const FRAME_HEADER_LEN: usize = 16;
+pub const FRAME_HEADER_LEN: usize = 32;
+/// Of these, bytes that the checksum covers.
+const SUMMED_LEN: usize = 24;
 /// Longest payload of a frame, in bytes.
 pub const MAX_FRAME_PAYLOAD: usize = 4 << 20;
 
@@ -86,6 +92,8 @@ pub enum FrameKind {
     Alive = 7,
     /// Bytes of batches that the destination has worked off, as a `u64` since the start.
     Ack = 8,
+    /// The session is over: whoever reads this need not wait for another connection.
+    Bye = 9,
 }
 
 impl FrameKind {
@@ -99,9 +107,19 @@ impl FrameKind {
             6 => Self::ReturnPath,
             7 => Self::Alive,
             8 => Self::Ack,
+            9 => Self::Bye,
             other => return Err(LinkError::UnknownKind(other)),
         })
     }
+}
+
+/// A frame's place among those of a session.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Numbering {
+    /// Its number in its direction, from 1; 0 outside of the order.
+    pub number: u64,
+    /// How many frames of the other direction its sender has worked off.
+    pub taken: u64,
 }
 
 /// A frame's header, checked.
@@ -111,46 +129,61 @@ pub struct FrameHeader {
     pub kind: FrameKind,
     /// Length of the payload in bytes, at most [`MAX_FRAME_PAYLOAD`].
     pub length: usize,
+    /// Where it belongs.
+    pub numbering: Numbering,
     sum: u64,
 }
 
-/// The checksum of a frame, over pieces of its payload in order.
-pub struct Checksum(Xxh3);
+/// The header's first bytes, without a payload longer than one may be.
+fn head(
+    kind: FrameKind,
+    length: usize,
+    numbering: Numbering,
+) -> Result<[u8; SUMMED_LEN], LinkError> {
+    let too_long = LinkError::TooLong(length as u64);
+    let length = match u32::try_from(length) {
+        Ok(short) if length <= MAX_FRAME_PAYLOAD => short,
+        _ => return Err(too_long),
+    };
+    let mut head = [0; SUMMED_LEN];
+    head[0] = kind as u8;
+    head[4..8].copy_from_slice(&length.to_le_bytes());
+    head[8..16].copy_from_slice(&numbering.number.to_le_bytes());
+    head[16..24].copy_from_slice(&numbering.taken.to_le_bytes());
+    Ok(head)
+}
 
-impl Checksum {
-    fn start(kind: FrameKind, length: u32) -> (Self, [u8; 8]) {
-        let mut head = [0; 8];
-        head[0] = kind as u8;
-        head[4..8].copy_from_slice(&length.to_le_bytes());
-        let mut hasher = Xxh3::new();
-        hasher.update(&head);
-        (Self(hasher), head)
+fn checksum<'a>(head: &[u8; SUMMED_LEN], pieces: impl Iterator<Item = &'a [u8]>) -> u64 {
+    let mut sum = Xxh3::new();
+    sum.update(head);
+    for piece in pieces {
+        sum.update(piece);
     }
+    sum.digest()
 }
 
 impl FrameHeader {
     /// Encodes the header for a payload given in pieces.
     pub fn encode<'a>(
         kind: FrameKind,
+        numbering: Numbering,
         pieces: impl Iterator<Item = &'a [u8]> + Clone,
     ) -> Result<[u8; FRAME_HEADER_LEN], LinkError> {
-        let length: usize = pieces.clone().map(<[u8]>::len).sum();
-        if length > MAX_FRAME_PAYLOAD {
-            return Err(LinkError::TooLong(length as u64));
-        }
-        let length = u32::try_from(length).map_err(|_| LinkError::TooLong(length as u64))?;
-        let (mut sum, head) = Checksum::start(kind, length);
-        for piece in pieces {
-            sum.0.update(piece);
-        }
+        let length = pieces.clone().map(<[u8]>::len).sum();
+        let head = head(kind, length, numbering)?;
         let mut out = [0; FRAME_HEADER_LEN];
-        out[..8].copy_from_slice(&head);
-        out[8..].copy_from_slice(&sum.0.digest().to_le_bytes());
+        out[..SUMMED_LEN].copy_from_slice(&head);
+        out[SUMMED_LEN..].copy_from_slice(&checksum(&head, pieces).to_le_bytes());
         Ok(out)
     }
 
     /// Decodes a header and bounds its length.
     pub fn decode(bytes: &[u8; FRAME_HEADER_LEN]) -> Result<Self, LinkError> {
+        let number = |at: usize| {
+            let mut number = [0; 8];
+            number.copy_from_slice(&bytes[at..at + 8]);
+            u64::from_le_bytes(number)
+        };
         let kind = FrameKind::decode(bytes[0])?;
         if bytes[1..4] != [0; 3] {
             return Err(LinkError::OutOfBounds("reserved bytes of a frame"));
@@ -159,21 +192,21 @@ impl FrameHeader {
         if length > MAX_FRAME_PAYLOAD {
             return Err(LinkError::TooLong(length as u64));
         }
-        let mut sum = [0; 8];
-        sum.copy_from_slice(&bytes[8..]);
         Ok(Self {
             kind,
             length,
-            sum: u64::from_le_bytes(sum),
+            numbering: Numbering {
+                number: number(8),
+                taken: number(16),
+            },
+            sum: number(24),
         })
     }
 
     /// Checks the payload against the header.
     pub fn check(&self, payload: &[u8]) -> Result<(), LinkError> {
-        let length = u32::try_from(payload.len()).map_err(|_| LinkError::Checksum)?;
-        let (mut sum, _) = Checksum::start(self.kind, length);
-        sum.0.update(payload);
-        if sum.0.digest() == self.sum {
+        let head = head(self.kind, payload.len(), self.numbering)?;
+        if checksum(&head, core::iter::once(payload)) == self.sum {
             Ok(())
         } else {
             Err(LinkError::Checksum)
@@ -188,10 +221,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn frames_round_trip(payload in prop::collection::vec(any::<u8>(), 0..600), cut in 0_usize..600) {
+        fn frames_round_trip(
+            payload in prop::collection::vec(any::<u8>(), 0..600), cut in 0_usize..600, number: u64, taken: u64,
+        ) {
             let (one, two) = payload.split_at(cut.min(payload.len()));
-            let head = FrameHeader::encode(FrameKind::Batch, [one, two].into_iter()).unwrap();
+            let numbering = Numbering { number, taken };
+            let head = FrameHeader::encode(FrameKind::Batch, numbering, [one, two].into_iter()).unwrap();
             let header = FrameHeader::decode(&head).unwrap();
+            prop_assert_eq!(header.numbering, numbering);
             prop_assert_eq!(header.kind, FrameKind::Batch);
             prop_assert_eq!(header.length, payload.len());
             prop_assert_eq!(header.check(&payload), Ok(()));
@@ -201,10 +238,18 @@ mod tests {
         fn a_changed_byte_is_noticed(
             payload in prop::collection::vec(any::<u8>(), 1..600), at: prop::sample::Index, bit in 0_u8..8,
         ) {
-            let head = FrameHeader::encode(FrameKind::Fill, [payload.as_slice()].into_iter()).unwrap();
+            let head = FrameHeader::encode(FrameKind::Fill, Numbering::default(), [payload.as_slice()].into_iter()).unwrap();
             let mut changed = payload.clone();
             changed[at.index(payload.len())] ^= 1 << bit;
             prop_assert_eq!(FrameHeader::decode(&head).unwrap().check(&changed), Err(LinkError::Checksum));
+        }
+
+        #[test]
+        fn a_changed_place_is_noticed(number: u64, at in 8_usize..24, bit in 0_u8..8) {
+            let numbering = Numbering { number, taken: 7 };
+            let mut head = FrameHeader::encode(FrameKind::Ack, numbering, [].into_iter()).unwrap();
+            head[at] ^= 1 << bit;
+            prop_assert_eq!(FrameHeader::decode(&head).unwrap().check(&[]), Err(LinkError::Checksum));
         }
 
         #[test]

@@ -1,4 +1,4 @@
-//! Host to host: what two daemons say to each other over one connection.
+//! Host to host: what two daemons say to each other.
 //!
 //! Both sides send a [`Preamble`] first and go on with the highest version that both speak. Then
 //! [`frame`]s go both ways, each with a checksum:
@@ -24,6 +24,11 @@
 //!  |                     Control: Running    |
 //!  |<----------------------------------------|
 //! ```
+//!
+//! From `Ready` on these frames make a session: they are numbered, and each side keeps what it sent until
+//! the other side has worked it off. A connection that breaks is replaced by the source (`Join`, answered
+//! by `Joined`), and what was lost with it is sent again. The number of bytes kept is bounded by
+//! [`SESSION_WINDOW`].
 
 mod batch;
 mod control;
@@ -36,7 +41,7 @@ pub use batch::{
 };
 pub use control::{Control, Offer, OfferedDisk, decode_control, encode_control};
 pub use frame::{
-    Checksum, FRAME_HEADER_LEN, FrameHeader, FrameKind, MAX_FRAME_PAYLOAD, PREAMBLE_LEN, Preamble,
+    FRAME_HEADER_LEN, FrameHeader, FrameKind, MAX_FRAME_PAYLOAD, Numbering, PREAMBLE_LEN, Preamble,
 };
 pub use small::{Ack, HintRun, Verdict, decode_hints, encode_hint};
 
@@ -44,6 +49,14 @@ use thiserror::Error;
 
 /// The one version of the link's protocol so far.
 pub const VERSION: u16 = 1;
+
+/// Bytes that a side may have sent in a session before the other one has worked them off, beside one frame
+/// of any length. A frame counts for its payload and [`SESSION_FRAME_ROOM`].
+pub const SESSION_WINDOW: u64 = 16 << 20;
+/// What a frame takes in a session's window beside its payload, in bytes.
+pub const SESSION_FRAME_ROOM: u64 = 256;
+/// Connections of a session, at most.
+pub const SESSION_CONNECTIONS: u8 = 16;
 
 /// Why bytes from the other host were not what they should be.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]

@@ -13,6 +13,7 @@ pub use wire::{Sample, Wire};
 use crate::cleanup::{Guard, Leftover};
 use crate::command::Run;
 use crate::{Error, Result};
+use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns};
 use std::fs;
 use std::path::PathBuf;
@@ -47,6 +48,11 @@ impl Host {
     /// A program that will run on this host.
     pub fn run(&self, program: impl AsRef<std::ffi::OsStr>) -> Result<Run> {
         Run::new(program).in_namespace(&network::path(&self.namespace))
+    }
+
+    /// Where its daemon keeps what must survive a restart.
+    pub fn state_folder(&self) -> PathBuf {
+        self.folder.join("state")
     }
 
     /// Makes an empty folder of its own.
@@ -95,6 +101,8 @@ pub struct Hosts {
     pub b: Host,
     /// How the daemons' link is protected.
     pub link: Link,
+    /// Undone before the folders go.
+    mounts: Vec<Guard>,
     _guards: Vec<Guard>,
 }
 
@@ -140,10 +148,29 @@ impl Hosts {
             a,
             b,
             link: Link::Tls,
+            mounts: Vec::new(),
             _guards: guards,
         };
         hosts.shape(rate)?;
         Ok(hosts)
+    }
+
+    /// Gives each daemon's state directory a small file system of its own, to be called before they start.
+    pub fn limit_state(&mut self) -> Result<()> {
+        for host in [&self.a, &self.b] {
+            let folder = host.state_folder();
+            fs::create_dir_all(&folder).map_err(Error::file("create", &folder))?;
+            mount(
+                Some("tmpfs"),
+                &folder,
+                Some("tmpfs"),
+                MsFlags::empty(),
+                Some("size=1m"),
+            )
+            .map_err(Error::system("mount a tmpfs"))?;
+            self.mounts.push(Guard::new(Leftover::Mount(folder)));
+        }
+        Ok(())
     }
 
     /// Shapes the link anew.
@@ -157,6 +184,15 @@ impl Hosts {
     /// Takes the link down, or up again: what a pulled cable does.
     pub fn set_link(&self, up: bool) -> Result<()> {
         network::set_link(&self.a.namespace, up)
+    }
+
+    /// Takes the link down and breaks all connections over it.
+    pub fn break_link(&self) -> Result<()> {
+        self.set_link(false)?;
+        for host in [&self.a, &self.b] {
+            network::reset_connections(&host.namespace)?;
+        }
+        Ok(())
     }
 }
 

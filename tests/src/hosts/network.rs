@@ -103,3 +103,12 @@ pub(super) fn set_link(namespace: &str, up: bool) -> Result<()> {
         if up { "up" } else { "down" }
     ))
 }
+
+/// Breaks every connection of a namespace, as a reset from the network does (`sock_diag(7)`).
+pub(super) fn reset_connections(namespace: &str) -> Result<()> {
+    Run::new("ss")
+        .args(["-N", namespace, "-K", "dst", "198.18.0.0/30"])
+        .cure("It needs iproute2 and a kernel with CONFIG_INET_DIAG_DESTROY, as Debian's")
+        .output()
+        .map(drop)
+}

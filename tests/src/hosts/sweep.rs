@@ -1,7 +1,8 @@
 //! Removes what a run that was killed left behind.
 
-use super::{PREFIX, RUN, network};
+use super::{HOST_A, HOST_B, PREFIX, RUN, network};
 use crate::progress::say;
+use nix::mount::{MntFlags, umount2};
 use std::fs;
 use std::path::Path;
 
@@ -37,7 +38,11 @@ pub(super) fn dead_runs() {
         network::delete(&name);
     }
     for name in dead_names(RUN) {
-        let _ = fs::remove_dir_all(Path::new(RUN).join(name));
+        let folder = Path::new(RUN).join(name);
+        for host in [HOST_A, HOST_B] {
+            let _ = umount2(&folder.join(host).join("state"), MntFlags::MNT_DETACH);
+        }
+        let _ = fs::remove_dir_all(folder);
     }
 }
 

@@ -16,8 +16,10 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 const LIMIT: Duration = Duration::from_secs(300);
+/// How long two hosts that reach each other may take to settle what was in doubt.
+const SETTLED: Duration = Duration::from_secs(30);
 /// Neither can hold the switch-over back: it is longer, and easier to hit.
-const OLD: Qemus = (Qemu::V7_2, Qemu::V7_2);
+pub(super) const OLD: Qemus = (Qemu::V7_2, Qemu::V7_2);
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
@@ -61,12 +63,18 @@ pub(super) fn scenarios() -> Vec<Scenario> {
                 )
             },
         },
+        Scenario {
+            name: "die-in-doubt",
+            about: "the cable is pulled at the hand-over and stays out: settled by an operator, or when it is back",
+            limit: LIMIT,
+            run: in_doubt,
+        },
     ]
 }
 
 /// When it fails.
 #[derive(Debug, Clone, Copy)]
-enum Moment {
+pub(super) enum Moment {
     /// So many milliseconds after the command.
     After(u64),
     /// When the job is first seen in that phase, or has left it.
@@ -106,11 +114,11 @@ fn each(bed: &Bed, victim: Victim, moments: &[Moment]) -> Result<()> {
 }
 
 /// Asks the source's daemon for its job's phase: on its socket, since that takes no time.
-struct Watch(BufReader<UnixStream>);
+pub(super) struct Watch(BufReader<UnixStream>);
 
 impl Watch {
-    fn open(pair: &Pair<'_>) -> Result<Self> {
-        let socket = pair.hosts.a.folder.join("run/control.sock");
+    pub(super) fn open(pair: &Pair<'_>, at: At) -> Result<Self> {
+        let socket = pair.host(at).folder.join("run/control.sock");
         let stream = UnixStream::connect(&socket).map_err(Error::file("connect to", &socket))?;
         Ok(Self(BufReader::new(stream)))
     }
@@ -122,11 +130,15 @@ impl Watch {
         let mut line = String::new();
         self.0.read_line(&mut line).map_err(failed)?;
         let jobs: Value = serde_json::from_str(&line).unwrap_or_default();
-        Ok(jobs["jobs"][0].clone())
+        Ok(jobs["jobs"]
+            .as_array()
+            .and_then(|jobs| jobs.last())
+            .cloned()
+            .unwrap_or_default())
     }
 
     /// Waits for a moment, and says in which phase the job is then.
-    fn wait(&mut self, moment: Moment) -> Result<String> {
+    pub(super) fn wait(&mut self, moment: Moment) -> Result<String> {
         const PHASES: [&str; 5] = ["negotiate", "prepare", "pre-copy", "switchover", "commit"];
         let start = Instant::now();
         loop {
@@ -153,7 +165,7 @@ fn one(pair: &mut Pair<'_>, victim: Victim, moment: Moment) -> Result<String> {
         ..Micro::new(pair.bed)?
     };
     let mut life = pair.boot(&micro)?;
-    let mut watch = Watch::open(pair)?;
+    let mut watch = Watch::open(pair, At::A)?;
     let command = pair.begin_migration(At::A, &[])?;
     let phase = watch.wait(moment)?;
     match victim {
@@ -184,7 +196,7 @@ fn one(pair: &mut Pair<'_>, victim: Victim, moment: Moment) -> Result<String> {
             "in phase {phase}: it belonged to hostb, and is gone"
         ));
     }
-    let at = settle(pair, &answer)?;
+    let at = settle(pair, At::A, &answer)?;
     let runs = match at {
         At::A => pair.stayed(At::A, &mut life),
         At::B => pair.arrived(At::B, &mut life),
@@ -200,15 +212,15 @@ fn one(pair: &mut Pair<'_>, victim: Victim, moment: Moment) -> Result<String> {
     ))
 }
 
-/// Does what an operator is told to do, and returns where the guest runs.
-fn settle(pair: &Pair<'_>, answer: &Answer) -> Result<At> {
+/// Waits until the daemons have settled what happened, and returns where the guest runs.
+pub(super) fn settle(pair: &Pair<'_>, from: At, answer: &Answer) -> Result<At> {
     let code = answer.code;
     check(matches!(code, 0 | 1 | 3 | 4 | 5), || {
         format!("Odd: {answer}")
     })?;
     match code {
-        0 => return Ok(At::B),
-        3 | 4 => return Ok(At::A),
+        0 => return Ok(from.other()),
+        3 | 4 => return Ok(from),
         // The daemon was gone before it took the job.
         1 => {
             check(answer.message().contains("transhumed at"), || {
@@ -217,31 +229,24 @@ fn settle(pair: &Pair<'_>, answer: &Answer) -> Result<At> {
         }
         _ => {}
     }
-    // The other host may still be finding out.
+    // What is in doubt is settled by the daemons as soon as they reach each other.
     let start = Instant::now();
     loop {
-        let states = [At::A, At::B].map(|at| state(pair, at));
-        let [here, there] = states;
-        let (here, there) = (here?, there?);
+        let (here, there) = (state(pair, At::A)?, state(pair, At::B)?);
         match (here.as_deref(), there.as_deref()) {
             (Some("running"), None) => return Ok(At::A),
             (None, Some("running")) => return Ok(At::B),
-            // As the message says: it runs there, so it is ended here.
-            (Some(_), Some("running")) if here.as_deref() != Some("running") => {
-                ask(&pair.a, &["vm", "stop", NAME, "--force"])?.expect(0)?;
-                return Ok(At::B);
-            }
             (Some("running"), Some("running")) => {
                 return Err(Error::Check("Both hosts run the guest".into()));
-            }
-            // It does not run there, and nothing is left there that could.
-            (Some(_), None) if pair.qemus(At::B).is_empty() => {
-                ask(&pair.a, &["vm", "resume", NAME])?.expect(0)?;
-                return Ok(At::A);
             }
             (None, None) if start.elapsed() > Duration::from_secs(5) => {
                 return Err(Error::Check(format!(
                     "Neither host has the guest after {answer}"
+                )));
+            }
+            _ if start.elapsed() > SETTLED => {
+                return Err(Error::Check(format!(
+                    "Not settled: {here:?} at hosta and {there:?} at hostb after {answer}"
                 )));
             }
             _ => {}
@@ -251,8 +256,77 @@ fn settle(pair: &Pair<'_>, answer: &Answer) -> Result<At> {
     }
 }
 
+/// The link goes at the hand-over and stays away: the source does not guess, touches nothing, and does what
+/// an operator says who has looked at the other host.
+fn in_doubt(bed: &Bed) -> Result<()> {
+    for at_once in [true, false] {
+        let mut pair = Pair::new(bed, OLD, Some(1000))?;
+        doubt(&mut pair, at_once).map_err(|error| pair.with_logs(error))?;
+    }
+    Ok(())
+}
+
+fn doubt(pair: &mut Pair<'_>, by_operator: bool) -> Result<()> {
+    let micro = Micro {
+        machine: "pc".into(),
+        ..Micro::new(pair.bed)?
+    };
+    let mut life = pair.boot(&micro)?;
+    let mut watch = Watch::open(pair, At::A)?;
+    let command = pair.begin_migration(At::A, &["--link-patience", "5"])?;
+    watch.wait(Moment::Phase("commit"))?;
+    pair.hosts.set_link(false)?;
+    let answer = command.end()?;
+    if answer.code != 5 {
+        // The answer had come already.
+        println!("  too late: {answer}");
+        pair.hosts.set_link(true)?;
+        return settle(pair, At::A, &answer).map(drop);
+    }
+    let answer = answer.refused(
+        5,
+        &[
+            "not known whether hostb took",
+            "job resolve 1 --runs-at hostb",
+        ],
+    )?;
+    println!("  {}", answer.message());
+    for refused in [
+        &["vm", "resume", NAME][..],
+        &["vm", "stop", NAME, "--force"],
+        &["migrate", NAME, "--to", "hostb"],
+    ] {
+        ask(&pair.a, refused)?.refused(3, &["not known which host has"])?;
+    }
+    // So it is after a restart.
+    pair.a.kill();
+    pair.restart(At::A)?;
+    ask(&pair.a, &["vm", "resume", NAME])?.refused(3, &["not known which host has"])?;
+    ask(&pair.a, &["job", "resolve", "1", "--runs-at", "hostc"])?
+        .refused(3, &["hosta to hostb"])?;
+    let at = match state(pair, At::B)?.as_deref() {
+        Some("running") => At::B,
+        _ => At::A,
+    };
+    if by_operator {
+        let answer = ask(&pair.a, &["job", "resolve", "1", "--runs-at", at.name()])?.expect(0)?;
+        check(answer.message().contains("an operator said so"), || {
+            format!("Odd: {answer}")
+        })?;
+        ask(&pair.a, &["job", "resolve", "1", "--runs-at", at.name()])?
+            .refused(3, &["not in doubt"])?;
+    }
+    pair.hosts.set_link(true)?;
+    let settled = settle(pair, At::A, &answer)?;
+    check(settled == at, || format!("It runs at {}", settled.name()))?;
+    match at {
+        At::A => pair.stayed(At::A, &mut life),
+        At::B => pair.arrived(At::B, &mut life),
+    }
+}
+
 /// What a host says of the guest; `None` if it does not have it.
-fn state(pair: &Pair<'_>, at: At) -> Result<Option<String>> {
+pub(super) fn state(pair: &Pair<'_>, at: At) -> Result<Option<String>> {
     let answer = ask(pair.daemon(at), &["vm", "show", NAME])?;
     match answer.code {
         0 => answer.word("/state").map(|word| Some(word.to_owned())),

@@ -3,7 +3,7 @@
 
 use super::micro::{Life, Micro, NAME};
 use super::pair::{At, NEWEST, Pair};
-use super::transhume::{Running, ask};
+use super::transhume::{Answer, Running, ask};
 use super::{Bed, Scenario};
 use crate::error::check;
 use crate::{Error, Result};
@@ -27,7 +27,8 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         "die-destination-daemon", "SIGKILL of the destination's transhumed", destination_daemon;
         "die-destination-qemu", "SIGKILL of the destination's QEMU", destination_qemu;
         "die-source-qemu", "SIGKILL of the source's QEMU: the guest is gone, and no copy runs", source_qemu;
-        "die-link", "the cable is pulled", link;
+        "die-link", "the cable is pulled, for longer than the link may be away", link;
+        "die-link-three-times", "the link breaks three times for two seconds: the migration goes on", link_breaks;
         "die-cancel", "transhume job cancel", cancel;
         "die-ctrl-c", "the command goes, the job goes on", ctrl_c;
     }
@@ -43,6 +44,10 @@ struct Scene<'a> {
 
 impl<'a> Scene<'a> {
     fn begin(bed: &'a Bed) -> Result<Self> {
+        Self::begin_with(bed, &[])
+    }
+
+    fn begin_with(bed: &'a Bed, options: &[&str]) -> Result<Self> {
         let micro = Micro {
             memory: 192,
             parameters: "cache=48M data=96M zero=8M rate=1M".into(),
@@ -50,7 +55,7 @@ impl<'a> Scene<'a> {
         };
         let pair = Pair::new(bed, NEWEST, Some(SLOW))?;
         let life = pair.boot(&micro)?;
-        let command = pair.begin_migration(At::A, &[])?;
+        let command = pair.begin_migration(At::A, options)?;
         let job = pair
             .in_pre_copy(At::A)
             .map_err(|error| pair.with_logs(error))?;
@@ -106,11 +111,10 @@ fn source_daemon(bed: &Bed) -> Result<()> {
     let (mut pair, mut life) = scene.fails(5, &["transhumed", "job show", &job])?;
     pair.restart(At::A)?;
     life.goes_on()?;
-    let job = ask(&pair.a, &["job", "show", &job])?.expect(0)?;
-    check(
-        job.word("/state")? == "failed" && job.message().contains("runs on"),
-        || format!("The restarted daemon does not know how it ended: {job}"),
-    )?;
+    pair.wait("the restarted daemon to know how it ended", || {
+        let job = ask(&pair.a, &["job", "show", &job])?.expect(0)?;
+        Ok(job.word("/state")? == "failed" && job.message().contains("runs on"))
+    })?;
     second_try(&pair, life)
 }
 
@@ -126,7 +130,10 @@ fn source_daemon_ends(bed: &Bed) -> Result<()> {
 fn destination_daemon(bed: &Bed) -> Result<()> {
     let mut scene = Scene::begin(bed)?;
     scene.pair.b.kill();
-    let (mut pair, life) = scene.fails(4, &["the other host", "runs on at hosta", "again"])?;
+    let (mut pair, life) = scene.fails(
+        4,
+        &["transhumed running there", "runs on at hosta", "again"],
+    )?;
     pair.restart(At::B)?;
     second_try(&pair, life)
 }
@@ -163,13 +170,46 @@ fn source_qemu(bed: &Bed) -> Result<()> {
 }
 
 fn link(bed: &Bed) -> Result<()> {
-    let scene = Scene::begin(bed)?;
-    scene.pair.hosts.set_link(false)?;
-    let (pair, life) = scene.fails(4, &["the other host", "runs on at hosta", "again"])?;
+    let scene = Scene::begin_with(bed, &["--link-patience", "3"])?;
+    scene.pair.hosts.break_link()?;
+    let (pair, life) = scene.fails(4, &["away for 3 seconds", "runs on at hosta", "again"])?;
     pair.nothing_left(At::B)
         .map_err(|error| pair.with_logs(error))?;
     pair.hosts.set_link(true)?;
     second_try(&pair, life)
+}
+
+fn link_breaks(bed: &Bed) -> Result<()> {
+    let micro = Micro {
+        memory: 192,
+        parameters: "cache=48M data=96M zero=8M rate=0M".into(),
+        ..Micro::new(bed)?
+    };
+    let pair = Pair::new(bed, NEWEST, Some(SLOW))?;
+    let mut life = pair.boot(&micro)?;
+    let wire = |answer: &Answer| answer.number("/summary/traffic/wire-bytes");
+    let unbroken = wire(&pair.moves(At::A, &mut life)?)?;
+    let command = pair.begin_migration(At::B, &[])?;
+    let shown = |error| pair.with_logs(error);
+    pair.in_pre_copy(At::B).map_err(shown)?;
+    for _ in 0..3 {
+        std::thread::sleep(Duration::from_secs(1));
+        check(!command.ended(), || "It ended early".into())?;
+        pair.hosts.break_link()?;
+        std::thread::sleep(Duration::from_secs(2));
+        pair.hosts.set_link(true)?;
+    }
+    let answer = command.end()?.expect(0).map_err(shown)?;
+    pair.arrived(At::A, &mut life).map_err(shown)?;
+    let broken = wire(&answer)?;
+    println!("  {unbroken} bytes without breaks, {broken} with them");
+    check(broken <= unbroken + unbroken / 10, || {
+        format!("{broken} bytes instead of {unbroken}")
+    })?;
+    let remarks = answer.value["summary"]["remarks"].to_string();
+    check(remarks.contains("taken up again"), || {
+        format!("No word on the breaks: {answer}")
+    })
 }
 
 fn cancel(bed: &Bed) -> Result<()> {

@@ -3,7 +3,7 @@
 
 use super::micro::{Micro, NAME};
 use super::pair::{At, NEWEST, Pair};
-use super::strangers::{frame, random};
+use super::strangers::{frame, numbered, random};
 use super::transhume::ask;
 use super::{Bed, Scenario};
 use crate::error::check;
@@ -112,7 +112,8 @@ fn batch(number: u64, build: impl FnOnce(&mut BatchBuilder)) -> Result<Vec<u8>> 
     let (header, records) = builder
         .finish(number, BatchEncoding::Plain)
         .map_err(wrong)?;
-    frame(
+    numbered(
+        number + 1,
         FrameKind::Batch,
         &[&header.encode()[..], &records, &data].concat(),
     )
@@ -121,10 +122,10 @@ fn batch(number: u64, build: impl FnOnce(&mut BatchBuilder)) -> Result<Vec<u8>> 
 /// What a false source sends when it should send QEMU's stream.
 fn streams() -> Result<Vec<(&'static str, Vec<u8>)>> {
     const RAM: &[u8] = b"pc.ram";
-    let commit = frame(
-        FrameKind::Control,
-        &encode_control(&Control::Commit).map_err(wrong)?,
-    )?;
+    let commit = |number| {
+        let commit = encode_control(&Control::Commit).map_err(wrong)?;
+        numbered(number, FrameKind::Control, &commit)
+    };
     // QEMU's own header, and then nothing that it knows.
     let header = b"QEVM\0\0\0\x03";
     let noise = batch(0, |batch| {
@@ -146,18 +147,27 @@ fn streams() -> Result<Vec<(&'static str, Vec<u8>)>> {
         ("half a batch", noise[..noise.len() / 2].to_vec()),
         (
             "a batch of random bytes",
-            frame(FrameKind::Batch, &random(7, 9000))?,
+            numbered(1, FrameKind::Batch, &random(7, 9000))?,
         ),
         ("a stream of random bytes", noise.clone()),
         (
             "a stream that ends early",
             batch(0, |batch| batch.raw(header))?,
         ),
-        ("a commit at once", commit.clone()),
-        ("a commit of random bytes", [noise, commit.clone()].concat()),
+        ("a commit at once", commit(1)?),
+        (
+            "a commit of random bytes",
+            [noise.clone(), commit(2)?].concat(),
+        ),
+        ("the same again and again", noise.repeat(3)),
+        ("a commit of the far future", commit(u64::MAX)?),
+        (
+            "a commit outside of the order",
+            [noise, commit(0)?].concat(),
+        ),
         (
             "a commit before the memory's end",
-            [guest.clone(), commit].concat(),
+            [guest.clone(), commit(2)?].concat(),
         ),
         (
             "pages before their table",
@@ -184,7 +194,7 @@ fn streams() -> Result<Vec<(&'static str, Vec<u8>)>> {
         ),
         (
             "a verdict, which is the destination's to give",
-            frame(FrameKind::Verdict, &random(8, 40))?,
+            numbered(1, FrameKind::Verdict, &random(8, 40))?,
         ),
     ])
 }
@@ -200,9 +210,11 @@ fn false_source(bed: &Bed) -> Result<()> {
         }
         link.send(&Control::Prepare {
             switchover_ack: true,
+            connections: 1,
+            patience: 1,
         })?;
         match link.hear()? {
-            Some(Control::Ready) => {}
+            Some(Control::Ready { .. }) => {}
             other => return Err(Error::Check(format!("Not ready: {other:?}"))),
         }
         check(pair.qemus(At::B).len() == 1, || "No QEMU waits".into())?;

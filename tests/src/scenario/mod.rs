@@ -10,6 +10,7 @@ mod lie;
 mod micro;
 mod migrate;
 mod pair;
+mod random_failures;
 mod refused;
 mod runner;
 mod strangers;
@@ -41,6 +42,7 @@ pub fn all() -> Vec<Scenario> {
         lie::scenarios(),
         die::scenarios(),
         any_moment::scenarios(),
+        random_failures::scenarios(),
         refused::scenarios(),
         strangers::scenarios(),
         false_source::scenarios(),

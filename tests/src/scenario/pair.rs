@@ -11,6 +11,7 @@ use crate::hosts::{HOST_A, HOST_B, Host, Hosts, Link, Rate};
 use crate::packages::Qemu;
 use crate::{Error, Result};
 use std::fs;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -67,6 +68,27 @@ impl<'a> Pair<'a> {
         let mut hosts = Hosts::new(rate)?;
         hosts.link = Link::Plain;
         Self::linked(bed, qemus, hosts)
+    }
+
+    /// The same with little room for the daemons' state: see [`Pair::fill_state`].
+    pub(super) fn with_small_state(bed: &'a Bed, qemus: Qemus, rate: Rate) -> Result<Self> {
+        let mut hosts = Hosts::new(rate)?;
+        hosts.limit_state()?;
+        Self::linked(bed, qemus, hosts)
+    }
+
+    /// Leaves no room for a daemon's state.
+    pub(super) fn fill_state(&self, at: At) -> Result<()> {
+        let path = self.host(at).state_folder().join("ballast");
+        let mut file = fs::File::create(&path).map_err(Error::file("create", &path))?;
+        while file.write_all(&[0; 4096]).is_ok() {}
+        Ok(())
+    }
+
+    /// Gives the room back.
+    pub(super) fn empty_state(&self, at: At) -> Result<()> {
+        let path = self.host(at).state_folder().join("ballast");
+        fs::remove_file(&path).map_err(Error::file("remove", &path))
     }
 
     fn linked(bed: &'a Bed, qemus: Qemus, hosts: Hosts) -> Result<Self> {
@@ -287,14 +309,8 @@ impl<'a> Pair<'a> {
             Ok(self.host(at).processes() == [daemon])
         })?;
         let folder = self.folder(at);
-        let left: Vec<_> = fs::read_dir(&folder)
-            .into_iter()
-            .flatten()
-            .flatten()
-            .map(|entry| entry.file_name())
-            .collect();
-        check(left.is_empty(), || {
-            format!("{} still holds {left:?}", folder.display())
+        self.wait("the folder of the guest's run to be gone", || {
+            Ok(!folder.exists())
         })
     }
 

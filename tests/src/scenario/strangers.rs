@@ -13,7 +13,9 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::path::Path;
 use std::time::Duration;
-use transhume_protocol::link::{Control, FrameHeader, FrameKind, Preamble, encode_control};
+use transhume_protocol::link::{
+    Control, FrameHeader, FrameKind, Numbering, Preamble, encode_control,
+};
 
 const LIMIT: Duration = Duration::from_secs(180);
 /// Longer than a daemon waits for anything.
@@ -67,7 +69,13 @@ pub(super) fn random(seed: u64, length: usize) -> Vec<u8> {
 }
 
 pub(super) fn frame(kind: FrameKind, payload: &[u8]) -> Result<Vec<u8>> {
-    let header = FrameHeader::encode(kind, std::iter::once(payload))
+    numbered(0, kind, payload)
+}
+
+/// A frame of a session.
+pub(super) fn numbered(number: u64, kind: FrameKind, payload: &[u8]) -> Result<Vec<u8>> {
+    let numbering = Numbering { number, taken: 0 };
+    let header = FrameHeader::encode(kind, numbering, std::iter::once(payload))
         .map_err(|error| Error::Check(format!("A frame cannot be made: {error}")))?;
     Ok([&header[..], payload].concat())
 }
@@ -87,6 +95,15 @@ fn sayings() -> Result<Vec<(&'static str, Vec<u8>)>> {
         })?,
     )?;
     let commit = frame(FrameKind::Control, &message(&Control::Commit)?)?;
+    let join = frame(
+        FrameKind::Control,
+        &message(&Control::Join {
+            job: 7,
+            token: [7; 16],
+            connection: 0,
+            received: 0,
+        })?,
+    )?;
     let mut flipped = query.clone();
     if let Some(last) = flipped.last_mut() {
         *last ^= 1;
@@ -121,6 +138,7 @@ fn sayings() -> Result<Vec<(&'static str, Vec<u8>)>> {
         ("a frame of the largest size", after(&huge)),
         ("a commit of nothing", after(&commit)),
         ("a query that leads elsewhere", after(&query)),
+        ("a connection for a migration that is none", after(&join)),
         (
             "pages at once",
             after(&frame(FrameKind::Batch, &random(3, 5000))?),
@@ -159,7 +177,8 @@ fn strangers(pair: &Pair<'_>) -> Result<()> {
                 )))
             })?;
         pair.b.alive()?;
-        if !name.starts_with("a query") {
+        // These two get an answer.
+        if !name.starts_with("a query") && !name.starts_with("a connection") {
             pair.wait("the daemon's word on a stranger", || {
                 Ok(pair.b.count_words("connection dropped") > before)
             })?;

@@ -5,6 +5,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 use transhume_protocol::link::Control;
@@ -15,7 +16,7 @@ use super::placement::Placement;
 use super::receive::Intake;
 use super::reply::{self, Reply};
 use crate::hypervisor::memory::GuestMemory;
-use crate::link::{Closer, Receiver, Sender};
+use crate::link::session::{Ready, Session};
 use crate::pages::digest::Digester;
 use crate::relay::error::RelayError;
 use crate::relay::threads;
@@ -23,6 +24,8 @@ use crate::volume;
 
 /// Bytes read from QEMU's return path at once.
 const RETURN_PATH_LEN: usize = 4096;
+/// How often the end of the link is looked at.
+const GLANCE: Duration = Duration::from_millis(10);
 
 #[derive(Default)]
 struct State {
@@ -47,7 +50,7 @@ pub(super) struct Engine {
     output: Arc<Output>,
     replies: mpsc::Sender<Reply>,
     qemu: UnixStream,
-    closer: Closer,
+    session: Session<Ready>,
     state: Mutex<State>,
     changed: Notify,
 }
@@ -55,9 +58,7 @@ pub(super) struct Engine {
 impl Engine {
     /// Starts the threads between a link and a QEMU that waits for its stream.
     pub(super) fn start(
-        sender: Sender,
-        receiver: Receiver,
-        closer: Closer,
+        session: Session<Ready>,
         target: Target,
         digester: &Digester,
     ) -> Result<Arc<Self>, RelayError> {
@@ -82,13 +83,13 @@ impl Engine {
             output: Arc::clone(&output),
             replies: replies.clone(),
             qemu,
-            closer,
+            session: session.clone(),
             state: Mutex::default(),
             changed: Notify::new(),
         });
         let disk_bytes = Arc::new(AtomicU64::new(0));
         let intake = Intake::new(
-            receiver,
+            session.clone(),
             Arc::clone(&placement),
             replies.clone(),
             Arc::clone(&disk_bytes),
@@ -102,7 +103,7 @@ impl Engine {
             Ok(())
         })?;
         engine.spawn("relay-stream", move || writer.run())?;
-        engine.spawn("relay-link-out", move || reply::run(sender, &queue))?;
+        engine.spawn("relay-link-out", move || reply::run(&session, &queue))?;
         engine.spawn("relay-return", move || return_path(read_half, &replies))?;
         let volumes = Arc::new(volumes);
         let pool = Arc::default();
@@ -138,9 +139,15 @@ impl Engine {
         let _ = self.replies.send(Reply::Control(message));
     }
 
-    /// Ends the sending thread when everything before is sent.
-    pub(super) fn finish(&self) {
-        let _ = self.replies.send(Reply::Stop);
+    /// Waits until the source has heard everything, or has ended the session; so long at most. Then all
+    /// threads end, and the link.
+    pub(super) async fn finish(&self, patience: Duration) {
+        let deadline = Instant::now() + patience;
+        let _ = self.replies.send(Reply::Last(patience));
+        while !self.session.is_over() && Instant::now() < deadline {
+            tokio::time::sleep(GLANCE).await;
+        }
+        self.stop(RelayError::Stopped);
     }
 
     fn commit(&self) {
@@ -184,8 +191,8 @@ impl Engine {
     /// Ends all threads, and the link.
     pub(super) fn stop(&self, error: RelayError) {
         self.fail(error);
-        self.closer.close();
-        self.finish();
+        self.session.close();
+        let _ = self.replies.send(Reply::Last(Duration::ZERO));
     }
 }
 

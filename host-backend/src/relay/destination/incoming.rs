@@ -1,7 +1,6 @@
 //! Takes one VM in.
 
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,15 +8,18 @@ use tokio::sync::{broadcast, watch};
 use tokio::time::timeout;
 use transhume_protocol::link::{Control, Offer};
 
+use super::arrivals::Stage;
 use super::engine::{Engine, Target};
 use super::look::{self, Fit};
-use super::recovery::{self, Mark};
+use super::recovery;
+use super::sessions::Open;
 use super::{Host, Outcomes, send};
 use crate::hypervisor::command_line::Start;
 use crate::hypervisor::definition::Definition;
 use crate::hypervisor::memory::GuestMemory;
 use crate::hypervisor::qmp::Event;
 use crate::hypervisor::{self, LaunchSettings, Vm, stream};
+use crate::link::session::{Ready, Session};
 use crate::link::{Connection, PATIENCE, START_PATIENCE};
 use crate::pages::digest::Digester;
 use crate::relay::error::RelayError;
@@ -31,6 +33,8 @@ const ENDING_PATIENCE: Duration = Duration::from_secs(2);
 const ENDING_GLANCE: Duration = Duration::from_millis(50);
 /// How long a QEMU that closed its socket may take to end.
 const END_PATIENCE: Duration = Duration::from_secs(2);
+/// Connections of a session, at most: one takes a CPU.
+const MOST_CONNECTIONS: u8 = 8;
 /// How long the last words to the source may take.
 const FAREWELL: Duration = Duration::from_millis(500);
 
@@ -60,6 +64,48 @@ impl Drop for Reservation {
     }
 }
 
+/// What is decided on a migration: journalled, and told to whoever asks.
+struct Decision {
+    host: Arc<dyn Host>,
+    job: u64,
+    vm: String,
+    outcome: watch::Sender<Option<bool>>,
+}
+
+impl Decision {
+    fn note(&self, stage: Stage) -> Result<(), String> {
+        let noted = self.host.arrivals().note(self.job, &self.vm, stage);
+        noted.map_err(|error| {
+            format!(
+                "{} cannot write its journal: {error}; is its `state-directory` full?",
+                self.host.name()
+            )
+        })
+    }
+
+    /// It is decided. A note that cannot be written is made up for after a restart.
+    fn end(&self, stage: Stage) {
+        if let Err(error) = self.note(stage) {
+            tracing::error!(vm = self.vm, error);
+        }
+        let _ = self.outcome.send(Some(stage == Stage::Taken));
+    }
+
+    /// Ends a QEMU that never ran the VM, and removes what was made for it.
+    async fn abandon(&self, vm: &Vm) {
+        match vm.kill().await {
+            Ok(()) => {
+                if let Err(error) = vm.files().remove() {
+                    tracing::warn!(%error, "run directory of a VM that did not come");
+                }
+                self.end(Stage::Refused);
+            }
+            // Without a word the source must not run it either.
+            Err(error) => tracing::error!(vm = vm.name(), %error, "QEMU cannot be ended"),
+        }
+    }
+}
+
 /// Answers an offer, and takes the VM if it comes.
 pub(super) async fn take(
     mut connection: Connection,
@@ -68,6 +114,9 @@ pub(super) async fn take(
     outcomes: &Outcomes,
 ) -> Result<(), String> {
     let settings = host.launch_settings();
+    if let Ok(definition) = Definition::parse(&offer.definition) {
+        outcomes.sessions.end_earlier(&definition.name, &offer.from);
+    }
     let (fit, mut reservation) = match admit(&offer, &host, &settings).await {
         Ok(admitted) => admitted,
         Err(reasons) => return send(&mut connection, &Control::Refused { reasons }),
@@ -86,8 +135,12 @@ pub(super) async fn take(
         (connection, message)
     });
     let (mut connection, message) = begun.await.map_err(|error| error.to_string())?;
-    let switchover_ack = match message {
-        Ok(Control::Prepare { switchover_ack }) => switchover_ack,
+    let (switchover_ack, wished, patience) = match message {
+        Ok(Control::Prepare {
+            switchover_ack,
+            connections,
+            patience,
+        }) => (switchover_ack, connections, patience),
         Ok(_) => return Err("something else came where the migration should begin".to_owned()),
         Err(error) => return Err(error.to_string()),
     };
@@ -97,30 +150,51 @@ pub(super) async fn take(
         job = offer.job,
         "migration arrives"
     );
-    let outcome = outcomes.begin(offer.job);
-    let prepared = Prepared::new(&fit, &settings, &offer, switchover_ack).await;
+    let decision = Decision {
+        host: Arc::clone(&host),
+        job: offer.job,
+        vm: name.clone(),
+        outcome: outcomes.begin(offer.job),
+    };
+    let prepared = match decision.note(Stage::Waiting) {
+        Ok(()) => Prepared::new(&fit, &settings, switchover_ack, offer.running).await,
+        Err(reason) => Err(reason),
+    };
     let prepared = match prepared {
         Ok(prepared) => prepared,
         Err(reason) => {
             tracing::warn!(vm = name, reason, "QEMU cannot be prepared");
-            let _ = outcome.send(Some(false));
+            decision.end(Stage::Refused);
             return send(&mut connection, &Control::Abort { reason });
         }
     };
     let vm = Arc::new(prepared.vm);
-    let folder = vm.files().folder().to_owned();
     let events = vm.qmp().events();
+    let connections = wished.clamp(1, MOST_CONNECTIONS);
     let received = async {
-        send(&mut connection, &Control::Ready)?;
-        let (sender, receiver, closer) = connection.split();
+        let mut token = [0; 16];
+        getrandom::fill(&mut token).map_err(|error| error.to_string())?;
+        send(&mut connection, &Control::Ready { token, connections })?;
+        let patience = Duration::from_secs(patience.max(1).into());
+        let text = |error: &dyn std::fmt::Display| error.to_string();
+        let session = Session::begin(connection, patience, None, Ready::default)
+            .map_err(|error| text(&error))?;
+        let entry = outcomes.sessions.enter(Open {
+            job: offer.job,
+            token,
+            from: offer.from.clone(),
+            vm: name.clone(),
+            connections,
+            session: session.clone(),
+        });
         let digester = Digester::new(&offer.digest_key);
-        Engine::start(sender, receiver, closer, prepared.target, &digester)
-            .map_err(|error| error.to_string())
+        let engine = Engine::start(session, prepared.target, &digester);
+        Ok::<_, String>((engine.map_err(|error| text(&error))?, entry))
     };
-    let engine = match received.await {
-        Ok(engine) => engine,
+    let (engine, _entry) = match received.await {
+        Ok(begun) => begun,
         Err(reason) => {
-            abandon(&vm, &outcome).await;
+            decision.abandon(&vm).await;
             return Err(reason);
         }
     };
@@ -130,21 +204,17 @@ pub(super) async fn take(
             reason,
             "migration ends before the hand-over; QEMU ends"
         );
-        abandon(&vm, &outcome).await;
+        decision.abandon(&vm).await;
         engine.send(Control::Abort { reason });
-        tokio::time::sleep(FAREWELL).await;
-        engine.stop(RelayError::Stopped);
+        engine.finish(FAREWELL).await;
         return Ok(());
     }
-    match run(&vm, &folder, &offer).await {
+    match run(&vm, &decision, offer.running).await {
         Ok(()) => {
             reservation.kept = true;
             host.arrived(Arc::clone(&vm));
-            let _ = outcome.send(Some(true));
             engine.send(Control::Running);
-            if let Err(error) = recovery::settle(&folder, offer.job) {
-                tracing::warn!(vm = name, %error, "mark of the arrived VM");
-            }
+            decision.end(Stage::Taken);
             tracing::info!(vm = name, "runs here");
         }
         Err(reason) => {
@@ -153,13 +223,12 @@ pub(super) async fn take(
                 None => reason,
             };
             tracing::error!(vm = name, reason, "the VM cannot run here; it goes back");
-            abandon(&vm, &outcome).await;
+            decision.abandon(&vm).await;
             engine.send(Control::Abort { reason });
         }
     }
     // The source closes the link when it has the answer.
-    tokio::time::sleep(FAREWELL).await;
-    engine.stop(RelayError::Stopped);
+    engine.finish(FAREWELL).await;
     Ok(())
 }
 
@@ -227,26 +296,10 @@ async fn receive(
     }
 }
 
-/// Ends a QEMU that never ran the VM, and removes what was made for it.
-async fn abandon(vm: &Vm, outcome: &watch::Sender<Option<bool>>) {
-    match vm.kill().await {
-        Ok(()) => {
-            if let Err(error) = vm.files().remove() {
-                tracing::warn!(%error, "run directory of a VM that did not come");
-            }
-            let _ = outcome.send(Some(false));
-        }
-        // Without a word the source must not run it either.
-        Err(error) => tracing::error!(vm = vm.name(), %error, "QEMU cannot be ended"),
-    }
-}
-
 /// The source gave the VM up: it runs here from now on, or stays paused as it was there. An error means
 /// that it never ran here, and goes back; a QEMU that ends when it is told to run it has lost it.
-async fn run(vm: &Vm, folder: &Path, offer: &Offer) -> Result<(), String> {
-    let runs = offer.running;
-    recovery::mark(folder, Mark::Committed { runs }, offer.job)
-        .map_err(|error| error.to_string())?;
+async fn run(vm: &Vm, decision: &Decision, runs: bool) -> Result<(), String> {
+    decision.note(Stage::Committed { runs })?;
     if !runs {
         return Ok(());
     }
@@ -282,8 +335,8 @@ impl Prepared {
     async fn new(
         fit: &Fit,
         settings: &LaunchSettings,
-        offer: &Offer,
         switchover_ack: bool,
+        running: bool,
     ) -> Result<Self, String> {
         let volumes = open_volumes(fit, settings);
         let files = settings.files(&fit.definition.name);
@@ -292,7 +345,7 @@ impl Prepared {
             .definition
             .to_toml()
             .map_err(|error| error.to_string())?;
-        recovery::begin(folder, &text, offer.job)
+        recovery::keep_definition(folder, &text)
             .map_err(|error| format!("{}: {error}", folder.display()))?;
         let launched = timeout(
             START_PATIENCE,
@@ -302,12 +355,12 @@ impl Prepared {
         let vm = match launched {
             Ok(Ok(vm)) => vm,
             Ok(Err(error)) => {
-                let _ = recovery::clear(folder);
+                // It has ended again; its log stays for whoever looks for the reason.
                 return Err(error.to_string());
             }
             Err(_) => return Err("QEMU did not start in time".to_owned()),
         };
-        let stream = connect(&vm, switchover_ack).await;
+        let stream = connect(&vm, switchover_ack, running).await;
         match (stream, volumes) {
             (Ok(qemu), Ok(volumes)) => Ok(Self {
                 target: Target {
@@ -374,9 +427,14 @@ async fn open_volumes(
 }
 
 /// Lets QEMU take the stream from a socket of ours.
-async fn connect(vm: &Vm, switchover_ack: bool) -> Result<UnixStream, String> {
+async fn connect(vm: &Vm, switchover_ack: bool, running: bool) -> Result<UnixStream, String> {
     let text = |error: crate::hypervisor::Error| error.to_string();
     let mut capabilities = vec![("return-path", true), ("events", true)];
+    if running {
+        // The disks' locks are taken by `cont` alone: until then the source can have them back. A VM that
+        // stays paused takes them now: QEMU before 8.1 cannot move it again otherwise.
+        capabilities.push(("late-block-activate", true));
+    }
     if switchover_ack {
         capabilities.push(("switchover-ack", true));
     }

@@ -3,6 +3,7 @@
 //! Contract: this host runs the VM only after the source's commit. Until then every end of a migration,
 //! also that of this process, ends in the QEMU being killed that was prepared for it.
 
+mod arrivals;
 mod disks;
 mod engine;
 mod incoming;
@@ -13,13 +14,16 @@ mod reads;
 mod receive;
 mod recovery;
 mod reply;
+mod sessions;
 
+pub use arrivals::Arrivals;
 pub use recovery::recover;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use sessions::{Open, Sessions};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tracing::Instrument;
@@ -43,6 +47,8 @@ pub trait Host: Send + Sync + 'static {
     fn security(&self) -> Security;
     /// How VMs are started here.
     fn launch_settings(&self) -> LaunchSettings;
+    /// The journal of arriving VMs.
+    fn arrivals(&self) -> &Arrivals;
     /// Keeps the name for an arriving VM.
     ///
     /// # Errors
@@ -59,6 +65,7 @@ pub trait Host: Send + Sync + 'static {
 /// What became of the last migrations, for a source that asks.
 #[derive(Default)]
 struct Outcomes {
+    sessions: Sessions,
     known: Mutex<VecDeque<(u64, watch::Receiver<Option<bool>>)>>,
 }
 
@@ -156,16 +163,40 @@ async fn greet(
         }
         Control::Offer(offer) => incoming::take(connection, *offer, host, outcomes).await,
         Control::Query { job, vm } => {
+            outcomes.sessions.end(job);
             let taken = match outcomes.of(job).await {
-                // A daemon that was restarted knows its VMs, not its jobs: one that is unknown here
-                // can be waiting for nothing any more.
-                None => recovery::owns(&*host, &vm, job),
+                // It may be from before a restart.
+                None => host.arrivals().owns(&vm, job),
                 known => known,
             };
             let Some(taken) = taken else { return Ok(()) };
             send(&mut connection, &Control::Outcome { taken })
         }
-        _ => Err("it began with neither an offer nor a query".to_owned()),
+        Control::Join {
+            job,
+            token,
+            connection: index,
+            received,
+        } => {
+            let open = outcomes.sessions.of(job).filter(|open| {
+                open.token == token && index < open.connections && connection.peer_is(&open.from)
+            });
+            let Some(Open { session, vm, .. }) = open else {
+                let reasons = vec![format!(
+                    "{} knows nothing of this migration any more; was its transhumed restarted?",
+                    host.name()
+                )];
+                return send(&mut connection, &Control::Refused { reasons });
+            };
+            tracing::info!(vm, job, index, "a connection joins its migration");
+            let joined =
+                tokio::task::spawn_blocking(move || session.join(index, connection, received));
+            match joined.await {
+                Ok(joined) => joined.map_err(|error| error.to_string()),
+                Err(error) => Err(error.to_string()),
+            }
+        }
+        _ => Err("it began with neither an offer, a query nor a join".to_owned()),
     }
 }
 

@@ -14,7 +14,7 @@ use zstd::bulk::Decompressor;
 use super::output::Contents;
 use super::placement::Placement;
 use super::reply::Reply;
-use crate::link::Receiver;
+use crate::link::session::{Ready, Session};
 use crate::pages::hints::Place;
 use crate::pages::{PAGE_SIZE, PageKey};
 use crate::relay::error::RelayError;
@@ -24,7 +24,7 @@ const DEVICE_MEMORY: u64 = 1 << 30;
 
 /// The receiving thread.
 pub(super) struct Intake {
-    receiver: Receiver,
+    session: Session<Ready>,
     placement: Arc<Placement>,
     replies: mpsc::Sender<Reply>,
     decompressor: Decompressor<'static>,
@@ -37,7 +37,7 @@ pub(super) struct Intake {
 
 impl Intake {
     pub(super) fn new(
-        receiver: Receiver,
+        session: Session<Ready>,
         placement: Arc<Placement>,
         replies: mpsc::Sender<Reply>,
         disk_bytes: Arc<AtomicU64>,
@@ -45,7 +45,7 @@ impl Intake {
     ) -> Result<Self, RelayError> {
         let decompressor = Decompressor::new().map_err(RelayError::Decompress)?;
         Ok(Self {
-            receiver,
+            session,
             placement,
             replies,
             decompressor,
@@ -58,9 +58,9 @@ impl Intake {
     /// Receives until the source commits.
     pub(super) fn run(mut self) -> Result<(), RelayError> {
         loop {
-            let frame = self.receiver.receive()?;
+            let frame = self.session.receive()?;
             match frame.kind {
-                FrameKind::Alive => {}
+                FrameKind::Alive | FrameKind::Bye => {}
                 FrameKind::Batch => {
                     self.done += self.batch(frame.payload)?;
                     let ack = Ack {

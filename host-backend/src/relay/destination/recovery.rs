@@ -1,194 +1,104 @@
-//! What a restarted daemon does with the QEMUs that it had prepared.
-//!
-//! A file in the VM's run directory says how far it was, and is written before that is acted on:
-//! `waiting JOB` from before QEMU starts, `committed JOB` (or `committed-paused JOB`) from the source's
-//! commit until the daemon has taken note of the VM.
+//! What a restarted daemon does with the QEMUs that it had prepared: see [`Arrivals`].
 
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use super::Host;
+use super::arrivals::{Arrival, Arrivals, Stage};
 use crate::hypervisor::{Definition, Error, LaunchSettings, Vm};
 
-const MARK: &str = "incoming";
-const LAST: &str = "arrived";
 const DEFINITION: &str = "definition.toml";
 /// How often, and after which time each, a QEMU that answers wrongly is looked at again.
 const ENDING_LOOKS: u32 = 20;
 const ENDING_GLANCE: Duration = Duration::from_millis(100);
 
-/// How far an arriving VM is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Mark {
-    /// It belongs to the source.
-    Waiting,
-    /// It belongs to this host, and runs here unless it was paused at the source.
-    Committed {
-        /// Whether it is to run.
-        runs: bool,
-    },
-}
-
-fn write(path: &Path, text: &str) -> io::Result<()> {
-    let fresh = path.with_extension("new");
-    std::fs::write(&fresh, text)?;
-    std::fs::rename(fresh, path)
-}
-
-/// Notes how far the VM is.
-pub(super) fn mark(folder: &Path, mark: Mark, job: u64) -> io::Result<()> {
-    let word = match mark {
-        Mark::Waiting => "waiting",
-        Mark::Committed { runs: true } => "committed",
-        Mark::Committed { runs: false } => "committed-paused",
-    };
-    write(&folder.join(MARK), &format!("{word} {job:016x}\n"))
-}
-
-/// Notes, in a folder that is made for it, that a VM is about to arrive: the mark first, so that whatever
-/// is in the folder is known to be an arriving VM's.
-pub(super) fn begin(folder: &Path, definition: &str, job: u64) -> io::Result<()> {
+/// Keeps the definition of a VM that is about to arrive where a restarted daemon finds it, in a folder that
+/// is made for it. The journal says before that it waits.
+pub(super) fn keep_definition(folder: &Path, definition: &str) -> std::io::Result<()> {
     std::fs::create_dir_all(folder)?;
-    mark(folder, Mark::Waiting, job)?;
-    write(&folder.join(DEFINITION), definition)
-}
-
-/// Notes that the daemon knows the VM, and which migration brought it.
-pub(super) fn settle(folder: &Path, job: u64) -> io::Result<()> {
-    write(&folder.join(LAST), &format!("{job:016x}\n"))?;
-    clear(folder)
-}
-
-/// Takes the mark away: there is nothing to recover.
-pub(super) fn clear(folder: &Path) -> io::Result<()> {
-    match std::fs::remove_file(folder.join(MARK)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
-}
-
-fn read(folder: &Path) -> Option<(Mark, u64)> {
-    let text = std::fs::read_to_string(folder.join(MARK)).ok()?;
-    let (word, job) = text.trim_end().split_once(' ')?;
-    let job = u64::from_str_radix(job, 16).ok()?;
-    match word {
-        "waiting" => Some((Mark::Waiting, job)),
-        "committed" => Some((Mark::Committed { runs: true }, job)),
-        "committed-paused" => Some((Mark::Committed { runs: false }, job)),
-        _ => None,
-    }
-}
-
-/// Whether this host got the VM by that migration, as far as its run directory tells; `None` while it
-/// cannot be said.
-pub(super) fn owns(host: &dyn Host, vm: &str, job: u64) -> Option<bool> {
-    if !crate::hypervisor::definition::is_name(vm) {
-        return None;
-    }
-    let files = host.launch_settings().files(vm);
-    let folder = files.folder();
-    match read(folder) {
-        Some((Mark::Committed { .. }, marked)) if marked == job => return Some(true),
-        // Its QEMU may still be there: not before it is killed.
-        Some((Mark::Waiting, marked)) if marked == job => return None,
-        _ => {}
-    }
-    let last = std::fs::read_to_string(folder.join(LAST)).ok();
-    let last = last.and_then(|text| u64::from_str_radix(text.trim_end(), 16).ok());
-    Some(last == Some(job))
+    crate::durable::replace(&folder.join(DEFINITION), definition.as_bytes())
 }
 
 /// Finishes or undoes what an earlier daemon of this host had begun. Call it before serving peers. A VM
 /// that was committed is returned, running unless it was paused; one that was not has its QEMU killed.
-pub async fn recover(settings: &LaunchSettings) -> Vec<Vm> {
+pub async fn recover(settings: &LaunchSettings, arrivals: &Arrivals) -> Vec<Vm> {
     let mut arrived = Vec::new();
-    let Ok(folders) = std::fs::read_dir(settings.run_directory.join("vms")) else {
-        return arrived;
-    };
-    let folders: Vec<PathBuf> = folders
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .collect();
-    for folder in folders {
-        let Some((mark, job)) = read(&folder) else {
-            // What was made for a mark that did not come any more; a folder in use is not empty.
-            let _ = std::fs::remove_file(folder.join(MARK).with_extension("new"));
-            let _ = std::fs::remove_dir(&folder);
-            continue;
-        };
-        match recover_one(settings, &folder, mark).await {
-            Ok(Some(vm)) => {
-                if let Err(error) = settle(&folder, job) {
-                    tracing::warn!(folder = %folder.display(), %error, "mark of an arriving VM");
-                }
-                arrived.push(vm);
+    for arrival in arrivals.unfinished() {
+        let Arrival { job, vm, stage } = &arrival;
+        let ended = match recover_one(settings, &arrival).await {
+            Ok((ended, found)) => {
+                arrived.extend(found);
+                ended
             }
-            Ok(None) => {}
             Err(error) => {
                 tracing::error!(
-                    folder = %folder.display(), ?mark, %error,
+                    vm, ?stage, %error,
                     "the QEMU of an unfinished migration could not be recovered: look at it"
                 );
+                continue;
             }
+        };
+        if let Err(error) = arrivals.note(*job, vm, ended) {
+            tracing::warn!(vm, %error, "journal of arriving VMs");
         }
     }
     arrived
 }
 
+/// How a migration ends, and the VM if it arrived.
 async fn recover_one(
     settings: &LaunchSettings,
-    folder: &Path,
-    mark: Mark,
-) -> Result<Option<Vm>, Error> {
-    let path = folder.join(DEFINITION);
-    if mark == Mark::Waiting && !path.exists() {
-        // Its QEMU was not started: that is done with a definition.
-        std::fs::remove_dir_all(folder).map_err(|error| Error::file("remove", folder, error))?;
-        return Ok(None);
-    }
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    let definition = Definition::parse(&text)?;
-    let files = settings.files(&definition.name);
-    let qmp = files.qmp();
-    let adopt = || Vm::adopt(&definition, &qmp, settings);
-    let mut adopted = adopt().await;
-    for _ in 0..ENDING_LOOKS {
-        if matches!(adopted, Ok(_) | Err(Error::Connect { .. })) {
-            break;
+    arrival: &Arrival,
+) -> Result<(Stage, Option<Vm>), Error> {
+    let Arrival { vm, stage, .. } = arrival;
+    let files = settings.files(vm);
+    let path = files.folder().join(DEFINITION);
+    let adopted = if path.exists() {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        adopt(&Definition::parse(&text)?, settings).await?
+    } else {
+        // No QEMU is started without one; and a restarted host has neither.
+        None
+    };
+    match (*stage, adopted) {
+        (Stage::Committed { runs }, Some(adopted)) => {
+            tracing::info!(vm, "it had been handed over: it belongs here");
+            if runs {
+                adopted.qmp().cont().await?;
+            }
+            Ok((Stage::Taken, Some(adopted)))
         }
-        // Its stream has just ended, and it may be about to end itself.
-        tokio::time::sleep(ENDING_GLANCE).await;
-        adopted = adopt().await;
-    }
-    match mark {
-        Mark::Waiting => {
-            match adopted {
-                Ok(vm) => {
-                    tracing::info!(
-                        vm = definition.name,
-                        "its migration was cut off here: QEMU ends"
-                    );
-                    vm.kill().await?;
-                }
-                // It ended with the stream.
-                Err(Error::Connect { .. }) => {}
-                // The mark stays: it may live.
-                Err(error) => return Err(error),
+        (Stage::Committed { .. }, None) => {
+            tracing::error!(
+                vm,
+                "it had been handed over to this host, and its QEMU has ended"
+            );
+            Ok((Stage::Taken, None))
+        }
+        (_, adopted) => {
+            if let Some(adopted) = adopted {
+                tracing::info!(vm, "its migration was cut off here: QEMU ends");
+                adopted.kill().await?;
             }
             files.remove()?;
-            Ok(None)
+            Ok((Stage::Refused, None))
         }
-        Mark::Committed { runs } => {
-            let vm = adopted?;
-            tracing::info!(
-                vm = definition.name,
-                "it had been handed over: it belongs here"
-            );
-            if runs {
-                vm.qmp().cont().await?;
-            }
-            Ok(Some(vm))
+    }
+}
+
+/// The VM's QEMU, if there is one.
+async fn adopt(definition: &Definition, settings: &LaunchSettings) -> Result<Option<Vm>, Error> {
+    let qmp = settings.files(&definition.name).qmp();
+    let mut looks = 0;
+    loop {
+        match Vm::adopt(definition, &qmp, settings).await {
+            Ok(vm) => return Ok(Some(vm)),
+            Err(Error::Connect { .. }) => return Ok(None),
+            // Its stream has just ended, and it may be about to end itself.
+            Err(_) if looks < ENDING_LOOKS => {}
+            Err(error) => return Err(error),
         }
+        looks += 1;
+        tokio::time::sleep(ENDING_GLANCE).await;
     }
 }
 
@@ -196,52 +106,35 @@ async fn recover_one(
 mod tests {
     use super::*;
 
-    #[test]
-    fn marks_are_read_as_written() {
-        let folder = tempfile::tempdir().unwrap();
-        let folder = folder.path();
-        assert_eq!(read(folder), None);
-        mark(folder, Mark::Waiting, 7).unwrap();
-        assert_eq!(read(folder), Some((Mark::Waiting, 7)));
-        for runs in [true, false] {
-            mark(folder, Mark::Committed { runs }, u64::MAX).unwrap();
-            assert_eq!(read(folder), Some((Mark::Committed { runs }, u64::MAX)));
-        }
-        settle(folder, u64::MAX).unwrap();
-        assert_eq!(read(folder), None);
-        clear(folder).unwrap();
-        std::fs::write(folder.join(MARK), "waiting nothing").unwrap();
-        assert_eq!(read(folder), None);
-    }
-
     #[tokio::test]
     async fn whatever_was_made_for_an_arrival_goes() {
         let run = tempfile::tempdir().unwrap();
-        let vms = run.path().join("vms");
-        let cut_off = |name: &str, files: &[&str]| {
-            std::fs::create_dir_all(vms.join(name)).unwrap();
-            for file in files {
-                std::fs::write(vms.join(name).join(file), "").unwrap();
-            }
-        };
-        cut_off("empty", &[]);
-        cut_off("unmarked", &["incoming.new"]);
-        cut_off("marked", &["definition.new"]);
-        mark(&vms.join("marked"), Mark::Waiting, 7).unwrap();
-        begin(&vms.join("defined"), "name = \"", 7).unwrap();
-        cut_off("in-use", &["definition.toml"]);
         let settings = LaunchSettings {
             host: "hosta".into(),
             run_directory: run.path().into(),
             qemu: "qemu-system-x86_64".into(),
         };
-        assert!(recover(&settings).await.is_empty());
-        let mut left: Vec<_> = std::fs::read_dir(&vms)
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name())
-            .collect();
-        left.sort();
+        let arrivals = Arrivals::open(run.path()).unwrap();
+        let folder = |vm: &str| run.path().join("vms").join(vm);
+        for (job, vm) in [(1, "noted"), (2, "begun"), (3, "defined")] {
+            arrivals.note(job, vm, Stage::Waiting).unwrap();
+        }
+        std::fs::create_dir_all(folder("begun")).unwrap();
+        std::fs::write(folder("begun").join("definition.new"), "").unwrap();
+        keep_definition(&folder("defined"), "name = \"").unwrap();
+        std::fs::create_dir_all(folder("in-use")).unwrap();
+        arrivals
+            .note(4, "rebooted", Stage::Committed { runs: true })
+            .unwrap();
+        assert!(recover(&settings, &arrivals).await.is_empty());
+        let stage = |job| arrivals.of(job).unwrap().stage;
+        assert_eq!([stage(1), stage(2)], [Stage::Refused; 2]);
+        assert_eq!(stage(4), Stage::Taken);
         // What cannot be read is left for a person to look at.
-        assert_eq!(left, ["defined", "in-use"]);
+        assert_eq!(stage(3), Stage::Waiting);
+        assert!(folder("defined").exists() && folder("in-use").exists());
+        assert!(!folder("begun").exists());
+        // Whoever asks must not run it again.
+        assert_eq!(arrivals.owns("rebooted", 4), Some(true));
     }
 }

@@ -1,10 +1,11 @@
 //! What the destination says to the source while memory moves.
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
 
-use transhume_protocol::link::{Ack, Control, FrameKind, Verdict};
+use transhume_protocol::link::{Ack, Control, FrameKind, Verdict, encode_control};
 
-use crate::link::{ALIVE_INTERVAL, Sender};
+use crate::link::session::{Prepared, Ready, Session};
 use crate::relay::error::RelayError;
 
 /// A message to the source.
@@ -14,38 +15,37 @@ pub(super) enum Reply {
     Ack(Ack),
     ReturnPath(Vec<u8>),
     Control(Control),
-    /// Ends the thread when everything before was sent.
-    Stop,
+    /// Ends the session and the thread when the source has worked off everything before, or after that time.
+    Last(Duration),
 }
 
 /// Replies that are joined before they are sent, at most.
 const JOINED: usize = 256;
 
 /// Sends replies until it is told to stop.
-pub(super) fn run(mut sender: Sender, replies: &Receiver<Reply>) -> Result<(), RelayError> {
-    loop {
-        let first = match replies.recv_timeout(ALIVE_INTERVAL) {
-            Ok(first) => first,
-            Err(RecvTimeoutError::Timeout) => {
-                sender.send(FrameKind::Alive, &[])?;
-                continue;
-            }
-            Err(RecvTimeoutError::Disconnected) => return Ok(()),
-        };
+pub(super) fn run(session: &Session<Ready>, replies: &Receiver<Reply>) -> Result<(), RelayError> {
+    while let Ok(first) = replies.recv() {
         for reply in join(
             std::iter::once(first)
                 .chain(replies.try_iter())
                 .take(JOINED),
         ) {
-            match reply {
-                Reply::Verdict(verdict) => sender.send(FrameKind::Verdict, &[&verdict.encode()])?,
-                Reply::Ack(ack) => sender.send(FrameKind::Ack, &[&ack.encode()])?,
-                Reply::ReturnPath(bytes) => sender.send(FrameKind::ReturnPath, &[&bytes])?,
-                Reply::Control(message) => sender.send_control(&message)?,
-                Reply::Stop => return Ok(()),
-            }
+            let (kind, payload) = match reply {
+                Reply::Verdict(verdict) => (FrameKind::Verdict, verdict.encode()),
+                Reply::Ack(ack) => (FrameKind::Ack, ack.encode().to_vec()),
+                Reply::ReturnPath(bytes) => (FrameKind::ReturnPath, bytes),
+                Reply::Control(message) => (FrameKind::Control, encode_control(&message)?),
+                Reply::Last(patience) => {
+                    session.drain(patience);
+                    session.close();
+                    return Ok(());
+                }
+            };
+            let length = payload.len();
+            session.send(Prepared::new(kind, payload), length)?;
         }
     }
+    Ok(())
 }
 
 /// Joins verdicts on the same batch, and leaves out acknowledgements that a later one contains.
@@ -100,7 +100,7 @@ mod tests {
             verdict(1, 3, &[7]),
             Reply::ReturnPath(vec![1]),
             ack(30),
-            Reply::Stop,
+            Reply::Last(Duration::ZERO),
         ];
         let joined = join(replies.into_iter());
         let expected = [
@@ -108,7 +108,7 @@ mod tests {
             ack(30),
             verdict(2, 1, &[]),
             Reply::ReturnPath(vec![1]),
-            Reply::Stop,
+            Reply::Last(Duration::ZERO),
         ];
         assert_eq!(joined, expected);
     }

@@ -6,7 +6,8 @@ use transhume_protocol::link::{Ack, Control, FrameKind, Verdict, decode_control}
 use transhume_protocol::qemu::return_path::Message;
 
 use super::shared::Shared;
-use crate::link::Receiver;
+use super::transmit::Packer;
+use crate::link::session::Session;
 use crate::relay::error::RelayError;
 use crate::relay::progress::Counter;
 
@@ -15,15 +16,15 @@ const PARTIAL_MOST: usize = transhume_protocol::qemu::return_path::MAX_MESSAGE_L
 
 /// The receiving thread.
 pub(super) struct Answers {
-    receiver: Receiver,
+    session: Session<Packer>,
     shared: Arc<Shared>,
     partial: Vec<u8>,
 }
 
 impl Answers {
-    pub(super) fn new(receiver: Receiver, shared: Arc<Shared>) -> Self {
+    pub(super) fn new(session: Session<Packer>, shared: Arc<Shared>) -> Self {
         Self {
-            receiver,
+            session,
             shared,
             partial: Vec::new(),
         }
@@ -31,15 +32,11 @@ impl Answers {
 
     /// Receives until the link ends or a control message closes the matter.
     pub(super) fn run(mut self) -> Result<(), RelayError> {
-        let mut counted = self.receiver.bytes();
         loop {
-            let frame = self.receiver.receive()?;
-            self.shared
-                .progress
-                .add(Counter::WireBytes, self.receiver.bytes() - counted);
-            counted = self.receiver.bytes();
+            let frame = self.session.receive()?;
+            self.shared.count_wire_bytes();
             match frame.kind {
-                FrameKind::Alive => {}
+                FrameKind::Alive | FrameKind::Bye => {}
                 FrameKind::Ack => {
                     let ack = Ack::decode(&frame.payload)?;
                     self.shared.flow.acknowledge(ack.batch_bytes)?;

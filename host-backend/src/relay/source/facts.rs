@@ -6,9 +6,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use transhume_protocol::link::{Control, Offer, OfferedDisk};
 
+use super::migration::Destination;
 use crate::hypervisor::layout::{Layout, Region};
 use crate::hypervisor::{Vm, preflight};
-use crate::link::{self, Connection, PATIENCE, Security};
+use crate::link::{self, Connection, PATIENCE};
 use crate::pages::digest;
 use crate::relay::Error;
 
@@ -149,14 +150,17 @@ pub(super) struct Accepted {
 
 /// Offers the VM to a peer. Blocks.
 pub(super) fn negotiate(
-    to: &str,
-    address: &str,
-    security: &Security,
+    destination: &Destination,
     offer: Offer,
     has_ack: bool,
 ) -> Result<Accepted, Error> {
-    let failed = |error| no_agreement(to, address, error);
-    let mut connection = Connection::open(address, to, security).map_err(failed)?;
+    let Destination {
+        host,
+        address,
+        security,
+    } = destination;
+    let failed = |error| no_agreement(host, address, error);
+    let mut connection = Connection::open(address, host, security).map_err(failed)?;
     connection
         .send(&Control::Offer(Box::new(offer)))
         .map_err(failed)?;

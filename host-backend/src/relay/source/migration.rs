@@ -11,27 +11,55 @@ use transhume_protocol::link::{Control, encode_control};
 use super::facts::{self, Accepted, Facts, Plan};
 use super::flow::{Flow, Next};
 use super::hints::Hints;
+use super::link_rate::LinkRate;
 use super::report::Reports;
 use super::settings::{self, Before};
 use super::shared::Shared;
 use super::switchover::Switchover;
+use super::transmit::Packer;
 use crate::guest::DiskName;
 use crate::hypervisor::qmp::Event;
 use crate::hypervisor::{self, Vm};
-use crate::link::{Closer, Connection, PATIENCE, START_PATIENCE, Security};
+use crate::link::session::{Rejoin, Session};
+use crate::link::{Connection, PATIENCE, START_PATIENCE, Security};
 use crate::pages::digest::Digester;
 use crate::relay::error::RelayError;
-use crate::relay::progress::{Downtime, Phase, Progress, Summary};
+use crate::relay::progress::{Counter, Downtime, Phase, Progress, Summary};
 use crate::relay::{Error, Stays};
 
 /// How long the first report of the page cache is waited for, once the destination is ready.
 const REPORT_PATIENCE: Duration = Duration::from_secs(3);
+/// How long the link may be away while nobody runs the VM.
+const PAUSED_PATIENCE: Duration = Duration::from_secs(3);
+/// How long a destination that can be reached may take to hear that the migration has ended.
+const FAREWELL: Duration = Duration::from_secs(1);
 /// How often QEMU is asked how far it is.
 const POLL: Duration = Duration::from_millis(25);
 /// How long QEMU may take to run a VM again after a failure.
 const QEMU_PATIENCE: Duration = Duration::from_secs(15);
 /// How long a silent destination is asked what became of the VM.
 const QUERY_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Where the phases of a migration are noted before they are acted on.
+pub trait Journal: Send + Sync {
+    /// Notes the phase that the migration's progress is in. `number` is the offer's; `running`: whether the
+    /// VM ran when it began.
+    ///
+    /// # Errors
+    /// If it cannot be noted: then it is not acted on.
+    fn note(&self, number: u64, running: bool) -> std::io::Result<()>;
+}
+
+/// Another host, and how it is reached.
+#[derive(Debug, Clone)]
+pub struct Destination {
+    /// Its name.
+    pub host: String,
+    /// Its daemon's `host:port`.
+    pub address: String,
+    /// How the connection to it is protected.
+    pub security: Security,
+}
 
 /// A migration to be done.
 #[derive(Clone)]
@@ -40,12 +68,10 @@ pub struct Request {
     pub vm: Arc<Vm>,
     /// This host.
     pub from: String,
-    /// The destination.
-    pub to: String,
-    /// Its daemon's `host:port`.
-    pub address: String,
-    /// How the connection to it is protected.
-    pub security: Security,
+    /// Where it is to go.
+    pub destination: Destination,
+    /// How long the link may be away.
+    pub link_patience: Duration,
     /// Only look whether it would work.
     pub dry_run: bool,
 }
@@ -92,6 +118,7 @@ impl From<std::io::Error> for Stop {
 pub async fn migrate(
     request: Request,
     progress: Arc<Progress>,
+    journal: Arc<dyn Journal>,
     mut cancel: watch::Receiver<bool>,
 ) -> Result<Outcome, Error> {
     progress.enter(Phase::Negotiate);
@@ -100,15 +127,13 @@ pub async fn migrate(
         .capabilities
         .iter()
         .any(|(name, _)| name == "switchover-ack");
-    let peer = request.clone();
+    let destination = request.destination.clone();
     let offer = facts.offer.clone();
-    let accepted =
-        blocking(move || facts::negotiate(&peer.to, &peer.address, &peer.security, offer, has_ack))
-            .await?;
+    let accepted = blocking(move || facts::negotiate(&destination, offer, has_ack)).await?;
     if request.dry_run {
         return Ok(Outcome::Planned(plan(&request, &facts, &accepted)));
     }
-    let mut migration = Migration::new(request, facts, progress);
+    let mut migration = Migration::new(request, facts, progress, journal);
     match migration.copy(accepted, &mut cancel).await {
         Ok(copied) => migration.hand_over(copied).await.map(Outcome::Migrated),
         Err(stop) => Err(migration.undo(stop).await),
@@ -130,13 +155,26 @@ fn plan(request: &Request, facts: &Facts, accepted: &Accepted) -> Plan {
     Plan {
         vm: request.vm.name().to_owned(),
         from: request.from.clone(),
-        to: request.to.clone(),
+        to: request.destination.host.clone(),
         machine: request.vm.machine_type().to_owned(),
         qemu_from: version(facts.offer.qemu),
         qemu_to: version(accepted.qemu),
         memory_bytes: request.vm.definition().memory.bytes(),
         switchover_ack: accepted.switchover_ack,
     }
+}
+
+/// The destination's QEMU waits for the stream.
+struct Ready {
+    connection: Connection,
+    token: [u8; 16],
+    connections: u8,
+}
+
+/// Connections that this host would use: each takes most of a CPU, and the guests need some.
+fn connections() -> u8 {
+    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    u8::try_from(cpus / 2).unwrap_or(u8::MAX).clamp(1, 4)
 }
 
 /// The VM is paused here and whole at the destination.
@@ -150,23 +188,30 @@ struct Migration {
     request: Request,
     facts: Facts,
     progress: Arc<Progress>,
+    journal: Arc<dyn Journal>,
     shared: Option<Arc<Shared>>,
     reports: Option<Reports>,
     before: Option<Before>,
-    /// Ends the link while no relay runs on it.
-    closer: Option<Closer>,
+    /// The link, from when the destination is ready.
+    session: Option<Session<Packer>>,
 }
 
 impl Migration {
-    fn new(request: Request, facts: Facts, progress: Arc<Progress>) -> Self {
+    fn new(
+        request: Request,
+        facts: Facts,
+        progress: Arc<Progress>,
+        journal: Arc<dyn Journal>,
+    ) -> Self {
         Self {
             request,
             facts,
             progress,
+            journal,
             shared: None,
             reports: None,
             before: None,
-            closer: None,
+            session: None,
         }
     }
 
@@ -176,18 +221,18 @@ impl Migration {
         accepted: Accepted,
         cancel: &mut watch::Receiver<bool>,
     ) -> Result<Copied, Stop> {
-        self.progress.enter(Phase::Prepare);
+        self.enter(Phase::Prepare)?;
         let flow = Arc::new(Flow::new());
         let layout = std::mem::take(&mut self.facts.layout);
         let hints = Arc::new(Hints::new(layout, Arc::clone(&flow)));
         let mut reports = self.listen_to_agent(&hints);
         let ready = self.prepare_destination(accepted.connection, accepted.switchover_ack);
-        let connection = tokio::select! {
-            connection = ready => connection?,
+        let ready = tokio::select! {
+            ready = ready => ready?,
             () = cancelled(cancel) => return Err(Stop::Cancelled),
         };
-        let (sender, receiver, closer) = connection.split();
-        self.closer = Some(closer.clone());
+        let rate = Arc::new(LinkRate::default());
+        let session = self.begin_session(ready, &rate)?;
         let known = &self.facts.capabilities;
         let before =
             settings::set_up(self.request.vm.qmp(), known, accepted.switchover_ack).await?;
@@ -198,7 +243,7 @@ impl Migration {
         }
         self.reports = Some(reports);
 
-        self.progress.enter(Phase::PreCopy);
+        self.enter(Phase::PreCopy)?;
         let events = self.request.vm.qmp().events();
         let qemu = self.connect_qemu().await?;
         let shared = Arc::new(Shared::new(
@@ -206,16 +251,29 @@ impl Migration {
             hints,
             Arc::clone(&self.progress),
             qemu,
-            closer,
+            session,
+            rate,
         ));
         self.shared = Some(Arc::clone(&shared));
         let digester = Digester::new(&self.facts.offer.digest_key);
-        shared.start(sender, receiver, digester)?;
+        shared.start(digester)?;
         let (paused, completed) = self.watch(&shared, events, cancel).await?;
         Ok(Copied {
             shared,
             paused,
             completed,
+        })
+    }
+
+    /// Enters a phase, which is noted first.
+    fn enter(&self, phase: Phase) -> Result<(), Stop> {
+        self.progress.enter(phase);
+        let noted = self.journal.note(self.facts.offer.job, self.facts.running);
+        noted.map_err(|error| {
+            Stop::Failed(format!(
+                "{} cannot write its journal: {error}; is its `state-directory` full?",
+                self.request.from
+            ))
         })
     }
 
@@ -250,30 +308,61 @@ impl Migration {
         &self,
         mut connection: Connection,
         switchover_ack: bool,
-    ) -> Result<Connection, Stop> {
+    ) -> Result<Ready, Stop> {
+        let patience = self.request.link_patience.as_secs();
+        let prepare = Control::Prepare {
+            switchover_ack,
+            connections: connections(),
+            patience: u16::try_from(patience).unwrap_or(u16::MAX),
+        };
         let prepared = tokio::task::spawn_blocking(move || {
-            connection
-                .send(&Control::Prepare { switchover_ack })
-                .map_err(|e| e.to_string())?;
+            connection.send(&prepare).map_err(|e| e.to_string())?;
             match connection.receive(START_PATIENCE) {
-                Ok(Control::Ready) => Ok(connection),
+                Ok(Control::Ready { token, connections }) => Ok(Ready {
+                    connection,
+                    token,
+                    connections,
+                }),
                 Ok(Control::Abort { reason }) => Err(reason),
                 Ok(_) => Err("the other host answered with something else".to_owned()),
                 Err(error) => Err(error.to_string()),
             }
         });
         match prepared.await {
-            Ok(Ok(connection)) => Ok(connection),
+            Ok(Ok(ready)) => Ok(ready),
             Ok(Err(cause)) => Err(Stop::Failed(cause)),
             Err(error) => Err(Stop::Failed(error.to_string())),
         }
     }
 
+    fn begin_session(
+        &mut self,
+        ready: Ready,
+        rate: &Arc<LinkRate>,
+    ) -> Result<Session<Packer>, Stop> {
+        let rejoin = Rejoin {
+            address: self.request.destination.address.clone(),
+            host: self.request.destination.host.clone(),
+            security: self.request.destination.security.clone(),
+            job: self.facts.offer.job,
+            token: ready.token,
+        };
+        let connections = ready.connections.min(connections());
+        let (progress, rate) = (Arc::clone(&self.progress), Arc::clone(rate));
+        let session = Session::begin(
+            ready.connection,
+            self.request.link_patience,
+            Some((rejoin, connections)),
+            move || Packer::new(Arc::clone(&progress), Arc::clone(&rate)),
+        );
+        let session = session.map_err(RelayError::from)?;
+        self.session = Some(session.clone());
+        Ok(session)
+    }
+
     /// Lets QEMU migrate into a socket of ours.
     async fn connect_qemu(&self) -> Result<std::os::unix::net::UnixStream, Stop> {
         let vm = &self.request.vm;
-        // The mark of the hand-over will be written there.
-        std::fs::create_dir_all(vm.files().folder())?;
         let (ours, theirs) = hypervisor::stream::pair()?;
         vm.qmp().migrate(theirs).await?;
         Ok(ours)
@@ -299,7 +388,7 @@ impl Migration {
                 event = events.recv() => match event {
                     Ok(event) => {
                         if event.name == "STOP" {
-                            self.progress.enter(Phase::Switchover);
+                            self.enter(Phase::Switchover)?;
                             paused = Some(instant(event.at));
                         }
                         let status = event.data.get("status").and_then(|status| status.as_str());
@@ -318,6 +407,15 @@ impl Migration {
                 },
                 () = shared.failure() => return Err(self.why_failed(shared).await),
                 _ = poll.tick() => {
+                    let away = shared.link_away();
+                    let away_ms = away.map_or(0, |away| away.as_millis());
+                    self.progress.set(Counter::LinkAwayMs, u64::try_from(away_ms).unwrap_or(u64::MAX));
+                    if let (Some(away), Some(_)) = (away, paused) && away > PAUSED_PATIENCE {
+                        return Err(Stop::Failed(format!(
+                            "the link went away while the VM was paused, and did not come back for {} seconds",
+                            PAUSED_PATIENCE.as_secs()
+                        )));
+                    }
                     let migration = qmp.query_migrate().await?;
                     match migration.status.as_deref() {
                         Some("completed") => {
@@ -362,13 +460,8 @@ impl Migration {
     /// Phases [`Phase::Commit`] and [`Phase::Completed`]. From the moment that the commit is sent the VM
     /// belongs to the destination, unless that says that it did not take it.
     async fn hand_over(mut self, copied: Copied) -> Result<Summary, Error> {
-        self.progress.enter(Phase::Commit);
-        let mark = self.request.vm.files().folder().join("handed-over");
-        let note = format!("{} {:016x}\n", self.request.to, self.facts.offer.job);
-        if let Err(error) = std::fs::write(&mark, note) {
-            return Err(self
-                .undo(Stop::Failed(format!("{}: {error}", mark.display())))
-                .await);
+        if let Err(stop) = self.enter(Phase::Commit) {
+            return Err(self.undo(stop).await);
         }
         let commit = match encode_control(&Control::Commit) {
             Ok(commit) => commit,
@@ -387,19 +480,23 @@ impl Migration {
         };
         let running = Instant::now();
         if let Err(reason) = taken {
-            let _ = std::fs::remove_file(&mark);
             return Err(self.undo(Stop::Failed(reason)).await);
         }
-        let remarks = self
+        let mut remarks = self
             .reports
             .take()
             .map(|reports| reports.finish())
             .unwrap_or_default();
+        let breaks = copied.shared.link_breaks();
+        if breaks > 0 {
+            remarks.push(format!(
+                "connections of the link broke {breaks} times, and were taken up again"
+            ));
+        }
         copied.shared.stop(RelayError::Stopped);
         if let Err(error) = self.request.vm.kill().await {
             tracing::warn!(%error, "QEMU of the VM that has moved cannot be ended");
         }
-        let _ = std::fs::remove_file(&mark);
         self.progress.enter(Phase::Completed);
         Ok(self.summary(&copied, running, remarks))
     }
@@ -412,7 +509,7 @@ impl Migration {
         Summary {
             vm: self.request.vm.name().to_owned(),
             from: self.request.from.clone(),
-            to: self.request.to.clone(),
+            to: self.request.destination.host.clone(),
             total_ms: self.progress.elapsed().as_secs_f64() * 1e3,
             phases: self.progress.phases(),
             downtime: Downtime {
@@ -429,29 +526,25 @@ impl Migration {
 
     /// Asks a destination that fell silent after the commit, on new connections.
     async fn ask_what_became(&self) -> Option<bool> {
-        let deadline = Instant::now() + QUERY_PATIENCE;
-        while Instant::now() < deadline {
+        let Request {
+            vm, destination, ..
+        } = &self.request;
+        ask(destination, vm.name(), self.facts.offer.job, QUERY_PATIENCE).await
+    }
+
+    /// Lets a destination that cannot be reached end its QEMU as soon as it can be: a source that asks has
+    /// given its session up. Without that it would wait for the link as long as it was told to.
+    fn withdraw(&self) {
+        let (request, job) = (self.request.clone(), self.facts.offer.job);
+        tokio::spawn(async move {
             let Request {
-                address,
-                to,
-                security,
+                vm,
+                destination,
+                link_patience,
                 ..
-            } = self.request.clone();
-            let query = Control::Query {
-                job: self.facts.offer.job,
-                vm: self.request.vm.name().to_owned(),
-            };
-            let asked = tokio::task::spawn_blocking(move || {
-                let mut connection = Connection::open(&address, &to, &security)?;
-                connection.send(&query)?;
-                connection.receive(PATIENCE)
-            });
-            if let Ok(Ok(Control::Outcome { taken })) = asked.await {
-                return Some(taken);
-            }
-            tokio::time::sleep(Duration::from_secs(1)).await;
-        }
-        None
+            } = &request;
+            ask(destination, vm.name(), job, *link_patience).await
+        });
     }
 
     fn give_up(&mut self, copied: &Copied) -> Error {
@@ -460,7 +553,7 @@ impl Migration {
         self.progress.enter(Phase::Unresolved);
         Error::Unresolved {
             vm: self.request.vm.name().to_owned(),
-            to: self.request.to.clone(),
+            to: self.request.destination.host.clone(),
             cause: cause.map_or_else(|| "no answer".to_owned(), |cause| cause.to_string()),
         }
     }
@@ -476,8 +569,14 @@ impl Migration {
         if let Some(shared) = &self.shared {
             shared.stop(RelayError::Stopped);
         }
-        if let Some(closer) = &self.closer {
-            closer.close();
+        if let Some(session) = &self.session {
+            if session.away().is_some() {
+                self.withdraw();
+            }
+            session.close();
+            let session = session.clone();
+            let told = tokio::task::spawn_blocking(move || session.wait_for_end(FAREWELL));
+            let _ = told.await;
         }
         drop(self.reports.take());
         let runs = if lost {
@@ -510,7 +609,7 @@ impl Migration {
                 let vm = self.request.vm.name();
                 let cure = format!(
                     "when the cause is mended, try `transhume migrate {vm} --to {}` again",
-                    self.request.to
+                    self.request.destination.host
                 );
                 Error::Failed {
                     cause,
@@ -545,6 +644,40 @@ impl Migration {
         let result: Result<(), hypervisor::Error> = run_again.await;
         result.map_err(|error| error.to_string())
     }
+}
+
+/// Asks a destination whether it took a VM, until it answers or patience ends. A source that asks has given
+/// the migration's session up: the destination ends it.
+pub async fn ask(
+    destination: &Destination,
+    vm: &str,
+    number: u64,
+    patience: Duration,
+) -> Option<bool> {
+    let deadline = Instant::now() + patience;
+    while Instant::now() < deadline {
+        let Destination {
+            host,
+            address,
+            security,
+        } = destination.clone();
+        let query = Control::Query {
+            job: number,
+            vm: vm.to_owned(),
+        };
+        let asked = tokio::task::spawn_blocking(move || {
+            let mut connection = Connection::open(&address, &host, &security)?;
+            connection.send(&query)?;
+            connection.receive(PATIENCE)
+        });
+        match asked.await {
+            Ok(Ok(Control::Outcome { taken })) => return Some(taken),
+            Ok(Err(error)) => tracing::debug!(%error, "no answer from the destination"),
+            _ => {}
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    None
 }
 
 async fn cancelled(cancel: &mut watch::Receiver<bool>) {

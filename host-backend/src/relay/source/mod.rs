@@ -9,6 +9,7 @@ mod compression;
 mod facts;
 mod flow;
 mod hints;
+mod link_rate;
 mod migration;
 mod report;
 mod settings;
@@ -19,4 +20,4 @@ mod switchover;
 mod transmit;
 
 pub use facts::Plan;
-pub use migration::{Outcome, Request, migrate};
+pub use migration::{Destination, Journal, Outcome, Request, ask, migrate};

@@ -4,19 +4,20 @@ use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
 use super::answers::Answers;
 use super::flow::Flow;
 use super::hints::Hints;
+use super::link_rate::LinkRate;
 use super::stream::StreamReader;
-use super::transmit::Transmitter;
-use crate::link::{Closer, Receiver, Sender};
+use super::transmit::{Packer, Transmitter};
+use crate::link::session::Session;
 use crate::pages::digest::Digester;
 use crate::relay::error::RelayError;
-use crate::relay::progress::Progress;
+use crate::relay::progress::{Counter, Progress};
 use crate::relay::threads;
 
 #[derive(Default)]
@@ -29,11 +30,6 @@ struct State {
     memory_sent: Option<Instant>,
     /// A `SWITCHOVER_ACK` that waits to be passed on.
     switchover: Option<Vec<u8>>,
-    /// Page data that were sent while the path was busy, in bytes, and how long it took, in seconds;
-    /// both fade.
-    busy_bytes: f64,
-    busy_seconds: f64,
-    busy_until: Option<Instant>,
 }
 
 /// See the module.
@@ -44,13 +40,11 @@ pub(super) struct Shared {
     qemu: UnixStream,
     /// Held while a message is written: messages must not mix.
     telling: Mutex<()>,
-    closer: Closer,
+    session: Session<Packer>,
+    rate: Arc<LinkRate>,
     state: Mutex<State>,
     changed: Notify,
 }
-
-/// What remains of earlier measurements of the rate with each new one.
-const FADE: f64 = 0.95;
 
 impl Shared {
     pub(super) fn new(
@@ -58,7 +52,8 @@ impl Shared {
         hints: Arc<Hints>,
         progress: Arc<Progress>,
         qemu: UnixStream,
-        closer: Closer,
+        session: Session<Packer>,
+        rate: Arc<LinkRate>,
     ) -> Self {
         Self {
             flow,
@@ -66,7 +61,8 @@ impl Shared {
             progress,
             qemu,
             telling: Mutex::new(()),
-            closer,
+            session,
+            rate,
             state: Mutex::default(),
             changed: Notify::new(),
         }
@@ -77,16 +73,11 @@ impl Shared {
     }
 
     /// Starts the threads on a stream and a link.
-    pub(super) fn start(
-        self: &Arc<Self>,
-        sender: Sender,
-        receiver: Receiver,
-        digester: Digester,
-    ) -> Result<(), RelayError> {
+    pub(super) fn start(self: &Arc<Self>, digester: Digester) -> Result<(), RelayError> {
         let socket = || self.qemu.try_clone().map_err(RelayError::Socket);
         let reader = StreamReader::new(socket()?, Arc::clone(self), digester);
-        let transmitter = Transmitter::new(sender, Arc::clone(self))?;
-        let answers = Answers::new(receiver, Arc::clone(self));
+        let transmitter = Transmitter::new(self.session.clone(), Arc::clone(self));
+        let answers = Answers::new(self.session.clone(), Arc::clone(self));
         self.spawn("relay-stream", move || reader.run())?;
         self.spawn("relay-link-out", move || transmitter.run())?;
         self.spawn("relay-link-in", move || answers.run())
@@ -112,7 +103,7 @@ impl Shared {
         }
         drop(state);
         self.flow.stop();
-        self.closer.close();
+        self.session.close();
         // Fails only when QEMU has closed it already.
         let _ = self.qemu.shutdown(Shutdown::Both);
         self.changed.notify_waiters();
@@ -188,27 +179,22 @@ impl Shared {
         Ok(())
     }
 
-    /// Counts page data that were sent from `started` on.
-    pub(super) fn note_rate(&self, bytes: usize, started: Instant) {
-        if bytes == 0 {
-            return;
-        }
-        let now = Instant::now();
-        let mut state = self.lock();
-        // Only what follows closely on the batch before shows what the path takes.
-        if let Some(before) = state.busy_until
-            && started.duration_since(before).as_millis() < 2
-        {
-            state.busy_seconds =
-                state.busy_seconds * FADE + now.duration_since(before).as_secs_f64();
-            state.busy_bytes = state.busy_bytes * FADE + bytes as f64;
-        }
-        state.busy_until = Some(now);
+    /// For how long the link has been away.
+    pub(super) fn link_away(&self) -> Option<Duration> {
+        self.session.away()
+    }
+
+    /// How often a connection of the link broke.
+    pub(super) fn link_breaks(&self) -> u32 {
+        self.session.breaks()
+    }
+
+    pub(super) fn count_wire_bytes(&self) {
+        self.progress.set(Counter::WireBytes, self.session.bytes());
     }
 
     /// Page data a second that the path takes when it is busy, in bytes.
     pub(super) fn rate(&self) -> Option<f64> {
-        let state = self.lock();
-        (state.busy_seconds > 0.01).then(|| state.busy_bytes / state.busy_seconds)
+        self.rate.get()
     }
 }

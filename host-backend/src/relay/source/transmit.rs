@@ -1,5 +1,6 @@
 //! Sends what the flow holds over the link, compressing when the link is what limits.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,10 +10,12 @@ use zstd::bulk::Compressor;
 use super::buffers::Buffer;
 use super::compression::Compression;
 use super::flow::{Content, Next, Outgoing};
+use super::link_rate::LinkRate;
 use super::shared::Shared;
-use crate::link::{ALIVE_INTERVAL, Sender};
+use crate::link::session::{Piece, Prepare, Prepared, Session};
+use crate::link::{self, ALIVE_INTERVAL};
 use crate::relay::error::RelayError;
-use crate::relay::progress::Counter;
+use crate::relay::progress::{Counter, Progress};
 use crate::relay::threads::yield_to_guests;
 
 /// Of Zstandard's levels: on pages of programs and kernels as fast as the lower ones, and smaller by a
@@ -22,143 +25,207 @@ const LEVEL: i32 = 1;
 const WORTH: usize = 16;
 /// Pages of a fill that go into one frame.
 const FILL_PAGES: usize = 128;
+/// Fewer bytes are copied rather than a whole buffer kept for them until the destination has them.
+const SHARED_LEAST: usize = 64 * 1024;
 
-/// The sending thread.
+/// A frame before it is compressed.
+pub(super) enum Raw {
+    /// One that is small.
+    Small(FrameKind, Vec<u8>),
+    /// A batch or a fill.
+    Pages {
+        kind: FrameKind,
+        header: BatchHeader,
+        records: Vec<u8>,
+        buffer: Option<Arc<Buffer>>,
+        /// Offsets of the pages in the buffer.
+        data: Vec<u32>,
+    },
+}
+
+/// The thread that takes from the flow.
 pub(super) struct Transmitter {
-    sender: Sender,
+    session: Session<Packer>,
     shared: Arc<Shared>,
-    compression: Compression,
-    compressor: Compressor<'static>,
-    plain: Vec<u8>,
 }
 
 impl Transmitter {
-    pub(super) fn new(sender: Sender, shared: Arc<Shared>) -> Result<Self, RelayError> {
-        let compressor = Compressor::new(LEVEL).map_err(RelayError::Decompress)?;
-        Ok(Self {
-            sender,
-            shared,
-            compression: Compression::default(),
-            compressor,
-            plain: Vec::new(),
-        })
+    pub(super) fn new(session: Session<Packer>, shared: Arc<Shared>) -> Self {
+        Self { session, shared }
     }
 
     /// Sends until the flow is stopped.
-    pub(super) fn run(mut self) -> Result<(), RelayError> {
-        yield_to_guests();
+    pub(super) fn run(self) -> Result<(), RelayError> {
         loop {
-            let before = self.sender.bytes();
             match self.shared.flow.next(ALIVE_INTERVAL)? {
-                Next::Control(payload) => self.sender.send(FrameKind::Control, &[&payload])?,
-                Next::Hints(payload) => self.sender.send(FrameKind::Hints, &[&payload])?,
-                Next::Alive => self.sender.send(FrameKind::Alive, &[])?,
-                Next::Batch(outgoing) => self.batch(outgoing)?,
+                Next::Control(payload) => self.small(FrameKind::Control, payload)?,
+                Next::Hints(payload) => self.small(FrameKind::Hints, payload)?,
+                // The session does that.
+                Next::Alive => {}
+                Next::Batch(outgoing) => {
+                    let Outgoing {
+                        header,
+                        records,
+                        buffer,
+                        data,
+                    } = outgoing;
+                    self.pages(FrameKind::Batch, header, records, buffer, data)?;
+                }
                 Next::Fill {
                     batch,
                     buffer,
                     pages,
                 } => self.fill(batch, &buffer, &pages)?,
             }
-            self.shared
-                .progress
-                .add(Counter::WireBytes, self.sender.bytes() - before);
+            self.shared.count_wire_bytes();
         }
     }
 
-    fn batch(&mut self, outgoing: Outgoing) -> Result<(), RelayError> {
-        let Outgoing {
+    fn small(&self, kind: FrameKind, payload: Vec<u8>) -> Result<(), RelayError> {
+        let length = payload.len();
+        Ok(self.session.send(Raw::Small(kind, payload), length)?)
+    }
+
+    fn pages(
+        &self,
+        kind: FrameKind,
+        header: BatchHeader,
+        records: Vec<u8>,
+        buffer: Option<Arc<Buffer>>,
+        data: Vec<u32>,
+    ) -> Result<(), RelayError> {
+        let length = header.encode().len() + records.len() + header.data_len;
+        let raw = Raw::Pages {
+            kind,
             header,
             records,
             buffer,
             data,
-        } = outgoing;
-        let started = Instant::now();
-        let pages: Vec<&[u8]> = match &buffer {
-            Some(buffer) => data.iter().map(|&offset| content(buffer, offset)).collect(),
-            None => Vec::new(),
         };
-        self.send(FrameKind::Batch, header, &records, &pages)?;
-        self.shared.note_rate(header.data_len, started);
-        Ok(())
+        Ok(self.session.send(raw, length)?)
     }
 
-    fn fill(
-        &mut self,
-        batch: u64,
-        buffer: &Arc<Buffer>,
-        pages: &[Content],
-    ) -> Result<(), RelayError> {
+    fn fill(&self, batch: u64, buffer: &Arc<Buffer>, pages: &[Content]) -> Result<(), RelayError> {
         for pages in pages.chunks(FILL_PAGES) {
             let mut builder = BatchBuilder::new();
             for page in pages {
                 builder.data(page.key.block, page.key.page);
             }
             let (header, records) = builder.finish(batch, BatchEncoding::Plain)?;
-            let contents: Vec<&[u8]> = pages
-                .iter()
-                .map(|page| content(buffer, page.offset))
-                .collect();
-            self.send(FrameKind::Fill, header, &records, &contents)?;
+            let data = pages.iter().map(|page| page.offset).collect();
+            let buffer = Some(Arc::clone(buffer));
+            self.pages(FrameKind::Fill, header, records, buffer, data)?;
         }
         Ok(())
     }
+}
 
-    fn send(
-        &mut self,
-        kind: FrameKind,
-        mut header: BatchHeader,
-        records: &[u8],
-        pages: &[&[u8]],
-    ) -> Result<(), RelayError> {
-        let compressed = if !pages.is_empty() && self.is_compression_worth_it() {
-            self.compress(pages)
-        } else {
-            None
-        };
-        let bytes = if let Some(compressed) = compressed {
-            header.encoding = BatchEncoding::Zstd;
-            self.sender
-                .send(kind, &[&header.encode(), records, &compressed])?;
-            compressed.len()
-        } else {
-            let head = header.encode();
-            let mut pieces = Vec::with_capacity(pages.len() + 2);
-            pieces.extend([&head[..], records]);
-            pieces.extend(pages);
-            self.sender.send(kind, &pieces)?;
-            header.data_len
-        };
-        self.shared.progress.add(Counter::PageBytes, bytes as u64);
-        Ok(())
+/// Makes frames ready, for one connection.
+pub(super) struct Packer {
+    progress: Arc<Progress>,
+    rate: Arc<LinkRate>,
+    compression: Compression,
+    /// None where Zstandard cannot be used.
+    compressor: Option<Compressor<'static>>,
+    plain: Vec<u8>,
+    /// Page data of the frame that was prepared last, in bytes, before compression.
+    data: usize,
+}
+
+impl Packer {
+    pub(super) fn new(progress: Arc<Progress>, rate: Arc<LinkRate>) -> Self {
+        Self {
+            progress,
+            rate,
+            compression: Compression::default(),
+            compressor: Compressor::new(LEVEL).ok(),
+            plain: Vec::new(),
+            data: 0,
+        }
     }
 
-    fn is_compression_worth_it(&mut self) -> bool {
-        let (sent, backlog) = (self.sender.bytes(), self.sender.backlog());
-        self.compression.is_worth_it(Instant::now(), sent, backlog)
-    }
-
-    fn compress(&mut self, pages: &[&[u8]]) -> Option<Vec<u8>> {
+    fn compress(&mut self, buffer: &Buffer, ranges: &[Range<usize>]) -> Option<Vec<u8>> {
+        let compressor = self.compressor.as_mut()?;
         let started = cpu_time();
         self.plain.clear();
-        for page in pages {
-            self.plain.extend_from_slice(page);
+        for range in ranges {
+            self.plain.extend_from_slice(&buffer[range.clone()]);
         }
         // An error means that it did not fit: then it goes as it is.
-        let compressed = self.compressor.compress(&self.plain).ok()?;
+        let compressed = compressor.compress(&self.plain).ok()?;
         let took = cpu_time().saturating_sub(started);
         self.compression.took(self.plain.len(), took);
         (compressed.len() < self.plain.len() - self.plain.len() / WORTH).then_some(compressed)
     }
 }
 
+impl Prepare for Packer {
+    type Raw = Raw;
+
+    fn begin(&mut self) {
+        yield_to_guests();
+    }
+
+    fn prepare(&mut self, raw: Raw, sent: u64, backlog: usize) -> Result<Prepared, link::Error> {
+        self.data = 0;
+        let (kind, mut header, records, buffer, data) = match raw {
+            Raw::Small(kind, payload) => return Ok(Prepared::new(kind, payload)),
+            Raw::Pages {
+                kind,
+                header,
+                records,
+                buffer,
+                data,
+            } => (kind, header, records, buffer, data),
+        };
+        self.data = header.data_len;
+        let ranges = ranges(&data);
+        let Some(buffer) = buffer.filter(|_| !ranges.is_empty()) else {
+            let head = [&header.encode()[..], &records].concat();
+            return Ok(Prepared::new(kind, head));
+        };
+        let compressed = if self.compression.is_worth_it(Instant::now(), sent, backlog) {
+            self.compress(&buffer, &ranges)
+        } else {
+            None
+        };
+        let (bytes, contents) = if let Some(compressed) = compressed {
+            header.encoding = BatchEncoding::Zstd;
+            (compressed.len(), Piece::Bytes(compressed))
+        } else if header.data_len < SHARED_LEAST {
+            let copied: Vec<&[u8]> = ranges.iter().map(|range| &buffer[range.clone()]).collect();
+            (header.data_len, Piece::Bytes(copied.concat()))
+        } else {
+            (header.data_len, Piece::Shared(buffer, ranges))
+        };
+        self.progress.add(Counter::PageBytes, bytes as u64);
+        let head = [&header.encode()[..], &records].concat();
+        Ok(Prepared {
+            kind,
+            pieces: vec![Piece::Bytes(head), contents],
+        })
+    }
+
+    fn sent(&mut self, started: Instant) {
+        self.rate.note(self.data, started);
+    }
+}
+
+/// Where pages are in a buffer, neighbours joined.
+fn ranges(offsets: &[u32]) -> Vec<Range<usize>> {
+    let mut ranges: Vec<Range<usize>> = Vec::new();
+    for &offset in offsets {
+        let offset = offset as usize;
+        match ranges.last_mut() {
+            Some(last) if last.end == offset => last.end += PAGE_LEN,
+            _ => ranges.push(offset..offset + PAGE_LEN),
+        }
+    }
+    ranges
+}
+
 /// Time that this thread had a CPU for.
 fn cpu_time() -> Duration {
     use nix::time::{ClockId, clock_gettime};
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
-}
-
-fn content(buffer: &Buffer, offset: u32) -> &[u8] {
-    let offset = offset as usize;
-    &buffer[offset..offset + PAGE_LEN]
 }

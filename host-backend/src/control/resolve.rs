@@ -1,0 +1,239 @@
+//! Migrations whose end is not known: those that an earlier process was in, and those whose destination
+//! fell silent after the commit. The VM stays as it is until the destination answers, or an operator
+//! who has looked says where it runs.
+
+use super::api::{JobInfo, JobState, Offered, Response};
+use super::daemon::Daemon;
+use super::jobs::{Ending, Job};
+use super::{Error, Result};
+use crate::hypervisor::Vm;
+use crate::relay::progress::Phase;
+use crate::relay::source::{Destination, Journal, ask};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use tracing::Instrument;
+
+/// How long QEMU may take to notice that its migration was cut off.
+const INTERRUPTED_PATIENCE: Duration = Duration::from_secs(5);
+/// For how long a destination is told at most that its migration was cut off.
+const WITHDRAWAL: Duration = Duration::from_secs(60);
+/// How long one round of questions takes, and the pause behind it.
+const ROUND: Duration = Duration::from_secs(3);
+const PAUSE: Duration = Duration::from_secs(3);
+
+/// Notes a job's phases.
+pub(super) struct JobJournal {
+    pub(super) daemon: Arc<Daemon>,
+    pub(super) job: Arc<Job>,
+}
+
+impl Journal for JobJournal {
+    fn note(&self, number: u64, running: bool) -> io::Result<()> {
+        let number = format!("{number:016x}");
+        let noted = self
+            .daemon
+            .jobs
+            .note(&self.job, Offered { number, running });
+        noted.map_err(io::Error::other)
+    }
+}
+
+/// What an operator is told.
+pub(super) fn in_doubt(info: &JobInfo, cause: &str) -> String {
+    let JobInfo {
+        id, vm, from, to, ..
+    } = info;
+    format!(
+        "it is not known whether {to} took {vm} over: {cause}. {vm} is left as it is on {from}.\ntranshumed goes on \
+         asking {to}, and settles the matter when that answers. To settle it now, look at {to} with `transhume \
+         vm show {vm}`. If it runs there: `transhume job resolve {id} --runs-at {to}`. If it does not, and cannot \
+         any more: `transhume job resolve {id} --runs-at {from}`."
+    )
+}
+
+impl Daemon {
+    /// Begins to finish or undo the migrations that an earlier process was in, as far as that can be said
+    /// here, and to ask about the others.
+    pub(super) fn finish_interrupted(self: &Arc<Self>) {
+        for job in self.jobs.all() {
+            let daemon = Arc::clone(self);
+            tokio::spawn(async move {
+                if job.is_running() {
+                    daemon.finish_one(&job).await;
+                }
+                daemon.ask_on(&job);
+            });
+        }
+    }
+
+    async fn finish_one(self: &Arc<Self>, job: &Arc<Job>) {
+        let info = job.info();
+        let (vm, id) = (job.vm(), job.id());
+        let here = self.table.here(vm).ok();
+        let ending = match (&info.offer, here) {
+            // Nothing had been done to the VM.
+            (None, _) => Ending::Failed(
+                JobState::Failed,
+                format!(
+                    "transhumed ended before this migration had begun; start it again for {vm}"
+                ),
+            ),
+            (Some(offered), Some(here)) if info.progress.phase != Phase::Commit => {
+                self.withdraw(&info, offered);
+                // It holds the disks, perhaps, until it hears of that.
+                match run_on(&here, offered.running).await {
+                    Ok(stays) => Ending::Failed(
+                        JobState::Failed,
+                        format!(
+                            "transhumed ended during this migration; {vm} {stays} here; start the migration again"
+                        ),
+                    ),
+                    Err(error) => Ending::Failed(
+                        JobState::Unresolved,
+                        format!(
+                            "transhumed ended during this migration, and {vm} does not run on: {error}; look at \
+                             `transhume vm show {vm}` and at qemu.log in its run directory"
+                        ),
+                    ),
+                }
+            }
+            (Some(_), _) => {
+                Ending::InDoubt(in_doubt(&info, "transhumed ended during this migration"))
+            }
+        };
+        tracing::warn!(
+            job = id,
+            vm,
+            ?ending,
+            "a migration was cut off when transhumed ended"
+        );
+        self.jobs.finish(job, ending);
+    }
+
+    fn destination(&self, info: &JobInfo) -> Option<Destination> {
+        let peer = self.config().hosts.get(&info.to)?;
+        Some(Destination {
+            host: info.to.clone(),
+            address: peer.address.clone(),
+            security: self.config().security(),
+        })
+    }
+
+    /// Tells a destination that its migration was cut off, so that it ends its QEMU.
+    fn withdraw(self: &Arc<Self>, info: &JobInfo, offered: &Offered) {
+        if let (Some(destination), Some(number)) = (self.destination(info), offered.number()) {
+            let vm = info.vm.clone();
+            tokio::spawn(async move { ask(&destination, &vm, number, WITHDRAWAL).await });
+        }
+    }
+
+    /// Goes on asking who has the VM of a job that is in doubt.
+    pub(super) fn ask_on(self: &Arc<Self>, job: &Arc<Job>) {
+        let info = job.info();
+        if !info.in_doubt {
+            return;
+        }
+        let number = info.offer.as_ref().and_then(Offered::number);
+        let (Some(destination), Some(number)) = (self.destination(&info), number) else {
+            tracing::error!(
+                job = info.id,
+                vm = info.vm,
+                to = info.to,
+                "nobody can be asked: see `transhume job show`"
+            );
+            return;
+        };
+        let span = tracing::info_span!("doubt", vm = info.vm, job = info.id, to = info.to);
+        let (daemon, job) = (Arc::clone(self), Arc::clone(job));
+        let asking = async move {
+            while job.info().in_doubt {
+                if let Some(taken) = ask(&destination, job.vm(), number, ROUND).await {
+                    let says = format!("{} answered", destination.host);
+                    match daemon.settle(&job, taken, &says).await {
+                        Ok(()) => return,
+                        Err(error) => tracing::error!(%error, taken, "cannot be settled yet"),
+                    }
+                }
+                tokio::time::sleep(PAUSE).await;
+            }
+        };
+        tokio::spawn(asking.instrument(span));
+    }
+
+    /// Settles a job that is in doubt.
+    async fn settle(&self, job: &Job, taken: bool, says: &str) -> Result<()> {
+        let _alone = self.settling.lock().await;
+        let info = job.info();
+        if !info.in_doubt {
+            return Ok(());
+        }
+        let JobInfo { id, vm, to, .. } = &info;
+        // No other VM of that name can have come meanwhile: see `Jobs::refuse_in_doubt`.
+        let here = self.table.here(vm).ok();
+        let ending = if taken {
+            if let Some(here) = here {
+                here.kill().await?;
+            }
+            self.table
+                .depart(vm, format!("it moved to {to} (job {id})"));
+            Ending::Settled(
+                JobState::Completed,
+                format!("{says}: {vm} was taken over by {to}"),
+            )
+        } else {
+            let running = info.offer.as_ref().is_none_or(|offer| offer.running);
+            let what = match here {
+                Some(here) => format!("{vm} {} here", run_on(&here, running).await?),
+                None => format!("its QEMU has ended here: start {vm} again"),
+            };
+            Ending::Settled(
+                JobState::Failed,
+                format!("{says}: {to} did not take {vm} over; {what}"),
+            )
+        };
+        tracing::warn!(?ending, "settled");
+        self.jobs.finish(job, ending);
+        Ok(())
+    }
+
+    /// An operator says where the VM of a job runs.
+    pub(super) async fn resolve(&self, id: u64, runs_at: &str) -> Result<Response> {
+        let job = self.jobs.get(id)?;
+        let info = job.info();
+        if !info.in_doubt {
+            return Err(Error::refused(
+                format!("job {id} is not in doubt"),
+                format!("see `transhume job show {id}`"),
+            ));
+        }
+        let taken = match runs_at {
+            host if host == info.to => true,
+            host if host == info.from => false,
+            other => {
+                return Err(Error::refused(
+                    format!(
+                        "job {id} moves {} from {} to {}, not {other}",
+                        info.vm, info.from, info.to
+                    ),
+                    "name one of the two by --runs-at",
+                ));
+            }
+        };
+        self.settle(&job, taken, "an operator said so").await?;
+        Ok(Response::Job(Box::new(job.info())))
+    }
+}
+
+/// Sees to it that a VM whose migration was cut off goes on as before.
+async fn run_on(
+    vm: &Vm,
+    running: bool,
+) -> std::result::Result<&'static str, crate::hypervisor::Error> {
+    vm.migration_over(INTERRUPTED_PATIENCE).await?;
+    if !running {
+        return Ok("stays paused");
+    }
+    vm.run_on().await?;
+    Ok("runs on")
+}

@@ -1,0 +1,332 @@
+//! Failures drawn from a seed, one a migration, while guests go to and fro: afterwards the guest runs
+//! exactly once, at the right side, every page right, and nothing is left behind.
+
+use super::any_moment::{Moment, OLD, Watch, settle, state};
+use super::die::sigkill;
+use super::micro::{Life, Micro, NAME, Qemus, raw_disk};
+use super::pair::{At, NEWEST, Pair};
+use super::transhume::Answer;
+use super::{Bed, Scenario};
+use crate::command::Run;
+use crate::error::check;
+use crate::progress::say;
+use crate::{Error, Result};
+use std::fs::{self, File, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+const MIGRATIONS: u32 = 150;
+/// Repeats a run: the seed that it printed.
+const SEED: &str = "TRANSHUME_TEST_SEED";
+
+pub(super) fn scenarios() -> Vec<Scenario> {
+    vec![
+        Scenario {
+            name: "die-at-random",
+            about: "150 migrations, each with a failure drawn from a seed",
+            limit: Duration::from_secs(1800),
+            run: |bed| many(bed, NEWEST),
+        },
+        Scenario {
+            name: "die-at-random-7.2",
+            about: "the same with QEMU 7.2",
+            limit: Duration::from_secs(1800),
+            run: |bed| many(bed, OLD),
+        },
+    ]
+}
+
+/// Numbers from a seed (splitmix64).
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % bound
+    }
+
+    fn one<T: Copy>(&mut self, of: &[T]) -> T {
+        let most = u64::try_from(of.len()).unwrap_or(1);
+        of[usize::try_from(self.below(most)).unwrap_or(0)]
+    }
+}
+
+/// Which of the two hosts.
+#[derive(Debug, Clone, Copy)]
+enum Role {
+    Source,
+    Destination,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Failure {
+    /// SIGKILL of a transhumed.
+    Daemon(Role),
+    /// SIGKILL of a guest's QEMU.
+    Qemu(Role),
+    /// The link carries nothing for so many milliseconds.
+    Frozen(u64),
+    /// Its connections break as well.
+    Cut(u64),
+    /// For longer than it may.
+    Away,
+    /// No more can be written where a daemon keeps what must survive it.
+    FullDisk(Role),
+    /// The destination's disk cannot be read.
+    BadDisk,
+}
+
+fn draw(dice: &mut Dice) -> (Failure, Moment, u64) {
+    let failure = match dice.below(12) {
+        0 | 1 => Failure::Daemon(Role::Source),
+        2 | 3 => Failure::Daemon(Role::Destination),
+        4 => Failure::Qemu(Role::Source),
+        5 | 6 => Failure::Qemu(Role::Destination),
+        7 => Failure::Frozen(100 + dice.below(1500)),
+        8 => Failure::Cut(100 + dice.below(1500)),
+        9 => Failure::Away,
+        10 => Failure::FullDisk(dice.one(&[Role::Source, Role::Destination])),
+        _ => Failure::BadDisk,
+    };
+    let moment = match dice.below(6) {
+        0 => Moment::After(dice.below(300)),
+        1 => Moment::Phase("prepare"),
+        2 | 3 => Moment::Phase("pre-copy"),
+        4 => Moment::Phase("switchover"),
+        _ => Moment::Phase("commit"),
+    };
+    // Mostly at once.
+    let later = dice.one(&[0, 0, 5, 20, 100, 300]);
+    (failure, moment, later)
+}
+
+/// A disk of the second host's own, with the same content: a loop device, whose end can be cut off.
+struct CutDisk {
+    device: PathBuf,
+    image: PathBuf,
+    whole: PathBuf,
+    /// The device is given back when the last one closes it.
+    _open: File,
+}
+
+impl CutDisk {
+    fn new(bed: &Bed, folder: &Path) -> Result<Self> {
+        let whole = raw_disk(bed)?;
+        let image = folder.join("disk.raw");
+        fs::copy(&whole, &image).map_err(Error::file("copy", &whole))?;
+        let losetup = || Run::new("losetup").cure("It needs loop devices, and mount's losetup");
+        let said = losetup().args(["--find", "--show"]).args([&image]).text()?;
+        let device = PathBuf::from(said.trim());
+        let open = File::open(&device).map_err(Error::file("open", &device))?;
+        losetup().args(["--detach"]).args([&device]).output()?;
+        Ok(Self {
+            device,
+            image,
+            whole,
+            _open: open,
+        })
+    }
+
+    fn resized(&self) -> Result<()> {
+        Run::new("losetup")
+            .args(["--set-capacity"])
+            .args([&self.device])
+            .cure("It needs loop devices")
+            .output()
+            .map(drop)
+    }
+
+    /// All but its beginning fails to be read.
+    fn cut(&self) -> Result<()> {
+        let image = OpenOptions::new().write(true).open(&self.image);
+        let cut = image.and_then(|image| image.set_len(1 << 20));
+        cut.map_err(Error::file("cut", &self.image))?;
+        self.resized()
+    }
+
+    fn mend(&self) -> Result<()> {
+        fs::copy(&self.whole, &self.image).map_err(Error::file("copy", &self.whole))?;
+        self.resized()
+    }
+}
+
+/// One guest, wherever it is.
+struct Scene<'a> {
+    pair: Pair<'a>,
+    disk: CutDisk,
+    life: Life,
+    at: At,
+}
+
+impl<'a> Scene<'a> {
+    fn new(bed: &'a Bed, qemus: Qemus) -> Result<Self> {
+        let pair = Pair::with_small_state(bed, qemus, Some(1000))?;
+        let disk = CutDisk::new(bed, &pair.hosts.b.folder)?;
+        let life = boot(&pair, &disk)?;
+        Ok(Self {
+            pair,
+            disk,
+            life,
+            at: At::A,
+        })
+    }
+
+    fn host(&self, role: Role) -> At {
+        match role {
+            Role::Source => self.at,
+            Role::Destination => self.at.other(),
+        }
+    }
+
+    /// One migration. Says how it went.
+    fn migrate(&mut self, dice: &mut Dice) -> Result<String> {
+        let (failure, moment, later) = draw(dice);
+        let from = self.at;
+        let mut watch = Watch::open(&self.pair, from)?;
+        let command = self.pair.begin_migration(from, &["--link-patience", "3"])?;
+        let phase = watch.wait(moment)?;
+        std::thread::sleep(Duration::from_millis(later));
+        self.inject(failure)?;
+        let answer = command.end()?;
+        self.repair(failure)?;
+        let told = format!(
+            "{failure:?} from {} at {moment:?} + {later} ms (in {phase}), exit code {}",
+            from.name(),
+            answer.code
+        );
+        let in_time = |error| Error::Check(format!("{told}: {error}"));
+        let may_be_lost = matches!(failure, Failure::Qemu(_));
+        let place = self.settle(from, &answer, may_be_lost).map_err(in_time)?;
+        if let Some(at) = place {
+            self.is_well(from, at).map_err(in_time)?;
+        } else {
+            self.life = boot(&self.pair, &self.disk).map_err(in_time)?;
+            self.at = At::A;
+        }
+        let place = place.map_or("lost with its QEMU".to_owned(), |at| {
+            format!("it runs at {}", at.name())
+        });
+        Ok(format!("{told}: {place}"))
+    }
+
+    fn inject(&mut self, failure: Failure) -> Result<()> {
+        match failure {
+            Failure::Daemon(role) => match self.host(role) {
+                At::A => self.pair.a.kill(),
+                At::B => self.pair.b.kill(),
+            },
+            Failure::Qemu(role) => {
+                for process in self.pair.qemus(self.host(role)) {
+                    sigkill(process)?;
+                }
+            }
+            Failure::Frozen(ms) => {
+                self.pair.hosts.set_link(false)?;
+                std::thread::sleep(Duration::from_millis(ms));
+                self.pair.hosts.set_link(true)?;
+            }
+            Failure::Cut(ms) => {
+                self.pair.hosts.break_link()?;
+                std::thread::sleep(Duration::from_millis(ms));
+                self.pair.hosts.set_link(true)?;
+            }
+            Failure::Away => self.pair.hosts.break_link()?,
+            Failure::FullDisk(role) => {
+                self.pair.fill_state(self.host(role))?;
+            }
+            Failure::BadDisk => self.disk.cut()?,
+        }
+        Ok(())
+    }
+
+    fn repair(&mut self, failure: Failure) -> Result<()> {
+        match failure {
+            Failure::Daemon(role) => self.pair.restart(self.host(role)),
+            Failure::Away => self.pair.hosts.set_link(true),
+            Failure::FullDisk(role) => self.pair.empty_state(self.host(role)),
+            Failure::BadDisk => self.disk.mend(),
+            Failure::Qemu(_) | Failure::Frozen(_) | Failure::Cut(_) => Ok(()),
+        }
+    }
+
+    /// Where the guest is when all is settled; nowhere only if its QEMU was killed.
+    fn settle(&self, from: At, answer: &Answer, may_be_lost: bool) -> Result<Option<At>> {
+        if may_be_lost {
+            let pair = &self.pair;
+            let mut found = None;
+            pair.wait("the hosts to agree", || {
+                let states = [state(pair, At::A)?, state(pair, At::B)?];
+                let runs = |at: usize| states[at].as_deref() == Some("running");
+                found = match (&states[0], &states[1]) {
+                    (Some(_), None) if runs(0) => Some(Some(At::A)),
+                    (None, Some(_)) if runs(1) => Some(Some(At::B)),
+                    (None, None) => Some(None),
+                    _ => None,
+                };
+                Ok(found.is_some())
+            })?;
+            return Ok(found.flatten());
+        }
+        settle(&self.pair, from, answer).map(Some)
+    }
+
+    fn is_well(&mut self, from: At, at: At) -> Result<()> {
+        self.at = at;
+        if at == from {
+            return self.pair.stayed(at, &mut self.life);
+        }
+        self.pair.arrived(at, &mut self.life)?;
+        self.pair.nothing_left(from)
+    }
+}
+
+fn boot(pair: &Pair<'_>, disk: &CutDisk) -> Result<Life> {
+    let micro = Micro {
+        machine: "pc".into(),
+        memory: 96,
+        parameters: "cache=32M data=16M zero=8M rate=8M".into(),
+        more: format!("[disk.on]\nhostb = \"{}\"\n", disk.device.display()),
+        ..Micro::new(pair.bed)?
+    };
+    pair.boot(&micro)
+}
+
+fn many(bed: &Bed, qemus: Qemus) -> Result<()> {
+    let seed = match std::env::var(SEED) {
+        Ok(text) => text
+            .parse()
+            .map_err(|error| Error::Check(format!("{SEED}: {error}")))?,
+        Err(_) => SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs()),
+    };
+    say(format!("seed {seed}; {SEED}={seed} repeats this"));
+    let mut dice = Dice(seed);
+    let mut scene = Scene::new(bed, qemus)?;
+    let mut moved = 0;
+    for number in 1..=MIGRATIONS {
+        let from = scene.at;
+        let told = scene.migrate(&mut dice).map_err(|error| {
+            let error = Error::Check(format!("seed {seed}, migration {number}: {error}"));
+            scene.pair.with_logs(error)
+        })?;
+        moved += u32::from(scene.at != from);
+        println!("  {number}: {told}");
+    }
+    println!("  {moved} of {MIGRATIONS} moved all the same");
+    // Whatever failed, it is not all that does.
+    check(moved > 0, || "No migration ever succeeded".into())?;
+    let at = scene.at;
+    scene.pair.moves(at, &mut scene.life)?;
+    drop(scene.life);
+    let _ = super::transhume::ask(
+        scene.pair.daemon(at.other()),
+        &["vm", "stop", NAME, "--force"],
+    )?
+    .expect(0)?;
+    scene.pair.nothing_left(At::A)?;
+    scene.pair.nothing_left(At::B)
+}
