@@ -173,7 +173,10 @@ impl Jobs {
 
     /// Notes how a job ended, and forgets the oldest ended ones.
     pub fn finish(&self, job: &Job, ending: Ending) {
-        let mut info = job.now();
+        let mut info = JobInfo {
+            in_doubt: false,
+            ..job.now()
+        };
         match ending {
             Ending::Completed(summary) => {
                 info.state = JobState::Completed;
