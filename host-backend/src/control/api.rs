@@ -2,6 +2,7 @@
 //! request gets one response; `job-follow` gets one at each change until its job has ended.
 
 use crate::relay::progress::{Snapshot, Summary};
+use crate::relay::source::Goal;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -63,6 +64,9 @@ pub enum Request {
         to: String,
         /// How long the link may be away, in seconds.
         link_patience: u16,
+        /// What is to be reached.
+        #[serde(default)]
+        goal: Goal,
         /// Only tell what would be done.
         dry_run: bool,
     },
@@ -313,9 +317,13 @@ mod tests {
                     name: "web1".to_owned(),
                     to: "hostb".to_owned(),
                     link_patience: 30,
+                    goal: Goal {
+                        deadline_s: Some(60),
+                        ..Goal::default()
+                    },
                     dry_run: false,
                 },
-                r#"{"command":"migrate","name":"web1","to":"hostb","link_patience":30,"dry_run":false}"#,
+                r#"{"command":"migrate","name":"web1","to":"hostb","link_patience":30,"goal":{"deadline-s":60,"max-downtime-ms":null,"may-throttle":false},"dry_run":false}"#,
             ),
             (
                 Request::JobCancel { id: 3 },

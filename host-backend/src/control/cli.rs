@@ -6,6 +6,7 @@ use super::show;
 use super::{Error, Result};
 use crate::hypervisor::definition;
 use crate::pki::{self, Authority};
+use crate::relay::source::Goal;
 use clap::{Args, Parser, Subcommand};
 use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
@@ -59,7 +60,8 @@ enum Command {
     /// Shows how it goes until it has ended, then what it took. Ctrl-C leaves it going.
     #[command(after_help = format!(
         "Examples:\n  transhume migrate web1 --to hostb --dry-run\n  transhume migrate web1 --to hostb\n  \
-         transhume migrate web1 --to hostb --json > report.json\n\n{EXIT_CODES}"
+         transhume migrate web1 --to hostb --json > report.json\n  \
+         transhume migrate web1 --to hostb --deadline 120 --max-downtime 500\n\n{EXIT_CODES}"
     ))]
     Migrate(MigrateArgs),
     /// Make and show certificates for the link between hosts
@@ -192,6 +194,15 @@ struct MigrateArgs {
     /// How long the link to the host may be away before the migration ends, and the VM runs on here
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u16).range(1..=3600))]
     link_patience: u16,
+    /// When the VM should run there, at the latest; else the migration ends, and the VM runs on here
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=604_800))]
+    deadline: Option<u32>,
+    /// How long nobody may run it, at most [default: 300, and less if that comes soon]
+    #[arg(long, value_name = "MILLISECONDS", value_parser = clap::value_parser!(u32).range(50..=600_000))]
+    max_downtime: Option<u32>,
+    /// QEMU may slow the guest down if it writes faster than the link carries
+    #[arg(long)]
+    may_throttle: bool,
     /// Do not wait for its end
     #[arg(long, conflicts_with = "dry_run")]
     detach: bool,
@@ -259,6 +270,11 @@ impl Cli {
                     name: args.name.clone(),
                     to: args.to.clone(),
                     link_patience: args.link_patience,
+                    goal: Goal {
+                        deadline_s: args.deadline,
+                        max_downtime_ms: args.max_downtime,
+                        may_throttle: args.may_throttle,
+                    },
                     dry_run: args.dry_run,
                 }
             }

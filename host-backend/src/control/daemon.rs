@@ -131,13 +131,12 @@ impl Daemon {
                 name,
                 to,
                 link_patience,
+                goal,
                 dry_run,
-            } => self.migrate(
-                &name,
-                &to,
-                Duration::from_secs(link_patience.into()),
-                dry_run,
-            ),
+            } => {
+                let link_patience = Duration::from_secs(link_patience.into());
+                self.migrate(&name, &to, link_patience, goal, dry_run)
+            }
             Request::JobList => Ok(Response::Jobs(
                 self.jobs.all().iter().map(|job| job.info()).collect(),
             )),
@@ -417,6 +416,7 @@ impl Daemon {
         name: &str,
         to: &str,
         link_patience: Duration,
+        goal: source::Goal,
         dry_run: bool,
     ) -> Result<Response> {
         let vm = self.table.here(name)?;
@@ -451,6 +451,7 @@ impl Daemon {
                 security: self.config.security(),
             },
             link_patience,
+            goal,
             dry_run,
         };
         let span = tracing::info_span!("migration", vm = name, job = job.id(), to);

@@ -94,6 +94,7 @@ async fn refuses_with_cause_and_cure() {
             name: name(),
             to: "hostb".to_owned(),
             link_patience: 30,
+            goal: crate::relay::source::Goal::default(),
             dry_run: false,
         },
         Request::JobShow { id: 7 },

@@ -389,6 +389,7 @@ pub(super) struct Progress {
     last: Option<(Instant, Phase)>,
     before: Option<(Instant, Traffic)>,
     rates: Option<(f64, f64)>,
+    advised: bool,
 }
 
 impl Progress {
@@ -408,6 +409,7 @@ impl Progress {
             last: None,
             before: None,
             rates: None,
+            advised: false,
         }
     }
 
@@ -439,6 +441,7 @@ impl Progress {
         if self.silent {
             return;
         }
+        self.advise(job);
         self.measure(job.progress.traffic);
         let text = moment(job, self.rates);
         if let Some(bar) = &self.bar {
@@ -459,6 +462,24 @@ impl Progress {
         if due {
             eprintln!("{}: {text}", job.vm);
             self.last = Some((Instant::now(), phase));
+        }
+    }
+
+    /// Tells once why the goal will not be met.
+    fn advise(&mut self, job: &JobInfo) {
+        let advice = job
+            .progress
+            .forecast
+            .as_ref()
+            .and_then(|forecast| forecast.advice.as_ref());
+        let Some(advice) = advice else { return };
+        if std::mem::replace(&mut self.advised, true) {
+            return;
+        }
+        let text = format!("{}: {advice}", job.vm);
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None => eprintln!("{text}"),
         }
     }
 

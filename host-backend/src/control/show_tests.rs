@@ -26,6 +26,7 @@ fn job(state: JobState) -> JobInfo {
             total_bytes: 64 << 20,
             hinted_pages: 600,
             link_away_ms: 0,
+            forecast: None,
         },
         offer: None,
         in_doubt: false,

@@ -67,6 +67,18 @@ pub struct Traffic {
     pub stream_bytes: u64,
 }
 
+/// What is expected.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Forecast {
+    /// Until the VM runs at the destination, in milliseconds; absent when that will not be.
+    pub left_ms: Option<f64>,
+    /// How long nobody would run the VM if it were paused now, in milliseconds.
+    pub downtime_ms: f64,
+    /// Why the goal will not be met, and what would meet it.
+    pub advice: Option<String>,
+}
+
 /// A moment of a running migration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -86,6 +98,9 @@ pub struct Snapshot {
     /// For how long there has been no connection to the destination, in milliseconds; 0 while there is one.
     #[serde(default)]
     pub link_away_ms: u64,
+    /// What is expected, once that can be said.
+    #[serde(default)]
+    pub forecast: Option<Forecast>,
 }
 
 /// Downtime in its parts, in milliseconds.
@@ -144,6 +159,7 @@ pub struct Progress {
     started: Instant,
     phase: Mutex<(Phase, Phases, Instant)>,
     counters: [AtomicU64; COUNTERS],
+    forecast: Mutex<Option<Forecast>>,
 }
 
 /// The counters in [`Progress`].
@@ -183,6 +199,7 @@ impl Progress {
             started,
             phase: Mutex::new((Phase::Negotiate, Phases::default(), started)),
             counters: [const { AtomicU64::new(0) }; COUNTERS],
+            forecast: Mutex::default(),
         }
     }
 
@@ -214,6 +231,17 @@ impl Progress {
     /// Since the start.
     pub fn elapsed(&self) -> Duration {
         self.started.elapsed()
+    }
+
+    /// Says what is expected from now on.
+    pub fn expect(&self, forecast: Option<Forecast>) {
+        *self.forecast.lock().unwrap_or_else(PoisonError::into_inner) = forecast;
+    }
+
+    /// What is expected.
+    pub fn forecast(&self) -> Option<Forecast> {
+        let forecast = self.forecast.lock();
+        forecast.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Adds to a counter.
@@ -257,6 +285,7 @@ impl Progress {
             total_bytes: self.get(Counter::TotalBytes),
             hinted_pages: self.get(Counter::HintedPages),
             link_away_ms: self.get(Counter::LinkAwayMs),
+            forecast: self.forecast(),
         }
     }
 }

@@ -3,6 +3,7 @@
 
 mod any_moment;
 mod bed;
+mod converge;
 mod die;
 mod false_source;
 mod guest;
@@ -39,6 +40,7 @@ pub fn all() -> Vec<Scenario> {
     [
         guest::scenarios(),
         migrate::scenarios(),
+        converge::scenarios(),
         lie::scenarios(),
         die::scenarios(),
         any_moment::scenarios(),

@@ -10,6 +10,7 @@ use transhume_protocol::link::{Control, encode_control};
 
 use super::facts::{self, Accepted, Facts, Plan};
 use super::flow::{Flow, Next};
+use super::goal::Goal;
 use super::hints::Hints;
 use super::link_rate::LinkRate;
 use super::report::Reports;
@@ -72,6 +73,8 @@ pub struct Request {
     pub destination: Destination,
     /// How long the link may be away.
     pub link_patience: Duration,
+    /// What is to be reached.
+    pub goal: Goal,
     /// Only look whether it would work.
     pub dry_run: bool,
 }
@@ -234,8 +237,9 @@ impl Migration {
         let rate = Arc::new(LinkRate::default());
         let session = self.begin_session(ready, &rate)?;
         let known = &self.facts.capabilities;
+        let (qmp, goal) = (self.request.vm.qmp(), self.request.goal);
         let before =
-            settings::set_up(self.request.vm.qmp(), known, accepted.switchover_ack).await?;
+            settings::set_up(qmp, known, accepted.switchover_ack, goal.may_throttle).await?;
         self.before = Some(before);
         tokio::select! {
             () = reports.first(REPORT_PATIENCE) => {}
@@ -377,7 +381,7 @@ impl Migration {
         cancel: &mut watch::Receiver<bool>,
     ) -> Result<(Instant, Instant), Stop> {
         let qmp = self.request.vm.qmp();
-        let mut switchover = Switchover::new();
+        let mut switchover = Switchover::new(self.request.goal);
         let mut poll = interval(POLL);
         poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut paused = None;
@@ -416,6 +420,9 @@ impl Migration {
                             PAUSED_PATIENCE.as_secs()
                         )));
                     }
+                    if paused.is_none() && self.request.goal.is_over(self.progress.elapsed()) {
+                        return Err(self.too_late());
+                    }
                     let migration = qmp.query_migrate().await?;
                     match migration.status.as_deref() {
                         Some("completed") => {
@@ -430,6 +437,15 @@ impl Migration {
                 }
             }
         }
+    }
+
+    fn too_late(&self) -> Stop {
+        let advice = self
+            .progress
+            .forecast()
+            .and_then(|forecast| forecast.advice);
+        let advice = advice.unwrap_or_else(|| "a later --deadline would do".to_owned());
+        Stop::Failed(format!("the deadline has passed; {advice}"))
     }
 
     /// The cause that a person should read: the relay's own, else QEMU's.

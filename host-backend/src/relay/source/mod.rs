@@ -8,6 +8,7 @@ mod buffers;
 mod compression;
 mod facts;
 mod flow;
+mod goal;
 mod hints;
 mod link_rate;
 mod migration;
@@ -20,4 +21,5 @@ mod switchover;
 mod transmit;
 
 pub use facts::Plan;
+pub use goal::Goal;
 pub use migration::{Destination, Journal, Outcome, Request, ask, migrate};

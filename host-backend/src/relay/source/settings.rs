@@ -32,12 +32,14 @@ pub(super) async fn set_up(
     qmp: &Qmp,
     known: &[(String, bool)],
     switchover_ack: bool,
+    may_throttle: bool,
 ) -> Result<Before> {
     // With a return path QEMU learns of an error at the destination, and the VM runs on here.
     let wanted = OFF.map(|name| (name, false)).into_iter().chain([
         ("return-path", true),
         ("events", true),
         ("switchover-ack", switchover_ack),
+        ("auto-converge", may_throttle),
     ]);
     let state = |wanted: &str| known.iter().find(|(name, _)| name == wanted);
     let set: Vec<_> = wanted.filter(|(name, _)| state(name).is_some()).collect();

@@ -10,15 +10,14 @@ use std::time::Instant;
 
 use serde_json::json;
 
+use super::goal::{Goal, Seen};
 use super::shared::Shared;
 use crate::hypervisor::Qmp;
 use crate::hypervisor::qmp_commands::Migration;
+use crate::pages::PAGE_SIZE;
 use crate::relay::error::RelayError;
 use crate::relay::progress::Counter;
 
-/// Pause that is aimed at, in milliseconds, by the number of scans of memory so far: a guest that writes
-/// much gets nearer to what a stock migration allows.
-const GOALS_MS: [(u64, f64); 3] = [(4, 80.0), (8, 150.0), (u64::MAX, 300.0)];
 /// Rate of a link that has not been measured yet, in bytes a second.
 pub(super) const ASSUMED_RATE: f64 = 100e6;
 /// The limit for the start, when nothing is known, in milliseconds.
@@ -26,14 +25,16 @@ pub(super) const FIRST_LIMIT_MS: u64 = 5;
 
 /// Follows QEMU's migration.
 pub(super) struct Switchover {
+    goal: Goal,
     limit_ms: u64,
     bytes: u64,
     at: Instant,
 }
 
 impl Switchover {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(goal: Goal) -> Self {
         Self {
+            goal,
             limit_ms: FIRST_LIMIT_MS,
             bytes: 0,
             at: Instant::now(),
@@ -62,14 +63,22 @@ impl Switchover {
         if seconds < 0.1 {
             return Ok(());
         }
-        let seen = (bytes - self.bytes) as f64 / seconds;
+        let stream = (bytes - self.bytes) as f64 / seconds;
         self.bytes = bytes;
         self.at = Instant::now();
-        let limit_ms = limit(
-            ram.dirty_sync_count,
-            shared.rate().unwrap_or(ASSUMED_RATE),
-            seen,
-        );
+        let link = shared.rate();
+        let seen = Seen {
+            scans: ram.dirty_sync_count,
+            remaining: ram.remaining as f64,
+            written: ram.dirty_pages_rate as f64 * PAGE_SIZE as f64,
+            link: link.unwrap_or(ASSUMED_RATE),
+            stream,
+            elapsed: shared.progress.elapsed(),
+        };
+        if link.is_some() {
+            shared.progress.expect(self.goal.forecast(&seen));
+        }
+        let limit_ms = limit(self.goal.pause_ms(&seen), seen.link, stream);
         if limit_ms != self.limit_ms {
             self.limit_ms = limit_ms;
             // A QEMU that is just switching over may refuse: then it needs no limit any more.
@@ -85,18 +94,14 @@ impl Switchover {
 }
 
 /// The limit for QEMU, in milliseconds, that makes the pause as long as it is meant to be.
-fn limit(scans: u64, link_rate: f64, seen_rate: f64) -> u64 {
-    let goal = GOALS_MS
-        .iter()
-        .find(|(most, _)| scans < *most)
-        .map_or(300.0, |(_, goal)| *goal);
-    let limit = goal * link_rate / seen_rate.max(1.0);
+fn limit(pause_ms: f64, link_rate: f64, seen_rate: f64) -> u64 {
+    let limit = pause_ms * link_rate / seen_rate.max(1.0);
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
         reason = "clamped"
     )]
-    let limit = limit.clamp(1.0, goal) as u64;
+    let limit = limit.clamp(1.0, pause_ms.max(1.0)) as u64;
     limit
 }
 
@@ -106,10 +111,9 @@ mod tests {
 
     #[test]
     fn the_limit_follows_the_ratio_of_the_rates() {
-        assert_eq!(limit(1, 100e6, 1000e6), 8);
-        assert_eq!(limit(1, 100e6, 50e6), 80);
-        assert_eq!(limit(5, 100e6, 100e6), 150);
-        assert_eq!(limit(100, 100e6, 0.0), 300);
-        assert_eq!(limit(1, 1.0, 1e12), 1);
+        assert_eq!(limit(80.0, 100e6, 1000e6), 8);
+        assert_eq!(limit(80.0, 100e6, 50e6), 80);
+        assert_eq!(limit(300.0, 100e6, 0.0), 300);
+        assert_eq!(limit(80.0, 1.0, 1e12), 1);
     }
 }
