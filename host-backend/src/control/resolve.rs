@@ -173,7 +173,7 @@ impl Daemon {
         let here = self.table.here(vm).ok();
         let ending = if taken {
             if let Some(here) = here {
-                here.kill().await?;
+                here.discard().await?;
             }
             self.table
                 .depart(vm, format!("it moved to {to} (job {id})"));

@@ -273,6 +273,12 @@ impl Vm {
         }
     }
 
+    /// Ends the QEMU of a VM that belongs to another host, and removes its run directory.
+    pub async fn discard(&self) -> Result<()> {
+        self.kill().await?;
+        self.files().remove()
+    }
+
     /// Waits until its QEMU has ended. A lost QMP connection is not enough.
     pub async fn gone(&self) {
         match &self.process {

@@ -221,24 +221,21 @@ fn false_source(bed: &Bed) -> Result<()> {
         // A daemon that hangs up early is what is wanted.
         let _ = link.0.write_all(&bytes);
         let _ = link.0.shutdown(Shutdown::Write);
-        let mut reason = None;
         while let Some(message) = link.hear().unwrap_or(None) {
             check(message != Control::Running, || {
                 format!("{name} runs: no guest came with it")
             })?;
-            if let Control::Abort { reason: told } = message {
-                reason = Some(told);
-            }
         }
-        println!(
-            "  {name}: {}",
-            reason.unwrap_or_default().replace('\n', " ")
-        );
         pair.b.alive()?;
         pair.nothing_left(At::B)
             .map_err(|error| pair.with_logs(Error::Check(format!("{name}: {error}"))))?;
-        let list = ask(&pair.b, &["vm", "show", NAME])?;
-        list.expect(3)?;
+        let words = pair.b.words();
+        let word = words.lines().rfind(|line| line.contains("reason="));
+        let reason = word.and_then(|line| line.split("reason=").nth(1));
+        println!("  {name}: {}", reason.unwrap_or_default());
+        pair.wait("its name to be free again", || {
+            Ok(ask(&pair.b, &["vm", "show", NAME])?.code == 3)
+        })?;
     }
     let mut life = pair.boot(&Micro::new(bed)?)?;
     pair.moves(At::A, &mut life).map(drop)

@@ -205,6 +205,7 @@ pub(super) async fn take(
             "migration ends before the hand-over; QEMU ends"
         );
         decision.abandon(&vm).await;
+        drop(reservation);
         engine.send(Control::Abort { reason });
         engine.finish(FAREWELL).await;
         return Ok(());
@@ -224,6 +225,7 @@ pub(super) async fn take(
             };
             tracing::error!(vm = name, reason, "the VM cannot run here; it goes back");
             decision.abandon(&vm).await;
+            drop(reservation);
             engine.send(Control::Abort { reason });
         }
     }
@@ -355,7 +357,12 @@ impl Prepared {
         let vm = match launched {
             Ok(Ok(vm)) => vm,
             Ok(Err(error)) => {
-                // It has ended again; its log stays for whoever looks for the reason.
+                // The error has QEMU's last words. Another QEMU of that name would keep its files.
+                if UnixStream::connect(files.qmp()).is_err()
+                    && let Err(error) = files.remove()
+                {
+                    tracing::warn!(%error, "run directory of a QEMU that did not start");
+                }
                 return Err(error.to_string());
             }
             Err(_) => return Err("QEMU did not start in time".to_owned()),

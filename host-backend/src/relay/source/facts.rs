@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use transhume_protocol::link::{Control, Offer, OfferedDisk};
 
-use super::migration::Destination;
+use super::request::Destination;
 use crate::hypervisor::layout::{Layout, Region};
 use crate::hypervisor::{Vm, preflight};
 use crate::link::{self, Connection, PATIENCE};

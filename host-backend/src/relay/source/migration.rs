@@ -6,91 +6,38 @@ use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::{broadcast, watch};
 use tokio::time::{MissedTickBehavior, interval, timeout};
-use transhume_protocol::link::{Control, encode_control};
+use transhume_protocol::link::Control;
 
 use super::facts::{self, Accepted, Facts, Plan};
-use super::flow::{Flow, Next};
-use super::goal::Goal;
+use super::flow::Flow;
 use super::hints::Hints;
 use super::link_rate::LinkRate;
 use super::report::Reports;
+use super::request::{Journal, Outcome, Request};
 use super::settings::{self, Before};
 use super::shared::Shared;
 use super::switchover::Switchover;
 use super::transmit::Packer;
 use crate::guest::DiskName;
+use crate::hypervisor;
 use crate::hypervisor::qmp::Event;
-use crate::hypervisor::{self, Vm};
 use crate::link::session::{Rejoin, Session};
-use crate::link::{Connection, PATIENCE, START_PATIENCE, Security};
+use crate::link::{Connection, START_PATIENCE};
 use crate::pages::digest::Digester;
+use crate::relay::Error;
 use crate::relay::error::RelayError;
-use crate::relay::progress::{Counter, Downtime, Phase, Progress, Summary};
-use crate::relay::{Error, Stays};
+use crate::relay::progress::{Counter, Phase, Progress};
 
 /// How long the first report of the page cache is waited for, once the destination is ready.
 const REPORT_PATIENCE: Duration = Duration::from_secs(3);
 /// How long the link may be away while nobody runs the VM.
 const PAUSED_PATIENCE: Duration = Duration::from_secs(3);
-/// How long a destination that can be reached may take to hear that the migration has ended.
-const FAREWELL: Duration = Duration::from_secs(1);
 /// How often QEMU is asked how far it is.
 const POLL: Duration = Duration::from_millis(25);
-/// How long QEMU may take to run a VM again after a failure.
-const QEMU_PATIENCE: Duration = Duration::from_secs(15);
-/// How long a silent destination is asked what became of the VM.
-const QUERY_PATIENCE: Duration = Duration::from_secs(30);
-
-/// Where the phases of a migration are noted before they are acted on.
-pub trait Journal: Send + Sync {
-    /// Notes the phase that the migration's progress is in. `number` is the offer's; `running`: whether the
-    /// VM ran when it began.
-    ///
-    /// # Errors
-    /// If it cannot be noted: then it is not acted on.
-    fn note(&self, number: u64, running: bool) -> std::io::Result<()>;
-}
-
-/// Another host, and how it is reached.
-#[derive(Debug, Clone)]
-pub struct Destination {
-    /// Its name.
-    pub host: String,
-    /// Its daemon's `host:port`.
-    pub address: String,
-    /// How the connection to it is protected.
-    pub security: Security,
-}
-
-/// A migration to be done.
-#[derive(Clone)]
-pub struct Request {
-    /// The VM, which runs here.
-    pub vm: Arc<Vm>,
-    /// This host.
-    pub from: String,
-    /// Where it is to go.
-    pub destination: Destination,
-    /// How long the link may be away.
-    pub link_patience: Duration,
-    /// What is to be reached.
-    pub goal: Goal,
-    /// Only look whether it would work.
-    pub dry_run: bool,
-}
-
-/// What became of a request.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Outcome {
-    /// The destination runs the VM.
-    Migrated(Summary),
-    /// It would work.
-    Planned(Plan),
-}
 
 /// Why the phases before the commit were left.
 #[derive(Debug)]
-enum Stop {
+pub(super) enum Stop {
     Cancelled,
     Failed(String),
 }
@@ -181,22 +128,22 @@ fn connections() -> u8 {
 }
 
 /// The VM is paused here and whole at the destination.
-struct Copied {
-    shared: Arc<Shared>,
-    paused: Instant,
-    completed: Instant,
+pub(super) struct Copied {
+    pub(super) shared: Arc<Shared>,
+    pub(super) paused: Instant,
+    pub(super) completed: Instant,
 }
 
-struct Migration {
-    request: Request,
-    facts: Facts,
-    progress: Arc<Progress>,
-    journal: Arc<dyn Journal>,
-    shared: Option<Arc<Shared>>,
-    reports: Option<Reports>,
-    before: Option<Before>,
+pub(super) struct Migration {
+    pub(super) request: Request,
+    pub(super) facts: Facts,
+    pub(super) progress: Arc<Progress>,
+    pub(super) journal: Arc<dyn Journal>,
+    pub(super) shared: Option<Arc<Shared>>,
+    pub(super) reports: Option<Reports>,
+    pub(super) before: Option<Before>,
     /// The link, from when the destination is ready.
-    session: Option<Session<Packer>>,
+    pub(super) session: Option<Session<Packer>>,
 }
 
 impl Migration {
@@ -270,7 +217,7 @@ impl Migration {
     }
 
     /// Enters a phase, which is noted first.
-    fn enter(&self, phase: Phase) -> Result<(), Stop> {
+    pub(super) fn enter(&self, phase: Phase) -> Result<(), Stop> {
         self.progress.enter(phase);
         let noted = self.journal.note(self.facts.offer.job, self.facts.running);
         noted.map_err(|error| {
@@ -472,228 +419,6 @@ impl Migration {
             }
         }
     }
-
-    /// Phases [`Phase::Commit`] and [`Phase::Completed`]. From the moment that the commit is sent the VM
-    /// belongs to the destination, unless that says that it did not take it.
-    async fn hand_over(mut self, copied: Copied) -> Result<Summary, Error> {
-        if let Err(stop) = self.enter(Phase::Commit) {
-            return Err(self.undo(stop).await);
-        }
-        let commit = match encode_control(&Control::Commit) {
-            Ok(commit) => commit,
-            Err(error) => return Err(self.undo(Stop::Failed(error.to_string())).await),
-        };
-        copied.shared.flow.push_urgent(Next::Control(commit));
-        let answered = timeout(PATIENCE, copied.shared.answered()).await;
-        let taken = match answered {
-            Ok(Some(Ok(()))) => Ok(()),
-            Ok(Some(Err(reason))) => Err(reason),
-            Ok(None) | Err(_) => match self.ask_what_became().await {
-                Some(true) => Ok(()),
-                Some(false) => Err("the other host did not take the VM over".to_owned()),
-                None => return Err(self.give_up(&copied)),
-            },
-        };
-        let running = Instant::now();
-        if let Err(reason) = taken {
-            return Err(self.undo(Stop::Failed(reason)).await);
-        }
-        let mut remarks = self
-            .reports
-            .take()
-            .map(|reports| reports.finish())
-            .unwrap_or_default();
-        let breaks = copied.shared.link_breaks();
-        if breaks > 0 {
-            remarks.push(format!(
-                "connections of the link broke {breaks} times, and were taken up again"
-            ));
-        }
-        copied.shared.stop(RelayError::Stopped);
-        if let Err(error) = self.request.vm.kill().await {
-            tracing::warn!(%error, "QEMU of the VM that has moved cannot be ended");
-        }
-        self.progress.enter(Phase::Completed);
-        Ok(self.summary(&copied, running, remarks))
-    }
-
-    fn summary(&self, copied: &Copied, running: Instant, remarks: Vec<String>) -> Summary {
-        let ms =
-            |from: Instant, to: Instant| to.saturating_duration_since(from).as_secs_f64() * 1e3;
-        let sent = copied.shared.memory_sent().unwrap_or(copied.completed);
-        let snapshot = self.progress.snapshot();
-        Summary {
-            vm: self.request.vm.name().to_owned(),
-            from: self.request.from.clone(),
-            to: self.request.destination.host.clone(),
-            total_ms: self.progress.elapsed().as_secs_f64() * 1e3,
-            phases: self.progress.phases(),
-            downtime: Downtime {
-                memory_ms: ms(copied.paused, sent),
-                devices_ms: ms(sent, copied.completed),
-                handover_ms: ms(copied.completed, running),
-                total_ms: ms(copied.paused, running),
-            },
-            traffic: snapshot.traffic,
-            hinted_pages: snapshot.hinted_pages,
-            remarks,
-        }
-    }
-
-    /// Asks a destination that fell silent after the commit, on new connections.
-    async fn ask_what_became(&self) -> Option<bool> {
-        let Request {
-            vm, destination, ..
-        } = &self.request;
-        ask(destination, vm.name(), self.facts.offer.job, QUERY_PATIENCE).await
-    }
-
-    /// Lets a destination that cannot be reached end its QEMU as soon as it can be: a source that asks has
-    /// given its session up. Without that it would wait for the link as long as it was told to.
-    fn withdraw(&self) {
-        let (request, job) = (self.request.clone(), self.facts.offer.job);
-        tokio::spawn(async move {
-            let Request {
-                vm,
-                destination,
-                link_patience,
-                ..
-            } = &request;
-            ask(destination, vm.name(), job, *link_patience).await
-        });
-    }
-
-    fn give_up(&mut self, copied: &Copied) -> Error {
-        let cause = copied.shared.take_failure();
-        copied.shared.stop(RelayError::Stopped);
-        self.progress.enter(Phase::Unresolved);
-        Error::Unresolved {
-            vm: self.request.vm.name().to_owned(),
-            to: self.request.destination.host.clone(),
-            cause: cause.map_or_else(|| "no answer".to_owned(), |cause| cause.to_string()),
-        }
-    }
-
-    /// Ends what was begun; the VM runs on here. The destination, which was not given the VM, ends its
-    /// QEMU when the link ends.
-    async fn undo(&mut self, stop: Stop) -> Error {
-        let qmp = self.request.vm.qmp();
-        let lost = qmp.is_closed();
-        if !lost && let Err(error) = qmp.migrate_cancel().await {
-            tracing::debug!(%error, "migrate_cancel");
-        }
-        if let Some(shared) = &self.shared {
-            shared.stop(RelayError::Stopped);
-        }
-        if let Some(session) = &self.session {
-            if session.away().is_some() {
-                self.withdraw();
-            }
-            session.close();
-            let session = session.clone();
-            let told = tokio::task::spawn_blocking(move || session.wait_for_end(FAREWELL));
-            let _ = told.await;
-        }
-        drop(self.reports.take());
-        let runs = if lost {
-            Err(qmp.closed().await)
-        } else {
-            self.run_again().await
-        };
-        if let Some(before) = self.before.take() {
-            before.restore(qmp).await;
-        }
-        let host = self.request.from.clone();
-        let stays = if self.facts.running {
-            Stays::Running
-        } else {
-            Stays::Paused
-        };
-        match stop {
-            Stop::Cancelled => {
-                self.progress.enter(Phase::Cancelled);
-                if let Err(cause) = runs {
-                    return self.not_running(format!("it was cancelled, and {cause}"));
-                }
-                Error::Cancelled { host, stays }
-            }
-            Stop::Failed(cause) => {
-                self.progress.enter(Phase::Failed);
-                if let Err(not) = runs {
-                    return self.not_running(format!("{cause}; {not}"));
-                }
-                let vm = self.request.vm.name();
-                let cure = format!(
-                    "when the cause is mended, try `transhume migrate {vm} --to {}` again",
-                    self.request.destination.host
-                );
-                Error::Failed {
-                    cause,
-                    host,
-                    stays,
-                    cure,
-                }
-            }
-        }
-    }
-
-    fn not_running(&self, cause: String) -> Error {
-        let vm = self.request.vm.name();
-        Error::Lost {
-            cause,
-            host: self.request.from.clone(),
-            cure: format!("look at `transhume vm show {vm}` and at qemu.log in its run directory"),
-        }
-    }
-
-    /// Sees to it that the VM runs here again.
-    async fn run_again(&self) -> Result<(), String> {
-        let vm = &self.request.vm;
-        let run_again = async {
-            // Not before QEMU has done with it: another migration may begin at once.
-            vm.migration_over(QEMU_PATIENCE).await?;
-            if self.facts.running {
-                vm.run_on().await?;
-            }
-            Ok(())
-        };
-        let result: Result<(), hypervisor::Error> = run_again.await;
-        result.map_err(|error| error.to_string())
-    }
-}
-
-/// Asks a destination whether it took a VM, until it answers or patience ends. A source that asks has given
-/// the migration's session up: the destination ends it.
-pub async fn ask(
-    destination: &Destination,
-    vm: &str,
-    number: u64,
-    patience: Duration,
-) -> Option<bool> {
-    let deadline = Instant::now() + patience;
-    while Instant::now() < deadline {
-        let Destination {
-            host,
-            address,
-            security,
-        } = destination.clone();
-        let query = Control::Query {
-            job: number,
-            vm: vm.to_owned(),
-        };
-        let asked = tokio::task::spawn_blocking(move || {
-            let mut connection = Connection::open(&address, &host, &security)?;
-            connection.send(&query)?;
-            connection.receive(PATIENCE)
-        });
-        match asked.await {
-            Ok(Ok(Control::Outcome { taken })) => return Some(taken),
-            Ok(Err(error)) => tracing::debug!(%error, "no answer from the destination"),
-            _ => {}
-        }
-        tokio::time::sleep(Duration::from_secs(1)).await;
-    }
-    None
 }
 
 async fn cancelled(cancel: &mut watch::Receiver<bool>) {

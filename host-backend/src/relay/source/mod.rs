@@ -6,6 +6,7 @@
 mod answers;
 mod buffers;
 mod compression;
+mod ending;
 mod facts;
 mod flow;
 mod goal;
@@ -13,6 +14,7 @@ mod hints;
 mod link_rate;
 mod migration;
 mod report;
+mod request;
 mod settings;
 mod shared;
 mod steer;
@@ -22,4 +24,5 @@ mod transmit;
 
 pub use facts::Plan;
 pub use goal::Goal;
-pub use migration::{Destination, Journal, Outcome, Request, ask, migrate};
+pub use migration::migrate;
+pub use request::{Destination, Journal, Outcome, Request, ask};

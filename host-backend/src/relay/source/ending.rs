@@ -1,0 +1,214 @@
+//! How a migration ends: the hand-over, or all undone.
+
+use std::time::{Duration, Instant};
+
+use tokio::time::timeout;
+use transhume_protocol::link::{Control, encode_control};
+
+use super::flow::Next;
+use super::migration::{Copied, Migration, Stop};
+use super::request::{Request, ask};
+use crate::hypervisor;
+use crate::link::PATIENCE;
+use crate::relay::error::RelayError;
+use crate::relay::progress::{Downtime, Phase, Summary};
+use crate::relay::{Error, Stays};
+
+/// How long QEMU may take to run a VM again after a failure.
+const QEMU_PATIENCE: Duration = Duration::from_secs(15);
+
+/// How long a silent destination is asked what became of the VM.
+const QUERY_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long a destination that can be reached may take to hear that the migration has ended.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+impl Migration {
+    /// Phases [`Phase::Commit`] and [`Phase::Completed`]. From the moment that the commit is sent the VM
+    /// belongs to the destination, unless that says that it did not take it.
+    pub(super) async fn hand_over(mut self, copied: Copied) -> Result<Summary, Error> {
+        if let Err(stop) = self.enter(Phase::Commit) {
+            return Err(self.undo(stop).await);
+        }
+        let commit = match encode_control(&Control::Commit) {
+            Ok(commit) => commit,
+            Err(error) => return Err(self.undo(Stop::Failed(error.to_string())).await),
+        };
+        copied.shared.flow.push_urgent(Next::Control(commit));
+        let answered = timeout(PATIENCE, copied.shared.answered()).await;
+        let taken = match answered {
+            Ok(Some(Ok(()))) => Ok(()),
+            Ok(Some(Err(reason))) => Err(reason),
+            Ok(None) | Err(_) => match self.ask_what_became().await {
+                Some(true) => Ok(()),
+                Some(false) => Err("the other host did not take the VM over".to_owned()),
+                None => return Err(self.give_up(&copied)),
+            },
+        };
+        let running = Instant::now();
+        if let Err(reason) = taken {
+            return Err(self.undo(Stop::Failed(reason)).await);
+        }
+        let mut remarks = self
+            .reports
+            .take()
+            .map(|reports| reports.finish())
+            .unwrap_or_default();
+        let breaks = copied.shared.link_breaks();
+        if breaks > 0 {
+            remarks.push(format!(
+                "connections of the link broke {breaks} times, and were taken up again"
+            ));
+        }
+        copied.shared.stop(RelayError::Stopped);
+        if let Err(error) = self.request.vm.discard().await {
+            tracing::warn!(%error, "QEMU of the VM that has moved cannot be ended");
+        }
+        self.progress.enter(Phase::Completed);
+        Ok(self.summary(&copied, running, remarks))
+    }
+
+    fn summary(&self, copied: &Copied, running: Instant, remarks: Vec<String>) -> Summary {
+        let ms =
+            |from: Instant, to: Instant| to.saturating_duration_since(from).as_secs_f64() * 1e3;
+        let sent = copied.shared.memory_sent().unwrap_or(copied.completed);
+        let snapshot = self.progress.snapshot();
+        Summary {
+            vm: self.request.vm.name().to_owned(),
+            from: self.request.from.clone(),
+            to: self.request.destination.host.clone(),
+            total_ms: self.progress.elapsed().as_secs_f64() * 1e3,
+            phases: self.progress.phases(),
+            downtime: Downtime {
+                memory_ms: ms(copied.paused, sent),
+                devices_ms: ms(sent, copied.completed),
+                handover_ms: ms(copied.completed, running),
+                total_ms: ms(copied.paused, running),
+            },
+            traffic: snapshot.traffic,
+            hinted_pages: snapshot.hinted_pages,
+            remarks,
+        }
+    }
+
+    /// Asks a destination that fell silent after the commit, on new connections.
+    async fn ask_what_became(&self) -> Option<bool> {
+        let Request {
+            vm, destination, ..
+        } = &self.request;
+        ask(destination, vm.name(), self.facts.offer.job, QUERY_PATIENCE).await
+    }
+
+    /// Lets a destination that cannot be reached end its QEMU as soon as it can be: a source that asks has
+    /// given its session up. Without that it would wait for the link as long as it was told to.
+    fn withdraw(&self) {
+        let (request, job) = (self.request.clone(), self.facts.offer.job);
+        tokio::spawn(async move {
+            let Request {
+                vm,
+                destination,
+                link_patience,
+                ..
+            } = &request;
+            ask(destination, vm.name(), job, *link_patience).await
+        });
+    }
+
+    fn give_up(&mut self, copied: &Copied) -> Error {
+        let cause = copied.shared.take_failure();
+        copied.shared.stop(RelayError::Stopped);
+        self.progress.enter(Phase::Unresolved);
+        Error::Unresolved {
+            vm: self.request.vm.name().to_owned(),
+            to: self.request.destination.host.clone(),
+            cause: cause.map_or_else(|| "no answer".to_owned(), |cause| cause.to_string()),
+        }
+    }
+
+    /// Ends what was begun; the VM runs on here. The destination, which was not given the VM, ends its
+    /// QEMU when the link ends.
+    pub(super) async fn undo(&mut self, stop: Stop) -> Error {
+        let qmp = self.request.vm.qmp();
+        let lost = qmp.is_closed();
+        if !lost && let Err(error) = qmp.migrate_cancel().await {
+            tracing::debug!(%error, "migrate_cancel");
+        }
+        if let Some(shared) = &self.shared {
+            shared.stop(RelayError::Stopped);
+        }
+        if let Some(session) = &self.session {
+            if session.away().is_some() {
+                self.withdraw();
+            }
+            session.close();
+            let session = session.clone();
+            let told = tokio::task::spawn_blocking(move || session.wait_for_end(FAREWELL));
+            let _ = told.await;
+        }
+        drop(self.reports.take());
+        let runs = if lost {
+            Err(qmp.closed().await)
+        } else {
+            self.run_again().await
+        };
+        if let Some(before) = self.before.take() {
+            before.restore(qmp).await;
+        }
+        let host = self.request.from.clone();
+        let stays = if self.facts.running {
+            Stays::Running
+        } else {
+            Stays::Paused
+        };
+        match stop {
+            Stop::Cancelled => {
+                self.progress.enter(Phase::Cancelled);
+                if let Err(cause) = runs {
+                    return self.not_running(format!("it was cancelled, and {cause}"));
+                }
+                Error::Cancelled { host, stays }
+            }
+            Stop::Failed(cause) => {
+                self.progress.enter(Phase::Failed);
+                if let Err(not) = runs {
+                    return self.not_running(format!("{cause}; {not}"));
+                }
+                let vm = self.request.vm.name();
+                let cure = format!(
+                    "when the cause is mended, try `transhume migrate {vm} --to {}` again",
+                    self.request.destination.host
+                );
+                Error::Failed {
+                    cause,
+                    host,
+                    stays,
+                    cure,
+                }
+            }
+        }
+    }
+
+    fn not_running(&self, cause: String) -> Error {
+        let vm = self.request.vm.name();
+        Error::Lost {
+            cause,
+            host: self.request.from.clone(),
+            cure: format!("look at `transhume vm show {vm}` and at qemu.log in its run directory"),
+        }
+    }
+
+    /// Sees to it that the VM runs here again.
+    async fn run_again(&self) -> Result<(), String> {
+        let vm = &self.request.vm;
+        let run_again = async {
+            // Not before QEMU has done with it: another migration may begin at once.
+            vm.migration_over(QEMU_PATIENCE).await?;
+            if self.facts.running {
+                vm.run_on().await?;
+            }
+            Ok(())
+        };
+        let result: Result<(), hypervisor::Error> = run_again.await;
+        result.map_err(|error| error.to_string())
+    }
+}

@@ -1,0 +1,93 @@
+//! What is asked of a migration, and of the other host.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use transhume_protocol::link::Control;
+
+use super::facts::Plan;
+use super::goal::Goal;
+use crate::hypervisor::Vm;
+use crate::link::{Connection, PATIENCE, Security};
+use crate::relay::progress::Summary;
+
+/// Where the phases of a migration are noted before they are acted on.
+pub trait Journal: Send + Sync {
+    /// Notes the phase that the migration's progress is in. `number` is the offer's; `running`: whether the
+    /// VM ran when it began.
+    ///
+    /// # Errors
+    /// If it cannot be noted: then it is not acted on.
+    fn note(&self, number: u64, running: bool) -> std::io::Result<()>;
+}
+
+/// Another host, and how it is reached.
+#[derive(Debug, Clone)]
+pub struct Destination {
+    /// Its name.
+    pub host: String,
+    /// Its daemon's `host:port`.
+    pub address: String,
+    /// How the connection to it is protected.
+    pub security: Security,
+}
+
+/// A migration to be done.
+#[derive(Clone)]
+pub struct Request {
+    /// The VM, which runs here.
+    pub vm: Arc<Vm>,
+    /// This host.
+    pub from: String,
+    /// Where it is to go.
+    pub destination: Destination,
+    /// How long the link may be away.
+    pub link_patience: Duration,
+    /// What is to be reached.
+    pub goal: Goal,
+    /// Only look whether it would work.
+    pub dry_run: bool,
+}
+
+/// What became of a request.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    /// The destination runs the VM.
+    Migrated(Summary),
+    /// It would work.
+    Planned(Plan),
+}
+
+/// Asks a destination whether it took a VM, until it answers or patience ends. A source that asks has given
+/// the migration's session up: the destination ends it.
+pub async fn ask(
+    destination: &Destination,
+    vm: &str,
+    number: u64,
+    patience: Duration,
+) -> Option<bool> {
+    let deadline = Instant::now() + patience;
+    while Instant::now() < deadline {
+        let Destination {
+            host,
+            address,
+            security,
+        } = destination.clone();
+        let query = Control::Query {
+            job: number,
+            vm: vm.to_owned(),
+        };
+        let asked = tokio::task::spawn_blocking(move || {
+            let mut connection = Connection::open(&address, &host, &security)?;
+            connection.send(&query)?;
+            connection.receive(PATIENCE)
+        });
+        match asked.await {
+            Ok(Ok(Control::Outcome { taken })) => return Some(taken),
+            Ok(Err(error)) => tracing::debug!(%error, "no answer from the destination"),
+            _ => {}
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    None
+}
