@@ -15,6 +15,9 @@ const MAX_TEXT: u64 = 1 << 20;
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
+    /// Where it was read, for messages.
+    #[serde(skip)]
+    pub file: PathBuf,
     /// This host's name.
     pub host: String,
     /// Where the other hosts reach this one.
@@ -34,6 +37,10 @@ pub struct Config {
     /// The link is not encrypted, and nobody proves who they are: for a network of the hosts' own.
     #[serde(default)]
     pub plain_link: bool,
+    /// Whose the control socket is; root's if nobody is named.
+    pub control_owner: Option<String>,
+    /// The group that may use the control socket; none if none is named.
+    pub control_group: Option<String>,
     /// The other hosts, by name.
     #[serde(default)]
     pub hosts: BTreeMap<String, Peer>,
@@ -87,13 +94,17 @@ impl Config {
             source,
             cure: "; write it (`host = \"NAME\"` and [tls]) or name another by --config",
         })?;
-        Self::parse(&text).map_err(|cause| Error::Config {
+        let config = Self::parse(&text).map_err(|cause| Error::Config {
             path: path.to_owned(),
             cause,
+        })?;
+        Ok(Self {
+            file: path.to_owned(),
+            ..config
         })
     }
 
-    fn parse(text: &str) -> std::result::Result<Self, String> {
+    pub(super) fn parse(text: &str) -> std::result::Result<Self, String> {
         let config: Self = toml::from_str(text).map_err(|error| error.to_string())?;
         let name = "a name has at most 63 of a-z, 0-9 and -, and does not start with -";
         if !is_name(&config.host) {

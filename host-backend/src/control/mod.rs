@@ -9,6 +9,7 @@ mod error;
 pub mod jobs;
 pub mod server;
 mod show;
+mod socket;
 mod state;
 mod table;
 mod watch;

@@ -3,13 +3,11 @@
 use super::api::{Failure, FailureKind, MAX_REQUEST, Request, Response};
 use super::config::Config;
 use super::daemon::{Daemon, Door};
-use super::{Error, Result};
+use super::{Error, Result, socket};
 use crate::hypervisor::lines::Lines;
 use crate::relay::destination;
-use nix::sys::stat::{Mode, umask};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncWriteExt, WriteHalf};
@@ -38,8 +36,8 @@ pub async fn run(config: Config) -> Result<()> {
             "plain-link = true: the link to other hosts is not encrypted, and they prove nothing"
         );
     }
-    let socket = config.control_socket();
-    let control = bind_control(&socket).await?;
+    let path = config.control_socket();
+    let control = socket::bind(&config).await?;
     let listen = config.listen;
     let link = TcpListener::bind(listen)
         .await
@@ -56,7 +54,7 @@ pub async fn run(config: Config) -> Result<()> {
     );
     let daemon = Daemon::open(config).await?;
     let host = &daemon.config().host;
-    tracing::info!(host, control = %socket.display(), %listen, "transhumed is ready");
+    tracing::info!(host, control = %path.display(), %listen, "transhumed is ready");
     tokio::select! {
         () = serve(&control, &daemon) => {}
         () = destination::serve(link, Arc::new(Door(daemon.clone()))) => {
@@ -69,40 +67,8 @@ pub async fn run(config: Config) -> Result<()> {
     // Whoever follows a job is told how it ended.
     tokio::time::sleep(BEAT).await;
     // The next one replaces what stays.
-    let _ = std::fs::remove_file(&socket);
+    let _ = std::fs::remove_file(&path);
     Ok(())
-}
-
-/// The control socket, for its owner and group only.
-async fn bind_control(path: &Path) -> Result<UnixListener> {
-    if let Some(folder) = path.parent() {
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o755)
-            .create(folder)
-            .map_err(|source| Error::File {
-                action: "create",
-                path: folder.to_owned(),
-                source,
-                cure: "; transhumed needs to write to its `run-directory`",
-            })?;
-    }
-    if UnixStream::connect(path).await.is_ok() {
-        return Err(Error::refused(
-            format!("another transhumed answers at {}", path.display()),
-            "end it first, or give this one a `run-directory` of its own",
-        ));
-    }
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(Error::file("remove", path, error));
-        }
-        _ => {}
-    }
-    let before = umask(Mode::from_bits_truncate(0o117));
-    let bound = UnixListener::bind(path);
-    umask(before);
-    bound.map_err(|error| Error::file("listen at", path, error))
 }
 
 async fn serve(listener: &UnixListener, daemon: &Arc<Daemon>) {
