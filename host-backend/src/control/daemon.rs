@@ -10,7 +10,6 @@ use super::table::{Entry, Table};
 use super::watch::watch;
 use super::{Error, Result};
 use crate::hypervisor::{self, Definition, LaunchSettings, Start, Vm, command_line, preflight};
-use crate::link::Security;
 use crate::relay::{self, ErrorKind, destination, source};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -132,7 +131,7 @@ impl Daemon {
         tokio::spawn(watch(self.clone(), vm).instrument(span));
     }
 
-    fn arrive(self: &Arc<Self>, vm: Arc<Vm>) {
+    pub(super) fn arrive(self: &Arc<Self>, vm: Arc<Vm>) {
         if let Err(error) = self.table.note(&Table::record(&vm)) {
             tracing::error!(vm = vm.name(), %error, "not noted on disk: a restarted transhumed will not find it");
         }
@@ -430,20 +429,7 @@ impl Daemon {
                 "name another host by --to",
             ));
         }
-        let Some(peer) = self.config.hosts.get(to) else {
-            let known: Vec<&str> = self.config.hosts.keys().map(String::as_str).collect();
-            let known = if known.is_empty() {
-                "none".to_owned()
-            } else {
-                known.join(", ")
-            };
-            return Err(Error::refused(
-                format!("{host} knows no host named {to} (it knows: {known})"),
-                format!(
-                    "add [hosts.{to}] with its `address` to transhumed.toml and restart transhumed"
-                ),
-            ));
-        };
+        let peer = self.config.may_take(to)?;
         let job = self.jobs.begin(name, host, to, dry_run)?;
         let request = source::Request {
             vm,
@@ -523,10 +509,6 @@ fn failed(error: &relay::Error) -> Ending {
     Ending::Failed(state, error.to_string())
 }
 
-/// What arriving VMs need of the service.
-#[derive(Debug)]
-pub struct Door(pub Arc<Daemon>);
-
 /// QEMU's word on a VM whose migration was cut off. One that runs, runs on.
 async fn status_after_migration(vm: &Vm) -> Option<String> {
     let status = match vm.migration_over(INTERRUPTED_PATIENCE).await {
@@ -539,36 +521,6 @@ async fn status_after_migration(vm: &Vm) -> Option<String> {
         tracing::warn!(vm = vm.name(), %error, "after a migration that was cut off");
     }
     Some(status.status)
-}
-
-impl destination::Host for Door {
-    fn name(&self) -> &str {
-        &self.0.config.host
-    }
-
-    fn security(&self) -> Security {
-        self.0.config.security()
-    }
-
-    fn launch_settings(&self) -> LaunchSettings {
-        self.0.launch_settings()
-    }
-
-    fn reserve(&self, vm: &str) -> std::result::Result<(), String> {
-        self.0.table.reserve(vm).map_err(|error| error.to_string())
-    }
-
-    fn is_coming(&self, vm: &str) -> bool {
-        self.0.table.is_coming(vm)
-    }
-
-    fn release(&self, vm: &str) {
-        self.0.table.release(vm);
-    }
-
-    fn arrived(&self, vm: Arc<Vm>) {
-        self.0.arrive(vm);
-    }
 }
 
 impl Error {

@@ -2,8 +2,10 @@
 
 use super::api::{Failure, FailureKind, MAX_REQUEST, Request, Response};
 use super::config::Config;
-use super::daemon::{Daemon, Door};
+use super::daemon::Daemon;
+use super::door::Door;
 use super::{Error, Result, socket};
+use crate::audit::Who;
 use crate::hypervisor::lines::Lines;
 use crate::relay::destination;
 use std::io;
@@ -106,6 +108,11 @@ async fn serve(listener: &UnixListener, daemon: &Arc<Daemon>) {
 }
 
 async fn attend(stream: UnixStream, daemon: &Arc<Daemon>) -> io::Result<()> {
+    let credentials = stream.peer_cred()?;
+    let who = Who::Client {
+        uid: credentials.uid(),
+        pid: credentials.pid(),
+    };
     let (reader, mut writer) = tokio::io::split(stream);
     let mut lines = Lines::new(reader, MAX_REQUEST);
     while let Some(line) = tokio::time::timeout(IDLE, lines.next()).await?? {
@@ -113,7 +120,12 @@ async fn attend(stream: UnixStream, daemon: &Arc<Daemon>) -> io::Result<()> {
             Ok(Request::JobFollow { id }) => follow(daemon, id, &mut writer).await?,
             Ok(request) => {
                 tracing::debug!(?request);
-                answer(&mut writer, &daemon.handle(request).await).await?;
+                let job_vm = |id| Some(daemon.jobs.get(id).ok()?.vm().to_owned());
+                let response = match daemon.config().admit(who, &request, job_vm) {
+                    Ok(()) => daemon.handle(request).await,
+                    Err(error) => Response::Error(error.into()),
+                };
+                answer(&mut writer, &response).await?;
             }
             Err(error) => {
                 let message = format!("this is no request that this transhumed knows: {error}");

@@ -97,7 +97,7 @@ pub(super) async fn take(
         job = offer.job,
         "migration arrives"
     );
-    let outcome = outcomes.begin(offer.job);
+    let outcome = outcomes.begin(offer.job, &offer.from);
     let prepared = Prepared::new(&fit, &settings, &offer, switchover_ack).await;
     let prepared = match prepared {
         Ok(prepared) => prepared,
