@@ -10,6 +10,7 @@ mod lie;
 mod micro;
 mod migrate;
 mod pair;
+mod peers;
 mod refused;
 mod runner;
 mod strangers;
@@ -42,6 +43,7 @@ pub fn all() -> Vec<Scenario> {
         die::scenarios(),
         any_moment::scenarios(),
         refused::scenarios(),
+        peers::scenarios(),
         strangers::scenarios(),
         false_source::scenarios(),
     ]
