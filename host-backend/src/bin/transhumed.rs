@@ -4,7 +4,11 @@ use clap::Parser;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{FilterExt, LevelFilter, Targets, filter_fn};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, fmt};
+use transhume_host::audit;
 use transhume_host::control::{config::Config, server};
 
 /// Keeps this host's VMs, and moves them to and from other hosts.
@@ -14,7 +18,8 @@ use transhume_host::control::{config::Config, server};
     version,
     after_help = "Example:\n  transhumed --config /etc/transhume/transhumed.toml\n\n\
                   A configuration needs host = \"NAME\", [tls] with the files that `transhume pki` makes, and \
-                  [hosts.OTHER] with address = \"ADDRESS:7465\" for each host that VMs are to move to.\n\n\
+                  [hosts.OTHER] with address = \"ADDRESS:7465\" for each host that VMs are to move to or come \
+                  from. [incoming] names what VMs that come may use.\n\n\
                   Exit codes:\n  0  ended by SIGTERM or SIGINT; its VMs go on\n  1  could not begin\n  \
                   2  the command line is wrong\n  3  the configuration is wrong, or another transhumed runs"
 )]
@@ -36,6 +41,22 @@ struct Arguments {
     log: String,
 }
 
+/// The log, and the audit, which no filter keeps out of it.
+fn begin_log(filter: EnvFilter) {
+    let lines = || {
+        fmt::layer()
+            .with_writer(std::io::stderr)
+            .with_ansi(std::io::stderr().is_terminal())
+    };
+    let log = lines()
+        .with_target(false)
+        .with_filter(filter.and(filter_fn(|data| data.target() != audit::TARGET)));
+    let audit = lines().with_filter(Targets::new().with_target(audit::TARGET, LevelFilter::INFO));
+    tracing_subscriber::registry()
+        .with(vec![log.boxed(), audit.boxed()])
+        .init();
+}
+
 #[tokio::main]
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -49,12 +70,7 @@ async fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .init();
+    begin_log(filter);
     let result = match Config::load(&arguments.config) {
         Ok(config) => server::run(config).await,
         Err(error) => Err(error),

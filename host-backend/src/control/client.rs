@@ -1,7 +1,7 @@
 //! The command line's end of the control socket.
 
 use super::api::{MAX_RESPONSE, Request, Response};
-use super::{Error, Result};
+use super::{Error, Result, socket};
 use crate::hypervisor::lines::Lines;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,27 +17,26 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to the service at `socket`.
+    /// Connects to the service at `path`.
     ///
     /// # Errors
     /// [`Error::Service`], with what to do.
-    pub async fn connect(socket: &Path) -> Result<Self> {
-        let stream = UnixStream::connect(socket).await.map_err(|error| {
+    pub async fn connect(path: &Path) -> Result<Self> {
+        let stream = UnixStream::connect(path).await.map_err(|error| {
             let cure = match error.kind() {
-                io::ErrorKind::PermissionDenied => "run this as root or as a member of the socket's group",
-                _ => {
-                    "is it running (`systemctl status transhumed`)? Another socket can be named by --socket \
-                     or TRANSHUME_SOCKET"
-                }
+                io::ErrorKind::PermissionDenied => socket::cure(path),
+                _ => "is it running (`systemctl status transhumed`)? Another socket can be named by --socket \
+                      or TRANSHUME_SOCKET"
+                    .to_owned(),
             };
             Error::Service {
-                socket: socket.to_owned(),
+                socket: path.to_owned(),
                 cause: format!("cannot be reached: {error}; {cure}"),
             }
         })?;
         let (reader, writer) = tokio::io::split(stream);
         Ok(Self {
-            socket: socket.to_owned(),
+            socket: path.to_owned(),
             lines: Lines::new(reader, MAX_RESPONSE),
             writer,
         })

@@ -1,5 +1,6 @@
 //! The service's configuration: `/etc/transhume/transhumed.toml`.
 
+use super::access::{Incoming, Peer};
 use super::{Error, Result};
 use crate::hypervisor::LaunchSettings;
 use crate::hypervisor::definition::is_name;
@@ -15,6 +16,9 @@ const MAX_TEXT: u64 = 1 << 20;
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
+    /// Where it was read, for messages.
+    #[serde(skip)]
+    pub file: PathBuf,
     /// This host's name.
     pub host: String,
     /// Where the other hosts reach this one.
@@ -34,7 +38,14 @@ pub struct Config {
     /// The link is not encrypted, and nobody proves who they are: for a network of the hosts' own.
     #[serde(default)]
     pub plain_link: bool,
-    /// The other hosts, by name.
+    /// Whose the control socket is; root's if nobody is named.
+    pub control_owner: Option<String>,
+    /// The group that may use the control socket; none if none is named.
+    pub control_group: Option<String>,
+    /// What VMs from any of `hosts` may use here.
+    #[serde(default)]
+    pub incoming: Incoming,
+    /// The other hosts, by name; a host that is not among them may do nothing.
     #[serde(default)]
     pub hosts: BTreeMap<String, Peer>,
 }
@@ -49,14 +60,6 @@ pub struct Tls {
     pub certificate: PathBuf,
     /// Its key.
     pub key: PathBuf,
-}
-
-/// Another host.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct Peer {
-    /// Where it listens: `name-or-address:port`.
-    pub address: String,
 }
 
 fn default_listen() -> SocketAddr {
@@ -87,17 +90,23 @@ impl Config {
             source,
             cure: "; write it (`host = \"NAME\"` and [tls]) or name another by --config",
         })?;
-        Self::parse(&text).map_err(|cause| Error::Config {
+        let config = Self::parse(&text).map_err(|cause| Error::Config {
             path: path.to_owned(),
             cause,
+        })?;
+        Ok(Self {
+            file: path.to_owned(),
+            ..config
         })
     }
 
-    fn parse(text: &str) -> std::result::Result<Self, String> {
+    pub(super) fn parse(text: &str) -> std::result::Result<Self, String> {
         let config: Self = toml::from_str(text).map_err(|error| error.to_string())?;
-        let name = "a name has at most 63 of a-z, 0-9 and -, and does not start with -";
         if !is_name(&config.host) {
-            return Err(format!("`host` is {:?}; {name}", config.host));
+            return Err(format!(
+                "`host` is {:?}; a name has at most 63 of a-z, 0-9 and -, and does not start with -",
+                config.host
+            ));
         }
         let tls = config.tls.iter().flat_map(|tls| {
             [
@@ -132,23 +141,9 @@ impl Config {
             }
             _ => {}
         }
+        config.incoming.check("incoming")?;
         for (host, peer) in &config.hosts {
-            if !is_name(host) {
-                return Err(format!("`hosts` names {host:?}; {name}"));
-            }
-            let port = peer
-                .address
-                .rsplit_once(':')
-                .filter(|(name, _)| !name.is_empty());
-            if port
-                .and_then(|(_, port)| port.parse::<u16>().ok())
-                .is_none_or(|port| port == 0)
-            {
-                return Err(format!(
-                    "`hosts.{host}.address` is {:?}; write host:port, as in \"10.0.0.2:7465\"",
-                    peer.address
-                ));
-            }
+            peer.check(host)?;
         }
         Ok(config)
     }

@@ -11,7 +11,6 @@ use super::table::{Entry, Table};
 use super::watch::watch;
 use super::{Error, Result};
 use crate::hypervisor::{self, Definition, LaunchSettings, Start, Vm, command_line, preflight};
-use crate::link::Security;
 use crate::relay::{self, ErrorKind, destination, source};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -30,7 +29,7 @@ pub struct Daemon {
     config: Config,
     pub(super) table: Table,
     pub(super) jobs: Jobs,
-    arrivals: destination::Arrivals,
+    pub(super) arrivals: destination::Arrivals,
     /// Held while a job that was in doubt is settled.
     pub(super) settling: tokio::sync::Mutex<()>,
 }
@@ -109,7 +108,7 @@ impl Daemon {
         tokio::spawn(watch(self.clone(), vm).instrument(span));
     }
 
-    fn arrive(self: &Arc<Self>, vm: Arc<Vm>) {
+    pub(super) fn arrive(self: &Arc<Self>, vm: Arc<Vm>) {
         if let Err(error) = self.table.note(&Table::record(&vm)) {
             tracing::error!(vm = vm.name(), %error, "not noted on disk: a restarted transhumed will not find it");
         }
@@ -427,20 +426,7 @@ impl Daemon {
                 "name another host by --to",
             ));
         }
-        let Some(peer) = self.config.hosts.get(to) else {
-            let known: Vec<&str> = self.config.hosts.keys().map(String::as_str).collect();
-            let known = if known.is_empty() {
-                "none".to_owned()
-            } else {
-                known.join(", ")
-            };
-            return Err(Error::refused(
-                format!("{host} knows no host named {to} (it knows: {known})"),
-                format!(
-                    "add [hosts.{to}] with its `address` to transhumed.toml and restart transhumed"
-                ),
-            ));
-        };
+        let peer = self.config.may_take(to)?;
         let job = self.jobs.begin(name, host, to, dry_run)?;
         let request = source::Request {
             vm,
@@ -530,46 +516,6 @@ fn failed(error: &relay::Error) -> Ending {
         ErrorKind::Unresolved => JobState::Unresolved,
     };
     Ending::Failed(state, error.to_string())
-}
-
-/// What arriving VMs need of the service.
-#[derive(Debug)]
-pub struct Door(pub Arc<Daemon>);
-
-impl destination::Host for Door {
-    fn name(&self) -> &str {
-        &self.0.config.host
-    }
-
-    fn security(&self) -> Security {
-        self.0.config.security()
-    }
-
-    fn launch_settings(&self) -> LaunchSettings {
-        self.0.launch_settings()
-    }
-
-    fn arrivals(&self) -> &destination::Arrivals {
-        &self.0.arrivals
-    }
-
-    fn reserve(&self, vm: &str) -> std::result::Result<(), String> {
-        let free = self.0.jobs.refuse_in_doubt(vm);
-        free.and_then(|()| self.0.table.reserve(vm))
-            .map_err(|error| error.to_string())
-    }
-
-    fn is_coming(&self, vm: &str) -> bool {
-        self.0.table.is_coming(vm)
-    }
-
-    fn release(&self, vm: &str) {
-        self.0.table.release(vm);
-    }
-
-    fn arrived(&self, vm: Arc<Vm>) {
-        self.0.arrive(vm);
-    }
 }
 
 impl Error {

@@ -1,15 +1,18 @@
 //! The service's own room: its API, its tables of VMs and jobs, and the command line that speaks to it.
 
+pub mod access;
 pub mod api;
 pub mod cli;
 pub mod client;
 pub mod config;
 pub mod daemon;
+mod door;
 mod error;
 pub mod jobs;
 mod resolve;
 pub mod server;
 mod show;
+mod socket;
 mod state;
 mod table;
 mod watch;

@@ -2,14 +2,14 @@
 
 use super::api::{Failure, FailureKind, MAX_REQUEST, Request, Response};
 use super::config::Config;
-use super::daemon::{Daemon, Door};
-use super::{Error, Result};
+use super::daemon::Daemon;
+use super::door::Door;
+use super::{Error, Result, socket};
+use crate::audit::Who;
 use crate::hypervisor::lines::Lines;
 use crate::relay::destination;
-use nix::sys::stat::{Mode, umask};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncWriteExt, WriteHalf};
@@ -38,8 +38,8 @@ pub async fn run(config: Config) -> Result<()> {
             "plain-link = true: the link to other hosts is not encrypted, and they prove nothing"
         );
     }
-    let socket = config.control_socket();
-    let control = bind_control(&socket).await?;
+    let path = config.control_socket();
+    let control = socket::bind(&config).await?;
     let listen = config.listen;
     let link = TcpListener::bind(listen)
         .await
@@ -56,7 +56,7 @@ pub async fn run(config: Config) -> Result<()> {
     );
     let daemon = Daemon::open(config).await?;
     let host = &daemon.config().host;
-    tracing::info!(host, control = %socket.display(), %listen, "transhumed is ready");
+    tracing::info!(host, control = %path.display(), %listen, "transhumed is ready");
     tokio::select! {
         () = serve(&control, &daemon) => {}
         () = destination::serve(link, Arc::new(Door(daemon.clone()))) => {
@@ -69,40 +69,8 @@ pub async fn run(config: Config) -> Result<()> {
     // Whoever follows a job is told how it ended.
     tokio::time::sleep(BEAT).await;
     // The next one replaces what stays.
-    let _ = std::fs::remove_file(&socket);
+    let _ = std::fs::remove_file(&path);
     Ok(())
-}
-
-/// The control socket, for its owner and group only.
-async fn bind_control(path: &Path) -> Result<UnixListener> {
-    if let Some(folder) = path.parent() {
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o755)
-            .create(folder)
-            .map_err(|source| Error::File {
-                action: "create",
-                path: folder.to_owned(),
-                source,
-                cure: "; transhumed needs to write to its `run-directory`",
-            })?;
-    }
-    if UnixStream::connect(path).await.is_ok() {
-        return Err(Error::refused(
-            format!("another transhumed answers at {}", path.display()),
-            "end it first, or give this one a `run-directory` of its own",
-        ));
-    }
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(Error::file("remove", path, error));
-        }
-        _ => {}
-    }
-    let before = umask(Mode::from_bits_truncate(0o117));
-    let bound = UnixListener::bind(path);
-    umask(before);
-    bound.map_err(|error| Error::file("listen at", path, error))
 }
 
 async fn serve(listener: &UnixListener, daemon: &Arc<Daemon>) {
@@ -140,6 +108,11 @@ async fn serve(listener: &UnixListener, daemon: &Arc<Daemon>) {
 }
 
 async fn attend(stream: UnixStream, daemon: &Arc<Daemon>) -> io::Result<()> {
+    let credentials = stream.peer_cred()?;
+    let who = Who::Client {
+        uid: credentials.uid(),
+        pid: credentials.pid(),
+    };
     let (reader, mut writer) = tokio::io::split(stream);
     let mut lines = Lines::new(reader, MAX_REQUEST);
     while let Some(line) = tokio::time::timeout(IDLE, lines.next()).await?? {
@@ -147,7 +120,12 @@ async fn attend(stream: UnixStream, daemon: &Arc<Daemon>) -> io::Result<()> {
             Ok(Request::JobFollow { id }) => follow(daemon, id, &mut writer).await?,
             Ok(request) => {
                 tracing::debug!(?request);
-                answer(&mut writer, &daemon.handle(request).await).await?;
+                let job_vm = |id| Some(daemon.jobs.get(id).ok()?.vm().to_owned());
+                let response = match daemon.config().admit(who, &request, job_vm) {
+                    Ok(()) => daemon.handle(request).await,
+                    Err(error) => Response::Error(error.into()),
+                };
+                answer(&mut writer, &response).await?;
             }
             Err(error) => {
                 let message = format!("this is no request that this transhumed knows: {error}");

@@ -528,9 +528,14 @@ fn check_path(field: &str, path: &Path) -> Result<()> {
     Ok(())
 }
 
-fn check_interface(field: &str, name: &str) -> Result<()> {
+/// Whether `name` may name a network interface.
+pub(crate) fn is_interface(name: &str) -> bool {
     let good = |byte: u8| byte.is_ascii_graphic() && !b"/:,=%".contains(&byte);
-    if (1..=15).contains(&name.len()) && name.bytes().all(good) && name != "." && name != ".." {
+    (1..=15).contains(&name.len()) && name.bytes().all(good) && name != "." && name != ".."
+}
+
+fn check_interface(field: &str, name: &str) -> Result<()> {
+    if is_interface(name) {
         return Ok(());
     }
     Err(Error::field(

@@ -1,5 +1,6 @@
 //! Drivers of hypervisors: start, find, watch and stop virtual machines. They know nothing of pages.
 
+mod backing;
 mod binary;
 pub mod command_line;
 pub mod definition;
@@ -7,6 +8,7 @@ mod error;
 mod files;
 mod inspect;
 pub mod layout;
+pub mod limits;
 pub mod lines;
 pub mod memory;
 pub mod preflight;
@@ -22,6 +24,7 @@ pub use definition::Definition;
 pub use error::Error;
 pub use files::{LaunchSettings, RunFiles};
 pub use layout::Layout;
+pub use limits::Limits;
 pub use qmp::Qmp;
 pub use size::Size;
 pub use vm::{Vm, is_block_device};

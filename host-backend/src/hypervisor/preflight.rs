@@ -15,7 +15,7 @@ use std::path::Path;
 use std::time::Duration;
 
 /// How long storage may take to answer.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 /// What QEMU takes beside the guest's memory, roughly.
 const OVERHEAD: Size = Size::from_bytes(64 << 20);
 const MAX_FLAGS: usize = 1024;
@@ -53,12 +53,36 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    fn new(cause: impl Into<String>, cure: impl Into<String>) -> Self {
+    pub(super) fn new(cause: impl Into<String>, cure: impl Into<String>) -> Self {
         Self {
             cause: cause.into(),
             cure: cure.into(),
         }
     }
+
+    /// Storage did not answer within [`PATIENCE`].
+    pub(super) fn storage(host: &str) -> Self {
+        Self::new(
+            format!(
+                "the storage of {host} did not answer within {} s",
+                PATIENCE.as_secs()
+            ),
+            "check its mounts (`findmnt`, `dmesg`)",
+        )
+    }
+}
+
+/// Reads the definition that a source offers.
+///
+/// # Errors
+/// Why it is refused.
+pub fn parse_offered(definition: &str) -> std::result::Result<Definition, Refusal> {
+    Definition::parse(definition).map_err(|error| {
+        Refusal::new(
+            format!("the source's definition is refused: {error}"),
+            "bring both hosts to the same version of Transhume",
+        )
+    })
 }
 
 impl std::fmt::Display for Refusal {
@@ -97,12 +121,7 @@ impl Offer {
         &self,
         settings: &LaunchSettings,
     ) -> std::result::Result<Definition, Vec<Refusal>> {
-        let definition = Definition::parse(&self.definition).map_err(|error| {
-            vec![Refusal::new(
-                format!("the source's definition is refused: {error}"),
-                "bring both hosts to the same version of Transhume",
-            )]
-        })?;
+        let definition = parse_offered(&self.definition).map_err(|refusal| vec![refusal])?;
         let mut refusals = check_here(&definition, settings, &self.disks).await;
         refusals.extend(self.check_version(&definition, settings).await);
         refusals.extend(self.check_cpu(&cpu_flags()));
@@ -240,13 +259,7 @@ pub async fn check_here(
             format!("checking the disks on {host} failed: {error}"),
             "see the daemon's log",
         )),
-        Err(_) => refusals.push(Refusal::new(
-            format!(
-                "the storage of {host} did not answer within {} s",
-                PATIENCE.as_secs()
-            ),
-            "check its mounts (`findmnt`, `dmesg`)",
-        )),
+        Err(_) => refusals.push(Refusal::storage(&host)),
     }
     refusals
 }

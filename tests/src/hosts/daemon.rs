@@ -87,8 +87,15 @@ impl Daemon {
             Link::Tls => certificates(hosts, host, programs)?,
             Link::Plain => "plain-link = true\n".to_owned(),
         };
-        fs::write(&configuration, Self::configuration(host, peer, qemu, &link))
-            .map_err(Error::file("write", &configuration))?;
+        let rules = match &host.rules {
+            Some(rules) => rules.clone(),
+            None => Self::rules(peer, programs),
+        };
+        fs::write(
+            &configuration,
+            Self::configuration(host, qemu, &link, &rules),
+        )
+        .map_err(Error::file("write", &configuration))?;
         let log = host.folder.join("transhumed.log");
         let output = File::options()
             .create(true)
@@ -114,19 +121,26 @@ impl Daemon {
         Ok(daemon)
     }
 
-    fn configuration(host: &Host, peer: &Host, qemu: &Path, link: &str) -> String {
+    /// Lets the other host's VMs use what this test makes, and what is nowhere.
+    fn rules(peer: &Host, programs: &Path) -> String {
+        format!(
+            "[incoming]\npaths = [\"{}\", \"/srv\", \"/dev\"]\naccelerators = [\"tcg\"]\n[hosts.{}]\naddress = \"{}:{PORT}\"\n",
+            programs.parent().unwrap_or(programs).display(),
+            peer.name,
+            peer.address,
+        )
+    }
+
+    fn configuration(host: &Host, qemu: &Path, link: &str, rules: &str) -> String {
         let mut text = String::new();
         let _ = write!(
             text,
-            "host = \"{}\"\nlisten = \"{}:{PORT}\"\nrun-directory = \"{}\"\nstate-directory = \"{}\"\nqemu = \"{}\"\n{link}\n\
-             [hosts.{}]\naddress = \"{}:{PORT}\"\n",
+            "host = \"{}\"\nlisten = \"{}:{PORT}\"\nrun-directory = \"{}\"\nstate-directory = \"{}\"\nqemu = \"{}\"\n{link}\n{rules}",
             host.name,
             host.address,
             host.folder.join("run").display(),
             host.folder.join("state").display(),
             qemu.display(),
-            peer.name,
-            peer.address,
         );
         text
     }

@@ -41,6 +41,8 @@ pub struct Host {
     pub address: &'static str,
     /// Its folder for sockets, logs and state.
     pub folder: PathBuf,
+    /// What its configuration says of the other host and of VMs that come, if not that all may move.
+    pub rules: Option<String>,
     namespace: String,
 }
 
@@ -132,6 +134,7 @@ impl Hosts {
                 name,
                 address,
                 folder,
+                rules: None,
                 namespace: format!("{unique}-{name}"),
             })
         };

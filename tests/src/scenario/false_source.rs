@@ -39,10 +39,10 @@ fn lost(error: std::io::Error) -> Error {
 }
 
 /// A connection to the destination's daemon.
-struct Link(TcpStream);
+pub(super) struct Link(TcpStream);
 
 impl Link {
-    fn open(pair: &Pair<'_>) -> Result<Self> {
+    pub(super) fn open(pair: &Pair<'_>) -> Result<Self> {
         let target = pair.hosts.b.address;
         let connect = || TcpStream::connect((target, PORT));
         let mut stream = pair.hosts.a.inside(connect)?.map_err(lost)?;
@@ -54,7 +54,7 @@ impl Link {
         Ok(Self(stream))
     }
 
-    fn send(&mut self, message: &Control) -> Result<()> {
+    pub(super) fn send(&mut self, message: &Control) -> Result<()> {
         let payload = encode_control(message).map_err(wrong)?;
         self.0
             .write_all(&frame(FrameKind::Control, &payload)?)
@@ -62,7 +62,7 @@ impl Link {
     }
 
     /// The next control message; `None` when the daemon hangs up.
-    fn hear(&mut self) -> Result<Option<Control>> {
+    pub(super) fn hear(&mut self) -> Result<Option<Control>> {
         loop {
             let mut head = [0; FRAME_HEADER_LEN];
             if self.0.read_exact(&mut head).is_err() {

@@ -11,6 +11,7 @@ mod lie;
 mod micro;
 mod migrate;
 mod pair;
+mod peers;
 mod random_failures;
 mod refused;
 mod runner;
@@ -46,6 +47,7 @@ pub fn all() -> Vec<Scenario> {
         any_moment::scenarios(),
         random_failures::scenarios(),
         refused::scenarios(),
+        peers::scenarios(),
         strangers::scenarios(),
         false_source::scenarios(),
     ]

@@ -154,7 +154,7 @@ pub(super) async fn take(
         host: Arc::clone(&host),
         job: offer.job,
         vm: name.clone(),
-        outcome: outcomes.begin(offer.job),
+        outcome: outcomes.begin(offer.job, &offer.from),
     };
     let prepared = match decision.note(Stage::Waiting) {
         Ok(()) => Prepared::new(&fit, &settings, switchover_ack, offer.running).await,

@@ -3,6 +3,7 @@
 //! Contract: this host runs the VM only after the source's commit. Until then every end of a migration,
 //! also that of this process, ends in the QEMU being killed that was prepared for it.
 
+mod access;
 mod arrivals;
 mod disks;
 mod engine;
@@ -29,7 +30,7 @@ use tokio::sync::{Semaphore, watch};
 use tracing::Instrument;
 use transhume_protocol::link::Control;
 
-use crate::hypervisor::{LaunchSettings, Vm};
+use crate::hypervisor::{LaunchSettings, Limits, Vm};
 use crate::link::{Connection, PATIENCE, Security};
 
 /// Connections served at once; further ones wait.
@@ -45,6 +46,13 @@ pub trait Host: Send + Sync + 'static {
     fn name(&self) -> &str;
     /// How connections of other hosts are protected.
     fn security(&self) -> Security;
+    /// The hosts that this one lists.
+    fn peers(&self) -> Vec<&str>;
+    /// What VMs from that host may use here.
+    ///
+    /// # Errors
+    /// Why it may send none, with the cure, for people.
+    fn may_send(&self, peer: &str) -> Result<Limits, String>;
     /// How VMs are started here.
     fn launch_settings(&self) -> LaunchSettings;
     /// The journal of arriving VMs.
@@ -66,31 +74,48 @@ pub trait Host: Send + Sync + 'static {
 #[derive(Default)]
 struct Outcomes {
     sessions: Sessions,
-    known: Mutex<VecDeque<(u64, watch::Receiver<Option<bool>>)>>,
+    known: Mutex<VecDeque<Migration>>,
+}
+
+struct Migration {
+    job: u64,
+    from: String,
+    outcome: watch::Receiver<Option<bool>>,
 }
 
 impl Outcomes {
     /// Begins to remember a migration; `true` is sent when the VM was taken, `false` when not.
-    fn begin(&self, job: u64) -> watch::Sender<Option<bool>> {
-        let (sender, receiver) = watch::channel(None);
+    fn begin(&self, job: u64, from: &str) -> watch::Sender<Option<bool>> {
+        let (sender, outcome) = watch::channel(None);
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if known.len() >= REMEMBERED {
             known.pop_front();
         }
-        known.push_back((job, receiver));
+        known.push_back(Migration {
+            job,
+            from: from.to_owned(),
+            outcome,
+        });
         sender
+    }
+
+    /// Whether migrations of that number are known, and all came from other hosts.
+    fn is_of_others(&self, job: u64, is_from: impl Fn(&str) -> bool) -> bool {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut same = known.iter().filter(|one| one.job == job).peekable();
+        same.peek().is_some() && !same.any(|one| is_from(&one.from))
     }
 
     /// Whether the VM was taken; waits for a migration that is being decided. `None` when it is still
     /// not, or unknown.
-    async fn of(&self, job: u64) -> Option<bool> {
+    async fn of(&self, job: u64, is_from: impl Fn(&str) -> bool) -> Option<bool> {
         let receiver = {
             let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
             known
                 .iter()
                 .rev()
-                .find(|(known, _)| *known == job)
-                .map(|(_, outcome)| outcome.clone())
+                .find(|one| one.job == job && is_from(&one.from))
+                .map(|one| one.outcome.clone())
         };
         let mut receiver = receiver?;
         let decided =
@@ -139,6 +164,9 @@ async fn greet(
     host: Arc<dyn Host>,
     outcomes: &Outcomes,
 ) -> Result<(), String> {
+    let address = stream
+        .peer_addr()
+        .map_or_else(|_| "unknown".to_owned(), |address| address.to_string());
     let stream = stream.into_std().map_err(|error| error.to_string())?;
     let security = host.security();
     let greeted = tokio::task::spawn_blocking(move || {
@@ -147,24 +175,28 @@ async fn greet(
         Ok::<_, crate::link::Error>((connection, first))
     });
     let (mut connection, first) = match greeted.await {
-        Ok(result) => result.map_err(|error| error.to_string())?,
+        Ok(Ok(greeted)) => greeted,
+        Ok(Err(error)) => {
+            let reason = error.to_string();
+            access::unserved(&address, &reason);
+            return Err(reason);
+        }
         Err(error) => return Err(error.to_string()),
     };
+    let peer = access::Peer::greet(&connection, &address, &*host);
     match first {
-        Control::Offer(offer) if !connection.peer_is(&offer.from) => {
-            let reason = format!(
-                "it says that it is {}, but its certificate is for another name; `transhume pki issue {}` makes \
-                 one that is for it",
-                offer.from, offer.from
-            );
-            let reasons = vec![reason.clone()];
-            send(&mut connection, &Control::Refused { reasons })?;
-            Err(reason)
+        Control::Offer(offer) => {
+            let is_from = connection.peer_is(&offer.from);
+            match peer.admit(is_from, &offer, &*host).await {
+                Ok(()) => incoming::take(connection, *offer, host, outcomes).await,
+                Err(reasons) => send(&mut connection, &Control::Refused { reasons }),
+            }
         }
-        Control::Offer(offer) => incoming::take(connection, *offer, host, outcomes).await,
         Control::Query { job, vm } => {
+            let of_others = outcomes.is_of_others(job, |from| connection.peer_is(from));
+            peer.may_ask(&vm, of_others, &*host)?;
             outcomes.sessions.end(job);
-            let taken = match outcomes.of(job).await {
+            let taken = match outcomes.of(job, |from| connection.peer_is(from)).await {
                 // It may be from before a restart.
                 None => host.arrivals().owns(&vm, job),
                 known => known,

@@ -1,0 +1,246 @@
+//! Who may do what: other hosts, as `[incoming]` and `[hosts]` say, and the programs of this host.
+//!
+//! Who may connect to the control socket is the kernel's to check, by the socket's owner, group and mode; who
+//! can may do everything, but for what the configuration keeps from everybody.
+
+use super::api::Request;
+use super::config::Config;
+use super::{Error, Result};
+use crate::audit::{self, Who};
+use crate::hypervisor::definition::{Accelerator, is_interface, is_name};
+use crate::hypervisor::{Definition, Limits};
+use serde::Deserialize;
+use std::path::{Component, Path, PathBuf};
+
+/// What VMs from other hosts may use here; what is not named is refused.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Incoming {
+    /// Directories that all of their files are below: disks, what qcow2 disks are based on, kernels.
+    pub paths: Vec<PathBuf>,
+    /// Bridges.
+    pub bridges: Vec<String>,
+    /// Tap devices.
+    pub taps: Vec<String>,
+    /// The backend `user`, by which a guest reaches what this host reaches.
+    pub user_network: bool,
+    /// QEMUs that a definition may name beside this host's own.
+    pub qemu_binaries: Vec<PathBuf>,
+    /// What may run vCPUs; KVM if nothing is said.
+    pub accelerators: Vec<Accelerator>,
+}
+
+/// Another host.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Peer {
+    /// Where it listens: `name-or-address:port`.
+    pub address: String,
+    /// Whether it may send VMs here.
+    #[serde(default = "yes")]
+    pub may_send: bool,
+    /// Whether VMs may move from here to it.
+    #[serde(default = "yes")]
+    pub may_take: bool,
+    /// What its VMs may use here beside what all may, as in [`Incoming`].
+    #[serde(default)]
+    pub paths: Vec<PathBuf>,
+    /// Likewise.
+    #[serde(default)]
+    pub bridges: Vec<String>,
+    /// Likewise.
+    #[serde(default)]
+    pub taps: Vec<String>,
+    /// Likewise.
+    #[serde(default)]
+    pub user_network: bool,
+    /// Likewise.
+    #[serde(default)]
+    pub qemu_binaries: Vec<PathBuf>,
+    /// Likewise.
+    #[serde(default)]
+    pub accelerators: Vec<Accelerator>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Peer {
+    /// What its VMs may use beside what all may.
+    fn incoming(&self) -> Incoming {
+        Incoming {
+            paths: self.paths.clone(),
+            bridges: self.bridges.clone(),
+            taps: self.taps.clone(),
+            user_network: self.user_network,
+            qemu_binaries: self.qemu_binaries.clone(),
+            accelerators: self.accelerators.clone(),
+        }
+    }
+
+    pub(super) fn check(&self, host: &str) -> std::result::Result<(), String> {
+        if !is_name(host) {
+            return Err(format!(
+                "`hosts` names {host:?}; a name has at most 63 of a-z, 0-9 and -, and does not start with -"
+            ));
+        }
+        let port = self
+            .address
+            .rsplit_once(':')
+            .filter(|(name, _)| !name.is_empty())
+            .and_then(|(_, port)| port.parse::<u16>().ok());
+        if port.is_none_or(|port| port == 0) {
+            return Err(format!(
+                "`hosts.{host}.address` is {:?}; write host:port, as in \"10.0.0.2:7465\"",
+                self.address
+            ));
+        }
+        self.incoming().check(&format!("hosts.{host}"))
+    }
+}
+
+impl Incoming {
+    pub(super) fn check(&self, section: &str) -> std::result::Result<(), String> {
+        for (key, paths) in [
+            ("paths", &self.paths),
+            ("qemu-binaries", &self.qemu_binaries),
+        ] {
+            let is_plain = |path: &Path| {
+                path.is_absolute() && !path.components().any(|part| part == Component::ParentDir)
+            };
+            if let Some(path) = paths.iter().find(|path| !is_plain(path)) {
+                return Err(format!(
+                    "`{section}.{key}` names {}; write absolute paths without ..",
+                    path.display()
+                ));
+            }
+        }
+        for (key, names) in [("bridges", &self.bridges), ("taps", &self.taps)] {
+            if let Some(name) = names.iter().find(|name| !is_interface(name)) {
+                return Err(format!(
+                    "`{section}.{key}` names {name:?}; write interfaces of 1 to 15 characters, as in \"br0\""
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Config {
+    /// The host that a VM is to move to, if it may.
+    pub(super) fn may_take(&self, to: &str) -> Result<&Peer> {
+        let (host, file) = (&self.host, self.file.display());
+        let Some(peer) = self.hosts.get(to) else {
+            let known: Vec<&str> = self.hosts.keys().map(String::as_str).collect();
+            let known = if known.is_empty() {
+                "none".to_owned()
+            } else {
+                known.join(", ")
+            };
+            return Err(Error::refused(
+                format!("{host} knows no host named {to} (it knows: {known})"),
+                format!("add [hosts.{to}] with its `address` to {file} and restart transhumed"),
+            ));
+        };
+        if !peer.may_take {
+            return Err(Error::refused(
+                format!("no VM may move from {host} to {to}: [hosts.{to}] says `may-take = false`"),
+                format!(
+                    "choose another host, or change that in {file} on {host} and restart transhumed"
+                ),
+            ));
+        }
+        Ok(peer)
+    }
+
+    /// What VMs from that host may use here, or why it may send none.
+    pub(super) fn may_send(&self, from: &str) -> std::result::Result<Limits, String> {
+        let (host, file) = (&self.host, self.file.display());
+        let Some(peer) = self.hosts.get(from) else {
+            return Err(format!(
+                "{host} does not list {from}; add [hosts.{from}] with its `address` to {file} on {host}, and \
+                 restart transhumed there"
+            ));
+        };
+        if !peer.may_send {
+            return Err(format!(
+                "{host} takes no VMs from {from}: [hosts.{from}] says `may-send = false` there; choose another \
+                 host, or change that in {file} on {host} and restart transhumed there"
+            ));
+        }
+        let (all, own) = (&self.incoming, peer.incoming());
+        let mut accelerators = [&all.accelerators[..], &own.accelerators].concat();
+        if accelerators.is_empty() {
+            accelerators.push(Accelerator::Kvm);
+        }
+        Ok(Limits {
+            paths: [&all.paths[..], &own.paths].concat(),
+            bridges: [&all.bridges[..], &own.bridges].concat(),
+            taps: [&all.taps[..], &own.taps].concat(),
+            user_network: all.user_network || own.user_network,
+            qemu_binaries: [&all.qemu_binaries[..], &own.qemu_binaries].concat(),
+            accelerators,
+            place: format!("[incoming] or [hosts.{from}] of {file} on {host}"),
+        })
+    }
+
+    /// Whether a program of this host gets what it asks for, as far as that is laid down; requests that change
+    /// something are noted. `job_vm` tells of a job which VM it moves.
+    pub(super) fn admit(
+        &self,
+        who: Who<'_>,
+        request: &Request,
+        job_vm: impl FnOnce(u64) -> Option<String>,
+    ) -> Result<()> {
+        let defined = |text: &str| {
+            Definition::parse(text)
+                .ok()
+                .map(|definition| definition.name)
+        };
+        let mut verdict = Ok(());
+        let (what, vm) = match request {
+            Request::VmStart { definition } => ("vm-start".to_owned(), defined(definition)),
+            Request::VmAdopt { definition, .. } => ("vm-adopt".to_owned(), defined(definition)),
+            Request::VmStop { name, force: false } => ("vm-stop".to_owned(), Some(name.clone())),
+            Request::VmStop { name, force: true } => {
+                ("vm-stop by force".to_owned(), Some(name.clone()))
+            }
+            Request::VmPause { name } => ("vm-pause".to_owned(), Some(name.clone())),
+            Request::VmResume { name } => ("vm-resume".to_owned(), Some(name.clone())),
+            Request::Migrate {
+                name, to, dry_run, ..
+            } => {
+                // To where it is: not a matter of access.
+                if *to != self.host {
+                    verdict = self.may_take(to).map(drop);
+                }
+                let dry = if *dry_run { " (dry run)" } else { "" };
+                (format!("migrate to {to}{dry}"), Some(name.clone()))
+            }
+            Request::JobCancel { id } => (format!("job-cancel {id}"), job_vm(*id)),
+            Request::JobResolve { id, runs_at } => {
+                let what = format!("job-resolve {id}, runs at {}", runs_at.escape_debug());
+                (what, job_vm(*id))
+            }
+            Request::VmArguments { .. }
+            | Request::VmList
+            | Request::VmShow { .. }
+            | Request::JobList
+            | Request::JobShow { .. }
+            | Request::JobFollow { .. } => return Ok(()),
+        };
+        let why = verdict.as_ref().err().map(ToString::to_string);
+        audit::note(
+            who,
+            &what,
+            vm.as_deref(),
+            why.as_deref().map_or(Ok(()), Err),
+        );
+        verdict
+    }
+}
+
+#[cfg(test)]
+#[path = "access_tests.rs"]
+mod tests;

@@ -1,0 +1,55 @@
+//! What the relay needs of the service when VMs arrive.
+
+use super::daemon::Daemon;
+use crate::hypervisor::{LaunchSettings, Limits, Vm};
+use crate::link::Security;
+use crate::relay::destination;
+use std::sync::Arc;
+
+/// The service, as arriving VMs see it.
+#[derive(Debug)]
+pub(super) struct Door(pub(super) Arc<Daemon>);
+
+impl destination::Host for Door {
+    fn name(&self) -> &str {
+        &self.0.config().host
+    }
+
+    fn security(&self) -> Security {
+        self.0.config().security()
+    }
+
+    fn peers(&self) -> Vec<&str> {
+        self.0.config().hosts.keys().map(String::as_str).collect()
+    }
+
+    fn may_send(&self, peer: &str) -> Result<Limits, String> {
+        self.0.config().may_send(peer)
+    }
+
+    fn launch_settings(&self) -> LaunchSettings {
+        self.0.config().launch_settings()
+    }
+
+    fn arrivals(&self) -> &destination::Arrivals {
+        &self.0.arrivals
+    }
+
+    fn reserve(&self, vm: &str) -> Result<(), String> {
+        let free = self.0.jobs.refuse_in_doubt(vm);
+        free.and_then(|()| self.0.table.reserve(vm))
+            .map_err(|error| error.to_string())
+    }
+
+    fn is_coming(&self, vm: &str) -> bool {
+        self.0.table.is_coming(vm)
+    }
+
+    fn release(&self, vm: &str) {
+        self.0.table.release(vm);
+    }
+
+    fn arrived(&self, vm: Arc<Vm>) {
+        self.0.arrive(vm);
+    }
+}

@@ -1,0 +1,248 @@
+//! What other files a qcow2 image names: QEMU opens them with the image, so whoever may name an image names
+//! them too. The format is QEMU's `docs/interop/qcow2.txt`.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+/// Images on top of each other.
+const MAX_CHAIN: usize = 32;
+/// The header with its extensions is no longer; QEMU wants it within the first cluster.
+const MAX_HEADER: u64 = 64 << 10;
+/// As QEMU's.
+const MAX_NAME: usize = 1023;
+const MAGIC: &[u8] = b"QFI\xfb";
+/// Of `incompatible_features`: the guest's data is in a file beside the image.
+const EXTERNAL_DATA: u64 = 1 << 2;
+const EXTENSION_END: u32 = 0;
+const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
+
+/// The files below an image, nearest first. A file that is no qcow2 image, as its first bytes say, has none.
+///
+/// # Errors
+/// Of files; [`io::ErrorKind::InvalidData`] with the cause for images that leave to QEMU what to open.
+pub(super) fn below(image: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut found: Vec<PathBuf> = Vec::new();
+    while let Some(next) = next(found.last().map_or(image, PathBuf::as_path))? {
+        let (path, is_image) = next;
+        found.push(path);
+        if !is_image {
+            break;
+        }
+        if found.len() >= MAX_CHAIN {
+            return Err(wrong(format!(
+                "more than {MAX_CHAIN} images are on top of each other"
+            )));
+        }
+    }
+    Ok(found)
+}
+
+fn wrong(cause: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, cause.into())
+}
+
+/// The file that an image is based on, and whether that is a qcow2 image again.
+fn next(image: &Path) -> io::Result<Option<(PathBuf, bool)>> {
+    let mut file = open(image)?;
+    let mut header = Vec::new();
+    file.by_ref().take(MAX_HEADER).read_to_end(&mut header)?;
+    if !header.starts_with(MAGIC) {
+        return Ok(None);
+    }
+    let shown = image.display();
+    let short = || wrong(format!("{shown} ends within its header"));
+    let number = |at: usize| word(&header, at).ok_or_else(short);
+    let version = number(4)?;
+    let long =
+        |at: usize| Ok::<_, io::Error>(u64::from(number(at)?) << 32 | u64::from(number(at + 4)?));
+    let (features, length) = match version {
+        2 => (0, 72),
+        3 => (long(72)?, number(100)?),
+        _ => {
+            return Err(wrong(format!(
+                "{shown} is qcow2 of the unknown version {version}"
+            )));
+        }
+    };
+    if features & EXTERNAL_DATA != 0 {
+        return Err(wrong(format!(
+            "{shown} keeps its data in another file (data_file); make one file of it: qemu-img convert -O qcow2"
+        )));
+    }
+    let (at, size) = (long(8)?, number(16)? as usize);
+    if at == 0 {
+        return Ok(None);
+    }
+    if size > MAX_NAME {
+        return Err(wrong(format!(
+            "{shown} names a backing file of {size} bytes"
+        )));
+    }
+    let mut name = vec![0; size];
+    file.seek(SeekFrom::Start(at))?;
+    file.read_exact(&mut name)?;
+    let name = String::from_utf8(name)
+        .ok()
+        .filter(|name| !name.is_empty() && !name.chars().any(char::is_control))
+        .ok_or_else(|| wrong(format!("{shown} names a backing file that is no text")))?;
+    // As QEMU tells a protocol (nbd:…, json:…) from a path.
+    if name
+        .find([':', '/'])
+        .is_some_and(|at| name.as_bytes()[at] == b':')
+    {
+        return Err(wrong(format!(
+            "{shown} is based on {name:?}, which is no path"
+        )));
+    }
+    let is_image = match backing_format(&header, length as usize, short)? {
+        Some(format) if format == b"qcow2" => true,
+        Some(format) if format == b"raw" => false,
+        // QEMU would guess, also formats whose files name files.
+        _ => {
+            return Err(wrong(format!(
+                "{shown} does not say that its backing file is raw or qcow2; say it: qemu-img rebase -u -b {name:?} \
+                 -F raw|qcow2 {shown}"
+            )));
+        }
+    };
+    Ok(Some((image.parent().unwrap_or(image).join(name), is_image)))
+}
+
+/// A file or a block device: to open a pipe would wait for its other end.
+fn open(path: &Path) -> io::Result<File> {
+    use std::os::unix::fs::FileTypeExt;
+    let kind = std::fs::metadata(path)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(wrong(format!(
+            "{} is neither a file nor a block device",
+            path.display()
+        )));
+    }
+    File::open(path)
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
+    let bytes = bytes.get(at..at.checked_add(4)?)?;
+    Some(u32::from_be_bytes(bytes.try_into().ok()?))
+}
+
+/// What the header's extensions, from `at` on, say of the backing file's format.
+fn backing_format(
+    header: &[u8],
+    mut at: usize,
+    short: impl Fn() -> io::Error,
+) -> io::Result<Option<&[u8]>> {
+    let number = |at: usize| word(header, at).ok_or_else(&short);
+    loop {
+        let (kind, length) = (number(at)?, number(at.saturating_add(4))? as usize);
+        if kind == EXTENSION_END {
+            return Ok(None);
+        }
+        let start = at.saturating_add(8);
+        let end = start.saturating_add(length);
+        let content = header.get(start..end).ok_or_else(&short)?;
+        if kind == EXTENSION_BACKING_FORMAT {
+            return Ok(Some(content));
+        }
+        // It was within the header: no overflow.
+        at = start + length.next_multiple_of(8);
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// The header of a qcow2 image on another file.
+    pub(in super::super) fn header(backing: &str, format: Option<&str>, features: u64) -> Vec<u8> {
+        let mut header = MAGIC.to_vec();
+        header.extend(3_u32.to_be_bytes());
+        header.extend(if backing.is_empty() { 0 } else { 512_u64 }.to_be_bytes());
+        header.extend(
+            u32::try_from(backing.len())
+                .expect("a length")
+                .to_be_bytes(),
+        );
+        header.extend(16_u32.to_be_bytes());
+        header.extend((1_u64 << 20).to_be_bytes());
+        header.resize(72, 0);
+        header.extend(features.to_be_bytes());
+        header.resize(100, 0);
+        header.extend(104_u32.to_be_bytes());
+        // An extension that means nothing here comes first, padded to eight bytes.
+        header.extend(0x6803_f857_u32.to_be_bytes());
+        header.extend(3_u32.to_be_bytes());
+        header.extend([7; 8]);
+        if let Some(format) = format {
+            header.extend(EXTENSION_BACKING_FORMAT.to_be_bytes());
+            header.extend(u32::try_from(format.len()).expect("a length").to_be_bytes());
+            header.extend(format.as_bytes());
+            header.resize(header.len().next_multiple_of(8), 0);
+        }
+        header.extend([0; 8]);
+        header.resize(512, 0);
+        header.extend(backing.as_bytes());
+        header.resize(4096, 0);
+        header
+    }
+
+    struct Folder(tempfile::TempDir);
+
+    impl Folder {
+        fn new() -> Self {
+            Self(tempfile::tempdir().expect("a folder"))
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.0.path().join(name)
+        }
+
+        fn write(&self, name: &str, bytes: &[u8]) -> PathBuf {
+            std::fs::write(self.path(name), bytes).expect("written");
+            self.path(name)
+        }
+
+        fn refused(&self, bytes: &[u8], word: &str) {
+            let error = below(&self.write("image", bytes)).expect_err(word);
+            assert!(error.to_string().contains(word), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_chain_is_followed_to_its_end() {
+        let folder = Folder::new();
+        let top = folder.write("top", &header("middle", Some("qcow2"), 0));
+        folder.write("middle", &header("/base.raw", Some("raw"), 0));
+        assert_eq!(
+            below(&top).expect("a chain"),
+            [folder.path("middle"), PathBuf::from("/base.raw")]
+        );
+        let alone = folder.write("alone", &header("", None, 0));
+        assert!(below(&alone).expect("an image").is_empty());
+        let raw = folder.write("raw", b"anything");
+        assert!(below(&raw).expect("a file").is_empty());
+    }
+
+    #[test]
+    fn what_would_be_left_to_qemu_is_refused() {
+        let folder = Folder::new();
+        folder.refused(&header("nbd:host:1", Some("raw"), 0), "no path");
+        folder.refused(&header("json:{}", Some("raw"), 0), "no path");
+        folder.refused(&header("base", None, 0), "qemu-img rebase");
+        folder.refused(&header("base", Some("vmdk"), 0), "qemu-img rebase");
+        folder.refused(&header("ba\0se", Some("raw"), 0), "no text");
+        folder.refused(&header(&"x".repeat(2000), Some("raw"), 0), "2000 bytes");
+        folder.refused(&header("", None, EXTERNAL_DATA), "data_file");
+        folder.refused(&header("image", Some("qcow2"), 0), "on top of each other");
+        folder.refused(&header("base", Some("raw"), 0)[..90], "ends within");
+        let mut endless = header("base", Some("raw"), 0);
+        endless[108..112].copy_from_slice(&u32::MAX.to_be_bytes());
+        folder.refused(&endless, "ends within");
+        let mut future = header("", None, 0);
+        future[7] = 9;
+        folder.refused(&future, "unknown version 9");
+        assert!(below(&folder.0.path().join("none")).is_err());
+        assert!(below(folder.0.path()).is_err());
+    }
+}
