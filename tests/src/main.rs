@@ -1,6 +1,7 @@
 //! `cargo testbed …`
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde_json::Value;
 use std::process::ExitCode;
 use testbed::bench::{Setup, Side, compare};
 use testbed::layout::{Layout, write_whole};
@@ -28,7 +29,7 @@ enum Task {
     Demo(Choice),
     /// Measures Transhume against stock QEMU at its best
     #[command(
-        after_help = "Examples:\n  cargo testbed bench page-cache --json\n  cargo testbed bench page-cache --quick"
+        after_help = "Examples:\n  cargo testbed bench page-cache --json\n  cargo testbed bench page-cache --quick\n  cargo testbed bench relay --runs 5 --json\n  cargo testbed bench relay --sides plain,transhume"
     )]
     Bench {
         /// What to measure
@@ -66,8 +67,11 @@ enum Task {
 /// What is measured.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Bench {
-    /// A guest whose memory is mostly clean page cache.
+    /// A guest whose memory is mostly clean page cache, over 1 Gbit/s
     PageCache,
+    /// A guest with nothing to save, all of it data that does not compress, over an unshaped link; all
+    /// sides with TLS, stock QEMU's multifd without compression
+    Relay,
 }
 
 #[derive(Debug, Args)]
@@ -76,7 +80,7 @@ struct Choice {
     #[arg(long, value_enum, default_value_t = Release::V10_0)]
     qemu: Release,
     /// Who moves the guest
-    /// (all; with --quick stock QEMU's faster one and Transhume)
+    /// (all; with page-cache --quick stock QEMU's faster one and Transhume)
     #[arg(long, value_enum, value_delimiter = ',')]
     sides: Vec<Mover>,
     /// Channels of stock QEMU's multifd
@@ -97,7 +101,7 @@ enum Release {
 enum Mover {
     /// Stock QEMU, one connection
     Plain,
-    /// Stock QEMU, several connections, compressed by zstd
+    /// Stock QEMU, several connections; page-cache: compressed by zstd
     Multifd,
     /// Transhume
     Transhume,
@@ -165,36 +169,64 @@ fn run(task: Task) -> Result<bool> {
         Task::Test { only, .. } => return suite::run(&Bed::new(layout, packages), only.as_deref()),
         Task::Demo(choice) => demo(&layout, &packages, &choice)?,
         Task::Bench {
-            what: Bench::PageCache,
+            what,
             quick,
             json,
             runs,
             choice,
         } => {
-            let (profile, runs, movers) = if quick {
-                (bench::Profile::QUICK, 1, choice.movers(&Mover::FAST))
-            } else {
-                (
-                    bench::Profile::BENCH,
-                    usize::from(runs),
-                    choice.movers(&Mover::ALL),
-                )
+            let runs = if quick { 1 } else { usize::from(runs) };
+            let (table, object) = match what {
+                Bench::PageCache => page_cache(&layout, &packages, quick, runs, &choice)?,
+                Bench::Relay => relay(&layout, &packages, quick, runs, &choice)?,
             };
-            let setup = Setup::prepare(
-                &layout,
-                &packages,
-                profile,
-                choice.qemu(),
-                movers.contains(&Mover::Transhume),
-            )?;
-            let comparison = compare(&setup, &choice.sides(&movers), runs)?;
-            println!("{}", comparison.table());
+            println!("{table}");
             if json {
-                println!("{}", comparison.json("page-cache"));
+                println!("{object}");
             }
         }
     }
     Ok(true)
+}
+
+/// The bench's table and object.
+fn page_cache(
+    layout: &Layout,
+    packages: &Packages,
+    quick: bool,
+    runs: usize,
+    choice: &Choice,
+) -> Result<(String, Value)> {
+    let (profile, movers) = if quick {
+        (bench::Profile::QUICK, choice.movers(&Mover::FAST))
+    } else {
+        (bench::Profile::BENCH, choice.movers(&Mover::ALL))
+    };
+    let transhume = movers.contains(&Mover::Transhume);
+    let setup = Setup::prepare(layout, packages, profile, choice.qemu(), transhume)?;
+    let comparison = compare(&setup, &choice.sides(&movers), runs)?;
+    Ok((comparison.table(), comparison.json("page-cache")))
+}
+
+/// The bench's table and object.
+fn relay(
+    layout: &Layout,
+    packages: &Packages,
+    quick: bool,
+    runs: usize,
+    choice: &Choice,
+) -> Result<(String, Value)> {
+    let data = if quick { 1024 } else { 3 * 1024 };
+    let setup = bench::relay::Setup::prepare(layout, packages, choice.qemu(), data)?;
+    let channels = choice.channels;
+    let side = |mover: Mover| match mover {
+        Mover::Plain => bench::relay::Side::Stock(Stock::Plain),
+        Mover::Multifd => bench::relay::Side::Stock(Stock::Multifd { channels }),
+        Mover::Transhume => bench::relay::Side::Transhume,
+    };
+    let sides: Vec<_> = choice.movers(&Mover::ALL).into_iter().map(side).collect();
+    let comparison = bench::relay::compare(&setup, &sides, runs)?;
+    Ok((comparison.table(), comparison.json()))
 }
 
 fn demo(layout: &Layout, packages: &Packages, choice: &Choice) -> Result<()> {

@@ -6,8 +6,11 @@
 
 mod ballast;
 pub mod compare;
+mod cpu;
 pub mod measure;
+pub mod micro;
 pub mod profile;
+pub mod relay;
 pub mod setup;
 
 pub use compare::{Comparison, compare};
