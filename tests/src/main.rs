@@ -3,6 +3,7 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde_json::Value;
 use std::process::ExitCode;
+use testbed::bench::adapt::{Case, Size};
 use testbed::bench::{Setup, Side, compare};
 use testbed::layout::{Layout, write_whole};
 use testbed::packages::{Packages, Qemu, tools};
@@ -29,7 +30,7 @@ enum Task {
     Demo(Choice),
     /// Measures Transhume against stock QEMU at its best
     #[command(
-        after_help = "Examples:\n  cargo testbed bench page-cache --json\n  cargo testbed bench page-cache --quick\n  cargo testbed bench relay --runs 5 --json\n  cargo testbed bench relay --sides plain,transhume"
+        after_help = "Examples:\n  cargo testbed bench page-cache --json\n  cargo testbed bench page-cache --quick\n  cargo testbed bench relay --runs 5 --json\n  cargo testbed bench relay --sides plain,transhume\n  cargo testbed bench adapt --cases slow-disk,link-dip"
     )]
     Bench {
         /// What to measure
@@ -44,6 +45,9 @@ enum Task {
         /// Runs a side
         #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=99))]
         runs: u8,
+        /// What adapt measures (all)
+        #[arg(long, value_enum, value_delimiter = ',')]
+        cases: Vec<Case>,
         #[command(flatten)]
         choice: Choice,
     },
@@ -72,6 +76,8 @@ enum Bench {
     /// A guest with nothing to save, all of it data that does not compress, over an unshaped link; all
     /// sides with TLS, stock QEMU's multifd without compression
     Relay,
+    /// A guest half of page cache, over 1 Gbit/s, when something is bad; against stock QEMU, plain
+    Adapt,
 }
 
 #[derive(Debug, Args)]
@@ -80,7 +86,7 @@ struct Choice {
     #[arg(long, value_enum, default_value_t = Release::V10_0)]
     qemu: Release,
     /// Who moves the guest
-    /// (all; with page-cache --quick stock QEMU's faster one and Transhume)
+    /// (all; page-cache --quick: stock QEMU's faster one and Transhume; adapt: plain and Transhume, always)
     #[arg(long, value_enum, value_delimiter = ',')]
     sides: Vec<Mover>,
     /// Channels of stock QEMU's multifd
@@ -173,11 +179,13 @@ fn run(task: Task) -> Result<bool> {
             quick,
             json,
             runs,
+            cases,
             choice,
         } => {
             let runs = if quick { 1 } else { usize::from(runs) };
             let (table, object) = match what {
                 Bench::PageCache => page_cache(&layout, &packages, quick, runs, &choice)?,
+                Bench::Adapt => adapt(&layout, &packages, quick, runs, &choice, &cases)?,
                 Bench::Relay => relay(&layout, &packages, quick, runs, &choice)?,
             };
             println!("{table}");
@@ -226,6 +234,22 @@ fn relay(
     };
     let sides: Vec<_> = choice.movers(&Mover::ALL).into_iter().map(side).collect();
     let comparison = bench::relay::compare(&setup, &sides, runs)?;
+    Ok((comparison.table(), comparison.json()))
+}
+
+/// The bench's table and object.
+fn adapt(
+    layout: &Layout,
+    packages: &Packages,
+    quick: bool,
+    runs: usize,
+    choice: &Choice,
+    cases: &[Case],
+) -> Result<(String, Value)> {
+    let size = if quick { Size::QUICK } else { Size::BENCH };
+    let setup = bench::adapt::Setup::prepare(layout, packages, choice.qemu(), size)?;
+    let cases = if cases.is_empty() { &Case::ALL } else { cases };
+    let comparison = bench::adapt::compare(&setup, cases, runs)?;
     Ok((comparison.table(), comparison.json()))
 }
 
