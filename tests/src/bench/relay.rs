@@ -238,7 +238,7 @@ impl Comparison {
     /// A table for people.
     pub fn table(&self) -> String {
         let mut text = format!(
-            "{:.1} GiB of data that does not compress; every side encrypts (TLS 1.3, certificates at both ends).\n\
+            "{:.1} GiB of data that does not compress; every side encrypts (TLS, certificates at both ends).\n\
              Throughput is data by stream time: from the order to QEMU, both ends being prepared, to the guest's\n\
              first sign at the destination. CPU is user and system time from then (Transhume: from the command)\n\
              to the end; QEMU's has the idle guest's in it.\n\n{:<22} {:>7} {:>8} {:>8} {:>9} {:>26} {:>26}\n",
