@@ -3,8 +3,10 @@
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
 use transhume_host::pages::digest::Digester;
+use transhume_host::pages::hints::HintTable;
 use transhume_host::pages::last_sent::LastSent;
 use transhume_host::pages::{PAGE_SIZE, PageKey};
+use transhume_protocol::link::HintRun;
 
 /// Pages of a measurement: more than a CPU's caches hold.
 const PAGES: usize = 16 * 1024;
@@ -31,6 +33,46 @@ fn pages(criterion: &mut Criterion) {
         bencher.iter(|| {
             for page in 0..PAGES as u64 {
                 black_box(last.replace(PageKey { block: 0, page }, digest));
+            }
+        });
+    });
+    // What the guest's agent told of a page: runs of 8 pages with as many between them that are not named.
+    let runs = (0..PAGES as u64).step_by(16).map(|page| HintRun {
+        block: 0,
+        page,
+        pages: 8,
+        disk: 0,
+        sector: page * 8,
+    });
+    let table = HintTable::new(runs.collect());
+    group.bench_function("look-up of hints, in order", |bencher| {
+        bencher.iter(|| {
+            let mut cursor = 0;
+            for page in 0..PAGES as u64 {
+                black_box(table.look_up(PageKey { block: 0, page }, &mut cursor));
+            }
+        });
+    });
+    group.bench_function("look-up of hints, anywhere", |bencher| {
+        bencher.iter(|| {
+            let mut cursor = 0;
+            for at in 0..PAGES as u64 {
+                // Each page once, far from the one before.
+                let page = at * 7919 % PAGES as u64;
+                black_box(table.look_up(PageKey { block: 0, page }, &mut cursor));
+            }
+        });
+    });
+    // What is done to every page that is data: all of it together.
+    group.throughput(Throughput::Bytes(memory.len() as u64));
+    group.bench_function("digest, last sent and look-up", |bencher| {
+        let mut last = LastSent::new(PAGES as u64);
+        bencher.iter(|| {
+            let mut cursor = 0;
+            for (page, data) in (0..).zip(pages) {
+                let key = PageKey { block: 0, page };
+                black_box(last.replace(key, digester.digest(data)));
+                black_box(table.look_up(key, &mut cursor));
             }
         });
     });

@@ -19,6 +19,8 @@ pub enum Leftover {
     Process(i32),
     /// A network namespace by name.
     Namespace(String),
+    /// A loop device, with its limits.
+    LoopDevice(std::path::PathBuf),
     /// A folder outside `target/`.
     Folder(std::path::PathBuf),
     /// A file system mounted there.
@@ -30,6 +32,7 @@ impl Leftover {
         match self {
             Self::Process(pid) => drop(killpg(Pid::from_raw(*pid), Signal::SIGKILL)),
             Self::Namespace(name) => crate::hosts::delete_namespace(name),
+            Self::LoopDevice(path) => crate::bench::detach(path),
             Self::Folder(path) => drop(std::fs::remove_dir_all(path)),
             // Also while somebody uses it.
             Self::Mount(path) => drop(umount2(path, MntFlags::MNT_DETACH)),

@@ -1,7 +1,9 @@
 //! `cargo testbed …`
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde_json::Value;
 use std::process::ExitCode;
+use testbed::bench::adapt::{Case, Size};
 use testbed::bench::{Setup, Side, compare};
 use testbed::layout::{Layout, write_whole};
 use testbed::packages::{Packages, Qemu, tools};
@@ -28,7 +30,7 @@ enum Task {
     Demo(Choice),
     /// Measures Transhume against stock QEMU at its best
     #[command(
-        after_help = "Examples:\n  cargo testbed bench page-cache --json\n  cargo testbed bench page-cache --quick"
+        after_help = "Examples:\n  cargo testbed bench page-cache --json\n  cargo testbed bench page-cache --quick\n  cargo testbed bench relay --runs 5 --json\n  cargo testbed bench relay --sides plain,transhume\n  cargo testbed bench adapt --cases slow-disk,link-dip"
     )]
     Bench {
         /// What to measure
@@ -43,6 +45,9 @@ enum Task {
         /// Runs a side
         #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=99))]
         runs: u8,
+        /// What adapt measures (all)
+        #[arg(long, value_enum, value_delimiter = ',')]
+        cases: Vec<Case>,
         #[command(flatten)]
         choice: Choice,
     },
@@ -66,8 +71,13 @@ enum Task {
 /// What is measured.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Bench {
-    /// A guest whose memory is mostly clean page cache.
+    /// A guest whose memory is mostly clean page cache, over 1 Gbit/s
     PageCache,
+    /// A guest with nothing to save, all of it data that does not compress, over an unshaped link; all
+    /// sides with TLS, stock QEMU's multifd without compression
+    Relay,
+    /// A guest half of page cache, over 1 Gbit/s, when something is bad; against stock QEMU, plain
+    Adapt,
 }
 
 #[derive(Debug, Args)]
@@ -76,7 +86,7 @@ struct Choice {
     #[arg(long, value_enum, default_value_t = Release::V10_0)]
     qemu: Release,
     /// Who moves the guest
-    /// (all; with --quick stock QEMU's faster one and Transhume)
+    /// (all; page-cache --quick: stock QEMU's faster one and Transhume; adapt: plain and Transhume, always)
     #[arg(long, value_enum, value_delimiter = ',')]
     sides: Vec<Mover>,
     /// Channels of stock QEMU's multifd
@@ -97,7 +107,7 @@ enum Release {
 enum Mover {
     /// Stock QEMU, one connection
     Plain,
-    /// Stock QEMU, several connections, compressed by zstd
+    /// Stock QEMU, several connections; page-cache: compressed by zstd
     Multifd,
     /// Transhume
     Transhume,
@@ -165,36 +175,82 @@ fn run(task: Task) -> Result<bool> {
         Task::Test { only, .. } => return suite::run(&Bed::new(layout, packages), only.as_deref()),
         Task::Demo(choice) => demo(&layout, &packages, &choice)?,
         Task::Bench {
-            what: Bench::PageCache,
+            what,
             quick,
             json,
             runs,
+            cases,
             choice,
         } => {
-            let (profile, runs, movers) = if quick {
-                (bench::Profile::QUICK, 1, choice.movers(&Mover::FAST))
-            } else {
-                (
-                    bench::Profile::BENCH,
-                    usize::from(runs),
-                    choice.movers(&Mover::ALL),
-                )
+            let runs = if quick { 1 } else { usize::from(runs) };
+            let (table, object) = match what {
+                Bench::PageCache => page_cache(&layout, &packages, quick, runs, &choice)?,
+                Bench::Adapt => adapt(&layout, &packages, quick, runs, &choice, &cases)?,
+                Bench::Relay => relay(&layout, &packages, quick, runs, &choice)?,
             };
-            let setup = Setup::prepare(
-                &layout,
-                &packages,
-                profile,
-                choice.qemu(),
-                movers.contains(&Mover::Transhume),
-            )?;
-            let comparison = compare(&setup, &choice.sides(&movers), runs)?;
-            println!("{}", comparison.table());
+            println!("{table}");
             if json {
-                println!("{}", comparison.json("page-cache"));
+                println!("{object}");
             }
         }
     }
     Ok(true)
+}
+
+/// The bench's table and object.
+fn page_cache(
+    layout: &Layout,
+    packages: &Packages,
+    quick: bool,
+    runs: usize,
+    choice: &Choice,
+) -> Result<(String, Value)> {
+    let (profile, movers) = if quick {
+        (bench::Profile::QUICK, choice.movers(&Mover::FAST))
+    } else {
+        (bench::Profile::BENCH, choice.movers(&Mover::ALL))
+    };
+    let transhume = movers.contains(&Mover::Transhume);
+    let setup = Setup::prepare(layout, packages, profile, choice.qemu(), transhume)?;
+    let comparison = compare(&setup, &choice.sides(&movers), runs)?;
+    Ok((comparison.table(), comparison.json("page-cache")))
+}
+
+/// The bench's table and object.
+fn relay(
+    layout: &Layout,
+    packages: &Packages,
+    quick: bool,
+    runs: usize,
+    choice: &Choice,
+) -> Result<(String, Value)> {
+    let data = if quick { 1024 } else { 3 * 1024 };
+    let setup = bench::relay::Setup::prepare(layout, packages, choice.qemu(), data)?;
+    let channels = choice.channels;
+    let side = |mover: Mover| match mover {
+        Mover::Plain => bench::relay::Side::Stock(Stock::Plain),
+        Mover::Multifd => bench::relay::Side::Stock(Stock::Multifd { channels }),
+        Mover::Transhume => bench::relay::Side::Transhume,
+    };
+    let sides: Vec<_> = choice.movers(&Mover::ALL).into_iter().map(side).collect();
+    let comparison = bench::relay::compare(&setup, &sides, runs)?;
+    Ok((comparison.table(), comparison.json()))
+}
+
+/// The bench's table and object.
+fn adapt(
+    layout: &Layout,
+    packages: &Packages,
+    quick: bool,
+    runs: usize,
+    choice: &Choice,
+    cases: &[Case],
+) -> Result<(String, Value)> {
+    let size = if quick { Size::QUICK } else { Size::BENCH };
+    let setup = bench::adapt::Setup::prepare(layout, packages, choice.qemu(), size)?;
+    let cases = if cases.is_empty() { &Case::ALL } else { cases };
+    let comparison = bench::adapt::compare(&setup, cases, runs)?;
+    Ok((comparison.table(), comparison.json()))
 }
 
 fn demo(layout: &Layout, packages: &Packages, choice: &Choice) -> Result<()> {

@@ -2,7 +2,12 @@
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::TcpStream;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, sendmsg};
 
 use super::identity::{HandshakeError, Identity, is_for};
 
@@ -22,8 +27,27 @@ pub(super) struct Channel {
 struct Tls {
     /// Never held while the socket is waited for.
     session: Mutex<rustls::Connection>,
-    /// Encrypted bytes on their way to the socket; whoever holds it writes.
-    sealed: Mutex<Vec<u8>>,
+    /// Whoever holds it writes.
+    writing: Mutex<()>,
+}
+
+/// A socket that is written to without waiting for it.
+struct NoWait<'a>(&'a TcpStream);
+
+impl Write for NoWait<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_vectored(&[IoSlice::new(bytes)])
+    }
+
+    fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        let slices = &slices[..slices.len().min(MAX_PIECES)];
+        Ok(sendmsg::<()>(self.0.as_raw_fd(), slices, &[], flags, None)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Encrypted bytes that were read and not decrypted yet. The one reader's.
@@ -78,7 +102,7 @@ impl Channel {
             socket,
             tls: Some(Tls {
                 session: Mutex::new(session),
-                sealed: Mutex::new(Vec::new()),
+                writing: Mutex::new(()),
             }),
         }
     }
@@ -96,21 +120,34 @@ impl Channel {
         let Some(tls) = &self.tls else {
             return write_all_vectored(&mut &self.socket, slices);
         };
-        let mut sealed = tls.sealed.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = tls.writing.lock().unwrap_or_else(PoisonError::into_inner);
         while !slices.is_empty() {
-            {
-                let mut session = tls.session();
-                let most = pieces_within(slices, PLAIN_MOST);
-                let written = session.writer().write_vectored(&slices[..most])?;
-                IoSlice::advance_slices(&mut slices, written);
-                while session.wants_write() {
-                    session.write_tls(&mut *sealed)?;
+            let mut session = tls.session();
+            let most = pieces_within(slices, PLAIN_MOST);
+            let written = session.writer().write_vectored(&slices[..most])?;
+            IoSlice::advance_slices(&mut slices, written);
+            while session.wants_write() {
+                match session.write_tls(&mut NoWait(&self.socket)) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        drop(session);
+                        self.wait_for_room()?;
+                        session = tls.session();
+                    }
+                    result => drop(result?),
                 }
             }
-            (&self.socket).write_all(&sealed)?;
-            sealed.clear();
         }
         Ok(())
+    }
+
+    /// Waits until the socket takes more. A peer that takes nothing for too long breaks the connection
+    /// (`TCP_USER_TIMEOUT`), which ends the wait.
+    fn wait_for_room(&self) -> io::Result<()> {
+        let mut sockets = [PollFd::new(self.socket.as_fd(), PollFlags::POLLOUT)];
+        match poll(&mut sockets, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Reads what has come, at least a byte; none at the end.

@@ -85,18 +85,45 @@ fn visit(key: u64, from: usize, count: usize, mut each: impl FnMut(usize, u64)) 
     }
 }
 
-fn data_key(seed: u64, pfn: u64, generation: u64) -> u64 {
-    mix(mix(seed, pfn), generation)
+/// What all content follows from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seed {
+    /// Any number.
+    pub number: u64,
+    /// Every page is of the kind that does not compress.
+    pub random: bool,
 }
 
-fn disk_key(seed: u64, disk_page: u64) -> u64 {
-    mix(mix(seed, 0x6469_736b), disk_page)
+impl From<u64> for Seed {
+    /// Of all kinds.
+    fn from(number: u64) -> Self {
+        Self {
+            number,
+            random: false,
+        }
+    }
+}
+
+impl Seed {
+    fn key(self, a: u64, b: u64) -> u64 {
+        let key = mix(mix(self.number, a), b);
+        // See `kind`.
+        key | u64::from(self.random) << 63
+    }
+
+    fn data(self, pfn: u64, generation: u64) -> u64 {
+        self.key(pfn, generation)
+    }
+
+    fn disk(self, disk_page: u64) -> u64 {
+        self.key(0x6469_736b, disk_page)
+    }
 }
 
 /// Writes what the page at `pfn` holds in its `generation`.
-pub fn fill_data(seed: u64, pfn: u64, generation: u64, page: &mut Page) {
+pub fn fill_data(seed: impl Into<Seed>, pfn: u64, generation: u64, page: &mut Page) {
     visit(
-        data_key(seed, pfn, generation),
+        seed.into().data(pfn, generation),
         0,
         PAGE_WORDS,
         |at, word| {
@@ -106,10 +133,10 @@ pub fn fill_data(seed: u64, pfn: u64, generation: u64, page: &mut Page) {
 }
 
 /// Whether the page holds what [`fill_data`] writes.
-pub fn is_data(seed: u64, pfn: u64, generation: u64, page: &Page) -> bool {
+pub fn is_data(seed: impl Into<Seed>, pfn: u64, generation: u64, page: &Page) -> bool {
     let mut differs = 0;
     visit(
-        data_key(seed, pfn, generation),
+        seed.into().data(pfn, generation),
         0,
         PAGE_WORDS,
         |at, word| {
@@ -120,17 +147,18 @@ pub fn is_data(seed: u64, pfn: u64, generation: u64, page: &Page) -> bool {
 }
 
 /// Writes what the disk holds at `sector`.
-pub fn fill_sector(seed: u64, sector: u64, out: &mut Sector) {
-    let key = disk_key(seed, sector / SECTORS_PER_PAGE);
+pub fn fill_sector(seed: impl Into<Seed>, sector: u64, out: &mut Sector) {
+    let key = seed.into().disk(sector / SECTORS_PER_PAGE);
     let from = (sector % SECTORS_PER_PAGE) as usize * SECTOR_WORDS;
     visit(key, from, SECTOR_WORDS, |at, word| out[at] = word);
 }
 
 /// Whether the page holds what the disk holds from `sector` on.
-pub fn is_disk(seed: u64, sector: u64, page: &Page) -> bool {
+pub fn is_disk(seed: impl Into<Seed>, sector: u64, page: &Page) -> bool {
+    let seed = seed.into();
     let mut differs = 0;
     for (sector, words) in (sector..).zip(page.chunks_exact(SECTOR_WORDS)) {
-        let key = disk_key(seed, sector / SECTORS_PER_PAGE);
+        let key = seed.disk(sector / SECTORS_PER_PAGE);
         let from = (sector % SECTORS_PER_PAGE) as usize * SECTOR_WORDS;
         visit(key, from, SECTOR_WORDS, |at, word| {
             differs |= words[at] ^ word;
@@ -194,6 +222,23 @@ mod tests {
             assert!(is_disk(7, sector, &page));
             page[(sector as usize * 5) % PAGE_WORDS] ^= 1;
             assert!(!is_disk(7, sector, &page));
+        }
+    }
+
+    #[test]
+    fn a_random_seed_leaves_no_two_words_alike() {
+        let seed = Seed {
+            number: 1,
+            random: true,
+        };
+        for pfn in 0..256 {
+            let mut page = [0; PAGE_WORDS];
+            fill_data(seed, pfn, 1, &mut page);
+            assert!(is_data(seed, pfn, 1, &page));
+            let mut words = page.to_vec();
+            words.sort_unstable();
+            words.dedup();
+            assert_eq!(words.len(), PAGE_WORDS);
         }
     }
 

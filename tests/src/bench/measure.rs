@@ -2,7 +2,7 @@
 
 use super::ballast::Ballast;
 use super::setup::Setup;
-use crate::hosts::daemon::{Daemon, Message};
+use crate::hosts::daemon::{Daemon, Ended, Message};
 use crate::hosts::{Hosts, Sample, Wire};
 use crate::qemu::migrate::{Moments, Stock};
 use crate::qemu::serial::{Beat, Console, Side as At};
@@ -192,16 +192,7 @@ fn by_transhume(setup: &Setup, hosts: &Hosts, span: Duration) -> Result<Measured
         scope.spawn(|| console.attach(At::Destination, &destination, || b.alive()));
         a.migrate(&machine.name, |_| {})
     })?;
-    let last = ended.messages.last();
-    let (Some(last), 0) = (last, ended.code) else {
-        return Err(Error::Check(format!(
-            "transhume migrate ended with {}: {}\nhosta:\n{}\nhostb:\n{}",
-            ended.code,
-            ended.errors.trim(),
-            a.words(),
-            b.words()
-        )));
-    };
+    let last = completed(&ended, &a, &b)?;
     let downtime = last.value["summary"]["downtime"]["total-ms"]
         .as_f64()
         .ok_or_else(|| Error::Check(format!("The job has no summary: {}", last.value)))?;
@@ -232,8 +223,22 @@ fn by_transhume(setup: &Setup, hosts: &Hosts, span: Duration) -> Result<Measured
     Ok(measured)
 }
 
+/// A migration's last message, if it went well.
+pub(super) fn completed<'a>(ended: &'a Ended, a: &Daemon, b: &Daemon) -> Result<&'a Message> {
+    match (ended.messages.last(), ended.code) {
+        (Some(last), 0) => Ok(last),
+        _ => Err(Error::Check(format!(
+            "transhume migrate ended with {}: {}\nhosta:\n{}\nhostb:\n{}",
+            ended.code,
+            ended.errors.trim(),
+            a.words(),
+            b.words()
+        ))),
+    }
+}
+
 /// Memory that a migration needs, the new guest's and some beside it, in MiB.
-fn needed(memory: u64) -> u64 {
+pub(super) fn needed(memory: u64) -> u64 {
     memory + memory * 3 / 4
 }
 

@@ -4,11 +4,18 @@
 //! guest running there; bytes by the link's own counters, both ways; work and silence by the guest's
 //! serial line; and afterwards the guest compares all its data.
 
+pub mod adapt;
 mod ballast;
 pub mod compare;
+mod cpu;
 pub mod measure;
+pub mod micro;
 pub mod profile;
+pub mod relay;
 pub mod setup;
+mod slow_disk;
+
+pub(crate) use slow_disk::detach;
 
 pub use compare::{Comparison, compare};
 pub use measure::{Measured, Side, run};

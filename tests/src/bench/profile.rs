@@ -5,7 +5,7 @@ use crate::guest::disk::{self, Amount, Kind};
 use crate::guest::{self};
 use crate::layout::Layout;
 use crate::packages::{Kernel, Packages};
-use crate::qemu::{DiskImage, Machine};
+use crate::qemu::{AgentPort, DiskImage, Machine};
 
 /// Sizes of a guest and its workload.
 #[derive(Debug, Clone, Copy)]
@@ -62,6 +62,7 @@ impl Profile {
             memory: self.memory,
             vcpus: 1,
             boot: guest::boot(layout, packages, kernel)?,
+            agent: AgentPort::Serial,
             disks: vec![DiskImage {
                 id: "data".into(),
                 path,

@@ -13,8 +13,10 @@ use std::path::PathBuf;
 pub struct Boot {
     /// The kernel.
     pub kernel: PathBuf,
-    /// The initramfs.
-    pub initrd: PathBuf,
+    /// The initramfs, if it has one.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line, to which a workload's settings are added.
+    pub append: String,
 }
 
 /// Builds what a guest boots from. The module and the agent are in it; whether they are started is said
@@ -55,6 +57,7 @@ pub fn boot(layout: &Layout, packages: &Packages, kernel: Kernel) -> Result<Boot
     }
     Ok(Boot {
         kernel: root.join(format!("boot/vmlinuz-{release}")),
-        initrd,
+        initrd: Some(initrd),
+        append: "console=ttyS0 quiet panic=-1 mitigations=off".into(),
     })
 }

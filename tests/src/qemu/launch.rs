@@ -26,6 +26,15 @@ pub struct DiskImage {
     pub format: &'static str,
 }
 
+/// The agent's channel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AgentPort {
+    /// A named port, for the Linux agent.
+    Serial,
+    /// A console, which is all that the micro-guest has a driver for.
+    Console,
+}
+
 /// What a guest is made of; the same for either side of a comparison.
 #[derive(Debug, Clone)]
 pub struct Machine {
@@ -39,6 +48,8 @@ pub struct Machine {
     pub vcpus: u32,
     /// What it boots.
     pub boot: Boot,
+    /// How its agent speaks.
+    pub agent: AgentPort,
     /// Its disks.
     pub disks: Vec<DiskImage>,
     /// Settings of the workload: `testbed.KEY=VALUE` on the kernel's command line.
@@ -48,7 +59,7 @@ pub struct Machine {
 impl Machine {
     /// The kernel's command line.
     pub fn append(&self) -> String {
-        let mut line = "console=ttyS0 quiet panic=-1 mitigations=off".to_owned();
+        let mut line = self.boot.append.clone();
         for (key, value) in &self.settings {
             let _ = write!(line, " testbed.{key}={value}");
         }
@@ -59,16 +70,22 @@ impl Machine {
     pub fn definition(&self) -> String {
         let mut text = format!(
             "name = \"{}\"\nmachine = \"{}\"\naccelerator = \"tcg\"\nmemory = \"{}MiB\"\nvcpus = {}\n\n\
-             [boot]\nkernel = \"{}\"\ninitrd = \"{}\"\nappend = \"{}\"\n\n\
-             [console]\nserial = true\n",
+             [console]\nserial = true\n\n[agent]\nport = \"{}\"\n\n\
+             [boot]\nkernel = \"{}\"\nappend = \"{}\"\n",
             self.name,
             self.machine,
             self.memory,
             self.vcpus,
+            match self.agent {
+                AgentPort::Serial => "serial",
+                AgentPort::Console => "console",
+            },
             self.boot.kernel.display(),
-            self.boot.initrd.display(),
             self.append(),
         );
+        if let Some(initrd) = &self.boot.initrd {
+            let _ = writeln!(text, "initrd = \"{}\"", initrd.display());
+        }
         for DiskImage { id, path, format } in &self.disks {
             let _ = write!(
                 text,
@@ -101,12 +118,10 @@ impl Machine {
             &self.vcpus.to_string(),
         ]);
         add(&["-kernel", &self.boot.kernel.display().to_string()]);
-        add(&[
-            "-initrd",
-            &self.boot.initrd.display().to_string(),
-            "-append",
-            &self.append(),
-        ]);
+        if let Some(initrd) = &self.boot.initrd {
+            add(&["-initrd", &initrd.display().to_string()]);
+        }
+        add(&["-append", &self.append()]);
         add(&[
             "-qmp",
             &format!("unix:{},server=on,wait=off", path("qmp.sock")),
@@ -119,7 +134,15 @@ impl Machine {
                 path("serial.log")
             ),
         ]);
-        add(&["-serial", "chardev:serial", "-device", "virtio-serial-pci"]);
+        let (ports, port) = match self.agent {
+            AgentPort::Serial => (
+                "",
+                "virtserialport,chardev=agent,name=org.transhume.agent.0",
+            ),
+            AgentPort::Console => (",max_ports=1", "virtconsole,chardev=agent"),
+        };
+        add(&["-serial", "chardev:serial"]);
+        add(&["-device", &format!("virtio-serial-pci{ports}")]);
         add(&[
             "-chardev",
             &format!(
@@ -127,10 +150,7 @@ impl Machine {
                 path("agent.sock")
             ),
         ]);
-        add(&[
-            "-device",
-            "virtserialport,chardev=agent,name=org.transhume.agent.0",
-        ]);
+        add(&["-device", port]);
         for (index, disk) in self.disks.iter().enumerate() {
             let DiskImage { id, path, format } = disk;
             add(&[

@@ -5,10 +5,13 @@ use super::qmp::Event;
 use crate::{Error, Result};
 use serde_json::{Value, json};
 use std::fmt;
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 const LIMIT: Duration = Duration::from_secs(300);
 const PORT: u16 = 4444;
+/// The id of QEMU's object of certificates.
+const TLS: &str = "tls0";
 /// Far above any link here: QEMU is not to hold itself back.
 const BANDWIDTH: u64 = 10 << 30;
 
@@ -17,6 +20,11 @@ const BANDWIDTH: u64 = 10 << 30;
 pub enum Stock {
     /// One connection, pages as they are.
     Plain,
+    /// Several connections, pages as they are.
+    Multifd {
+        /// How many.
+        channels: u8,
+    },
     /// Several connections, pages compressed by zstd at its fastest level.
     MultifdZstd {
         /// How many.
@@ -28,8 +36,51 @@ impl fmt::Display for Stock {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Plain => write!(formatter, "plain"),
+            Self::Multifd { channels } => write!(formatter, "multifd-{channels}"),
             Self::MultifdZstd { channels } => write!(formatter, "multifd-zstd-{channels}"),
         }
+    }
+}
+
+/// Certificates for QEMU's TLS, on both sides.
+#[derive(Debug, Clone)]
+pub struct Credentials {
+    /// The folder of the one that connects, the source.
+    pub client: PathBuf,
+    /// The folder of the one that listens.
+    pub server: PathBuf,
+    /// The name in the latter's certificate.
+    pub server_name: String,
+}
+
+impl Credentials {
+    /// Gives them to both QEMUs, for their next migration. Each proves who it is, as Transhume's do.
+    pub fn set(&self, source: &mut Vm, destination: &mut Vm) -> Result<()> {
+        for (vm, folder, endpoint) in [
+            (source, &self.client, "client"),
+            (destination, &self.server, "server"),
+        ] {
+            vm.qmp.execute(
+                "object-add",
+                json!({
+                    "qom-type": "tls-creds-x509",
+                    "id": TLS,
+                    "dir": folder.display().to_string(),
+                    "endpoint": endpoint,
+                    "verify-peer": true,
+                    // QEMU's look at the files before their use: up to 10.0 it asks for key encipherment
+                    // of every certificate, which is what an RSA key does and an ECDSA key cannot. The
+                    // peer's chain and name are verified all the same.
+                    "sanity-check": false,
+                }),
+            )?;
+            let mut parameters = json!({ "tls-creds": TLS });
+            if endpoint == "client" {
+                parameters["tls-hostname"] = self.server_name.as_str().into();
+            }
+            vm.qmp.execute("migrate-set-parameters", parameters)?;
+        }
+        Ok(())
     }
 }
 
@@ -48,9 +99,11 @@ impl Stock {
     fn prepare(self, vm: &mut Vm) -> Result<()> {
         let mut capabilities = vec![json!({ "capability": "return-path", "state": true })];
         let mut parameters = json!({ "max-bandwidth": BANDWIDTH, "downtime-limit": 300 });
-        if let Self::MultifdZstd { channels } = self {
+        if let Self::Multifd { channels } | Self::MultifdZstd { channels } = self {
             capabilities.push(json!({ "capability": "multifd", "state": true }));
             parameters["multifd-channels"] = channels.into();
+        }
+        if let Self::MultifdZstd { .. } = self {
             parameters["multifd-compression"] = "zstd".into();
             parameters["multifd-zstd-level"] = 1.into();
         }

@@ -10,7 +10,7 @@ use crate::hosts::Hosts;
 use crate::packages::{Kernel, Qemu};
 use crate::qemu::migrate::Stock;
 use crate::qemu::serial::{Console, Side};
-use crate::qemu::{DiskImage, Machine, Vm};
+use crate::qemu::{AgentPort, DiskImage, Machine, Vm};
 use crate::{Error, Result};
 use std::time::Duration;
 
@@ -74,6 +74,7 @@ fn machine(bed: &Bed, kernel: Kernel) -> Result<Machine> {
         memory: 384,
         vcpus: 2,
         boot: guest::boot(&bed.layout, &bed.packages, kernel)?,
+        agent: AgentPort::Serial,
         disks: vec![
             image("ext4", Kind::Ext4, 40)?,
             image("part", Kind::Partitioned, 40)?,

@@ -12,6 +12,8 @@ const BACKLOG: usize = 256 * 1024;
 const BUSY: usize = 32 * 1024;
 /// How long a link that limited is taken to do so still.
 const LIMITS: Duration = Duration::from_secs(3);
+/// After batches that did not get smaller, so many are sent without a try, at most.
+const SKIPPED: u32 = 64;
 /// What remains of earlier measurements with each new one.
 const FADE: f64 = 0.95;
 
@@ -41,6 +43,9 @@ pub(super) struct Compression {
     limited: Option<Instant>,
     /// When the link was last seen busy, and what it had carried by then.
     busy: Option<(Instant, u64)>,
+    /// Batches to be sent without a try, now and after the next one that does not get smaller.
+    skip: u32,
+    skip_next: u32,
 }
 
 impl Compression {
@@ -62,6 +67,10 @@ impl Compression {
         let limits = self
             .limited
             .is_some_and(|then| now.saturating_duration_since(then) < LIMITS);
+        if self.skip > 0 {
+            self.skip -= 1;
+            return false;
+        }
         limits
             && match (self.compressor.get(), self.link.get()) {
                 (Some(compressor), Some(link)) => compressor > link,
@@ -71,9 +80,15 @@ impl Compression {
             }
     }
 
-    /// So many bytes were compressed, in so much time of a CPU.
-    pub(super) fn took(&mut self, bytes: usize, took: Duration) {
+    /// So many bytes were compressed, in so much time of a CPU. `smaller`: worth the destination's time.
+    pub(super) fn took(&mut self, bytes: usize, took: Duration, smaller: bool) {
         self.compressor.note(bytes as u64, took);
+        self.skip_next = if smaller {
+            0
+        } else {
+            (2 * self.skip_next).clamp(1, SKIPPED)
+        };
+        self.skip = self.skip_next;
     }
 }
 
@@ -101,7 +116,7 @@ mod tests {
             let length = if worth { BATCH / 2 } else { BATCH };
             if worth {
                 compressed += 1;
-                compression.took(262_144, Duration::from_secs_f64(seconds));
+                compression.took(262_144, Duration::from_secs_f64(seconds), true);
             }
             sent += length;
             // The kernel takes no more than 2 MiB: then it makes the sender wait.
@@ -116,6 +131,23 @@ mod tests {
     fn a_slow_link_gets_compressed_batches() {
         assert!(run(100e6, 400e6, 1000) > 950);
         assert!(run(10e6, 400e6, 1000) > 950);
+    }
+
+    #[test]
+    fn what_does_not_get_smaller_is_tried_less_and_less() {
+        let mut compression = Compression::default();
+        let mut now = Instant::now();
+        let (mut sent, mut tries) = (0, 0);
+        for _ in 0..1000 {
+            sent += 1_000_000;
+            now += Duration::from_millis(10);
+            if compression.is_worth_it(now, sent, 2 * BACKLOG) {
+                tries += 1;
+                compression.took(1_000_000, Duration::from_millis(2), false);
+            }
+        }
+        assert!((5..30).contains(&tries), "{tries}");
+        assert!(!compression.is_worth_it(now, sent, 2 * BACKLOG));
     }
 
     #[test]

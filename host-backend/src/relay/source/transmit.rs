@@ -154,8 +154,9 @@ impl Packer {
         // An error means that it did not fit: then it goes as it is.
         let compressed = compressor.compress(&self.plain).ok()?;
         let took = cpu_time().saturating_sub(started);
-        self.compression.took(self.plain.len(), took);
-        (compressed.len() < self.plain.len() - self.plain.len() / WORTH).then_some(compressed)
+        let smaller = compressed.len() < self.plain.len() - self.plain.len() / WORTH;
+        self.compression.took(self.plain.len(), took, smaller);
+        smaller.then_some(compressed)
     }
 }
 

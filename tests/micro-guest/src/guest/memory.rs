@@ -8,7 +8,7 @@ use crate::parameters::Parameters;
 use crate::settle;
 use alloc::vec::Vec;
 use core::ops::Range;
-use micro_guest::content::{self, PAGE_SIZE, Page, Random, SECTORS_PER_PAGE};
+use micro_guest::content::{self, PAGE_SIZE, Page, Random, SECTORS_PER_PAGE, Seed};
 
 /// Pages of the disk that lie next to each other in the order in which they are cached.
 const EXTENT: u64 = 64;
@@ -77,8 +77,8 @@ pub(crate) struct Memory {
     entries: Vec<Entry>,
     data: Vec<u32>,
     cache: Vec<u32>,
-    seed: u64,
-    disk_seed: u64,
+    seed: Seed,
+    disk_seed: Seed,
     disk_offset: u64,
     disk_pages: u64,
     random: Random,
@@ -118,13 +118,17 @@ impl Memory {
         if cache > disk_pages / EXTENT * EXTENT {
             return Err("the disk is smaller than the page cache");
         }
+        let seed = |number| Seed {
+            number,
+            random: parameters.random,
+        };
         let mut memory = Self {
             ranges,
             entries: Vec::with_capacity(total as usize),
             data: Vec::with_capacity(data as usize),
             cache: Vec::with_capacity(cache as usize),
-            seed: parameters.seed,
-            disk_seed: parameters.disk_seed,
+            seed: seed(parameters.seed),
+            disk_seed: seed(parameters.disk_seed),
             disk_offset: parameters.disk_offset,
             disk_pages,
             random: Random::new(parameters.seed),

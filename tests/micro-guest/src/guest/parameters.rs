@@ -11,6 +11,8 @@ pub(crate) struct Parameters {
     pub(crate) seed: u64,
     /// Decides the disk's content.
     pub(crate) disk_seed: u64,
+    /// All content, the disk's too, is of the kind that does not compress.
+    pub(crate) random: bool,
     /// First sector of the "partition" whose pages are cached.
     pub(crate) disk_offset: u64,
     pub(crate) cache: u64,
@@ -55,6 +57,7 @@ impl Parameters {
         let mut parameters = Self {
             seed: 1,
             disk_seed: 1,
+            random: false,
             disk_offset: 0,
             cache: 0,
             data: 32 << 20,
@@ -77,6 +80,13 @@ impl Parameters {
         match name {
             "seed" => self.seed = value.parse().ok()?,
             "disk-seed" => self.disk_seed = value.parse().ok()?,
+            "content" => {
+                self.random = match value {
+                    "mixed" => false,
+                    "random" => true,
+                    _ => return None,
+                }
+            }
             "disk-offset" => self.disk_offset = value.parse().ok()?,
             "cache" => self.cache = size(value)?,
             "data" => self.data = size(value)?,
