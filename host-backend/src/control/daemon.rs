@@ -98,7 +98,7 @@ impl Daemon {
         &self.config
     }
 
-    fn launch_settings(&self) -> LaunchSettings {
+    pub(super) fn launch_settings(&self) -> LaunchSettings {
         self.config.launch_settings()
     }
 

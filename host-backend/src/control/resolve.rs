@@ -174,6 +174,9 @@ impl Daemon {
         let ending = if taken {
             if let Some(here) = here {
                 here.discard().await?;
+            } else {
+                // Its QEMU has ended already.
+                self.launch_settings().files(vm).remove()?;
             }
             self.table
                 .depart(vm, format!("it moved to {to} (job {id})"));

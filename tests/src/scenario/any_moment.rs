@@ -16,6 +16,8 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 const LIMIT: Duration = Duration::from_secs(300);
+/// How long a moment is waited for that may not come.
+const LONGEST: Duration = Duration::from_secs(10);
 /// How long two hosts that reach each other may take to settle what was in doubt.
 const SETTLED: Duration = Duration::from_secs(30);
 /// Neither can hold the switch-over back: it is longer, and easier to hit.
@@ -114,21 +116,30 @@ fn each(bed: &Bed, victim: Victim, moments: &[Moment]) -> Result<()> {
 }
 
 /// Asks the source's daemon for its job's phase: on its socket, since that takes no time.
-pub(super) struct Watch(BufReader<UnixStream>);
+pub(super) struct Watch {
+    stream: BufReader<UnixStream>,
+    /// The last job's number when this was opened.
+    before: u64,
+}
 
 impl Watch {
     pub(super) fn open(pair: &Pair<'_>, at: At) -> Result<Self> {
         let socket = pair.host(at).folder.join("run/control.sock");
         let stream = UnixStream::connect(&socket).map_err(Error::file("connect to", &socket))?;
-        Ok(Self(BufReader::new(stream)))
+        let mut watch = Self {
+            stream: BufReader::new(stream),
+            before: 0,
+        };
+        watch.before = watch.job()?["id"].as_u64().unwrap_or(0);
+        Ok(watch)
     }
 
     fn job(&mut self) -> Result<Value> {
         let failed = |error| Error::Check(format!("The control socket: {error}"));
         let request = b"{\"command\":\"job-list\"}\n";
-        self.0.get_mut().write_all(request).map_err(failed)?;
+        self.stream.get_mut().write_all(request).map_err(failed)?;
         let mut line = String::new();
-        self.0.read_line(&mut line).map_err(failed)?;
+        self.stream.read_line(&mut line).map_err(failed)?;
         let jobs: Value = serde_json::from_str(&line).unwrap_or_default();
         Ok(jobs["jobs"]
             .as_array()
@@ -137,19 +148,23 @@ impl Watch {
             .unwrap_or_default())
     }
 
-    /// Waits for a moment, and says in which phase the job is then.
+    /// Waits for a moment of the job that begins next, and says in which phase it is then.
     pub(super) fn wait(&mut self, moment: Moment) -> Result<String> {
         const PHASES: [&str; 5] = ["negotiate", "prepare", "pre-copy", "switchover", "commit"];
         let start = Instant::now();
         loop {
-            let job = self.job()?;
+            let mut job = self.job()?;
+            if job["id"].as_u64() <= Some(self.before) {
+                job = Value::Null;
+            }
             let phase = job["progress"]["phase"].as_str().unwrap_or("none");
             let now = PHASES.iter().position(|one| *one == phase);
             let come = match moment {
                 Moment::After(ms) => start.elapsed() >= Duration::from_millis(ms),
                 Moment::Phase(name) => now >= PHASES.iter().position(|one| *one == name),
             };
-            if come || (job.is_object() && job["state"] != "running") {
+            let over = job.is_object() && job["state"] != "running";
+            if come || over || start.elapsed() > LONGEST {
                 return Ok(phase.to_owned());
             }
             still_time()?;

@@ -98,6 +98,11 @@ fn draw(dice: &mut Dice) -> (Failure, Moment, u64) {
         4 => Moment::Phase("switchover"),
         _ => Moment::Phase("commit"),
     };
+    // A disk that is bad before is refused.
+    let moment = match failure {
+        Failure::BadDisk => Moment::Phase("pre-copy"),
+        _ => moment,
+    };
     // Mostly at once.
     let later = dice.one(&[0, 0, 5, 20, 100, 300]);
     (failure, moment, later)
@@ -202,11 +207,24 @@ impl<'a> Scene<'a> {
         let place = self.settle(from, &answer, may_be_lost).map_err(in_time)?;
         if let Some(at) = place {
             self.is_well(from, at).map_err(in_time)?;
-        } else {
+        }
+        let place = place.filter(|at| {
+            // A QEMU that began to use the disk while it was short keeps it so.
+            !(matches!(failure, Failure::BadDisk) && *at == At::B)
+        });
+        if place.is_none() {
+            for process in self.pair.qemus(At::B) {
+                sigkill(process)?;
+            }
+            self.settle(from, &answer, true).map_err(in_time)?;
+            // The log of a QEMU that was killed stays where an operator would look for it.
+            for at in [At::A, At::B] {
+                let _ = fs::remove_dir_all(self.pair.folder(at));
+            }
             self.life = boot(&self.pair, &self.disk).map_err(in_time)?;
             self.at = At::A;
         }
-        let place = place.map_or("lost with its QEMU".to_owned(), |at| {
+        let place = place.map_or("started anew".to_owned(), |at| {
             format!("it runs at {}", at.name())
         });
         Ok(format!("{told}: {place}"))

@@ -157,7 +157,7 @@ pub(super) async fn take(
         outcome: outcomes.begin(offer.job, &offer.from),
     };
     let prepared = match decision.note(Stage::Waiting) {
-        Ok(()) => Prepared::new(&fit, &settings, switchover_ack, offer.running).await,
+        Ok(()) => Prepared::new(&fit, &settings, &offer, switchover_ack).await,
         Err(reason) => Err(reason),
     };
     let prepared = match prepared {
@@ -216,6 +216,9 @@ pub(super) async fn take(
             host.arrived(Arc::clone(&vm));
             engine.send(Control::Running);
             decision.end(Stage::Taken);
+            if let Err(error) = recovery::settle(vm.files().folder()) {
+                tracing::warn!(vm = name, %error, "run directory of the VM that arrived");
+            }
             tracing::info!(vm = name, "runs here");
         }
         Err(reason) => {
@@ -337,8 +340,8 @@ impl Prepared {
     async fn new(
         fit: &Fit,
         settings: &LaunchSettings,
+        offer: &Offer,
         switchover_ack: bool,
-        running: bool,
     ) -> Result<Self, String> {
         let volumes = open_volumes(fit, settings);
         let files = settings.files(&fit.definition.name);
@@ -347,7 +350,7 @@ impl Prepared {
             .definition
             .to_toml()
             .map_err(|error| error.to_string())?;
-        recovery::keep_definition(folder, &text)
+        recovery::begin(folder, &text, offer.job)
             .map_err(|error| format!("{}: {error}", folder.display()))?;
         let launched = timeout(
             START_PATIENCE,
@@ -367,7 +370,7 @@ impl Prepared {
             }
             Err(_) => return Err("QEMU did not start in time".to_owned()),
         };
-        let stream = connect(&vm, switchover_ack, running).await;
+        let stream = connect(&vm, switchover_ack, offer.running).await;
         match (stream, volumes) {
             (Ok(qemu), Ok(volumes)) => Ok(Self {
                 target: Target {

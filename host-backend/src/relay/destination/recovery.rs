@@ -4,18 +4,32 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::arrivals::{Arrival, Arrivals, Stage};
+use crate::durable;
 use crate::hypervisor::{Definition, Error, LaunchSettings, Vm};
 
 const DEFINITION: &str = "definition.toml";
+const ARRIVAL: &str = "arrival";
 /// How often, and after which time each, a QEMU that answers wrongly is looked at again.
 const ENDING_LOOKS: u32 = 20;
 const ENDING_GLANCE: Duration = Duration::from_millis(100);
 
-/// Keeps the definition of a VM that is about to arrive where a restarted daemon finds it, in a folder that
-/// is made for it. The journal says before that it waits.
-pub(super) fn keep_definition(folder: &Path, definition: &str) -> std::io::Result<()> {
+/// Says, in the run directory of a VM that is about to arrive, by which migration it does, and what it is.
+/// The journal says before that it waits. The directory is made.
+pub(super) fn begin(folder: &Path, definition: &str, job: u64) -> std::io::Result<()> {
     std::fs::create_dir_all(folder)?;
-    crate::durable::replace(&folder.join(DEFINITION), definition.as_bytes())
+    durable::replace(&folder.join(ARRIVAL), format!("{job:016x}").as_bytes())?;
+    durable::replace(&folder.join(DEFINITION), definition.as_bytes())
+}
+
+/// The VM is no longer about to arrive: what the journal says of that migration is not about its QEMU any more.
+pub(super) fn settle(folder: &Path) -> std::io::Result<()> {
+    durable::remove(&folder.join(ARRIVAL))
+}
+
+/// Whether a run directory is that of a VM that is about to arrive by that migration.
+fn is_by(folder: &Path, job: u64) -> bool {
+    let text = std::fs::read_to_string(folder.join(ARRIVAL));
+    text.is_ok_and(|text| text == format!("{job:016x}"))
 }
 
 /// Finishes or undoes what an earlier daemon of this host had begun. Call it before serving peers. A VM
@@ -49,14 +63,24 @@ async fn recover_one(
     settings: &LaunchSettings,
     arrival: &Arrival,
 ) -> Result<(Stage, Option<Vm>), Error> {
-    let Arrival { vm, stage, .. } = arrival;
+    let Arrival { job, vm, stage } = arrival;
     let files = settings.files(vm);
-    let path = files.folder().join(DEFINITION);
+    let folder = files.folder();
+    let path = folder.join(DEFINITION);
+    if !is_by(folder, *job) {
+        // It is another one's by now, or was begun and no more; or the host has been restarted since.
+        let _ = std::fs::remove_file(folder.join(ARRIVAL).with_extension("new"));
+        let _ = std::fs::remove_dir(folder);
+        return Ok(match stage {
+            Stage::Committed { .. } => (Stage::Taken, None),
+            _ => (Stage::Refused, None),
+        });
+    }
     let adopted = if path.exists() {
         let text = std::fs::read_to_string(path).unwrap_or_default();
         adopt(&Definition::parse(&text)?, settings).await?
     } else {
-        // No QEMU is started without one; and a restarted host has neither.
+        // No QEMU is started without one.
         None
     };
     match (*stage, adopted) {
@@ -65,6 +89,7 @@ async fn recover_one(
             if runs {
                 adopted.qmp().cont().await?;
             }
+            settle(folder).map_err(|error| Error::file("remove", folder, error))?;
             Ok((Stage::Taken, Some(adopted)))
         }
         (Stage::Committed { .. }, None) => {
@@ -76,6 +101,13 @@ async fn recover_one(
         }
         (_, adopted) => {
             if let Some(adopted) = adopted {
+                if adopted.qmp().status().await?.running {
+                    // None that waits was ever told to run.
+                    return Err(Error::Unfit {
+                        cause: format!("{vm} runs, and is noted as one that did not come"),
+                        cure: "see whether it is right that it runs here".to_owned(),
+                    });
+                }
                 tracing::info!(vm, "its migration was cut off here: QEMU ends");
                 adopted.kill().await?;
             }
@@ -120,8 +152,11 @@ mod tests {
             arrivals.note(job, vm, Stage::Waiting).unwrap();
         }
         std::fs::create_dir_all(folder("begun")).unwrap();
-        std::fs::write(folder("begun").join("definition.new"), "").unwrap();
-        keep_definition(&folder("defined"), "name = \"").unwrap();
+        std::fs::write(folder("begun").join("arrival.new"), "").unwrap();
+        begin(&folder("defined"), "name = \"", 3).unwrap();
+        // Its note could not be changed, and another one came by that name.
+        arrivals.note(5, "again", Stage::Waiting).unwrap();
+        begin(&folder("again"), "name = \"", 6).unwrap();
         std::fs::create_dir_all(folder("in-use")).unwrap();
         arrivals
             .note(4, "rebooted", Stage::Committed { runs: true })
@@ -129,7 +164,8 @@ mod tests {
         assert!(recover(&settings, &arrivals).await.is_empty());
         let stage = |job| arrivals.of(job).unwrap().stage;
         assert_eq!([stage(1), stage(2)], [Stage::Refused; 2]);
-        assert_eq!(stage(4), Stage::Taken);
+        assert_eq!((stage(4), stage(5)), (Stage::Taken, Stage::Refused));
+        assert!(folder("again").exists());
         // What cannot be read is left for a person to look at.
         assert_eq!(stage(3), Stage::Waiting);
         assert!(folder("defined").exists() && folder("in-use").exists());
