@@ -13,8 +13,9 @@ use crate::hosts::daemon::Daemon;
 use crate::hosts::{Hosts, Wire};
 use crate::qemu::migrate::{Credentials, Stock};
 use crate::qemu::{AgentPort, DiskImage, Machine};
+use crate::scenario::micro::{connect, wrong};
 use crate::{Error, Result};
-use micro_guest::control::{Checked, Control, ControlError};
+use micro_guest::control::{Checked, Control};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,8 @@ use std::time::{Duration, Instant, SystemTime};
 const LONG: Duration = Duration::from_secs(300);
 /// Bounds what the guest answers at once.
 const SOON: Duration = Duration::from_secs(30);
+/// How often its serial socket is looked for: its first word there is measured.
+const GLANCE: Duration = Duration::from_millis(5);
 /// A guest rests for so long between being ready and being moved.
 const SETTLE: Duration = Duration::from_secs(2);
 /// So long is listened for the first heartbeat after the end.
@@ -103,32 +106,10 @@ pub(super) fn machine(
     }
 }
 
-fn wrong(error: &ControlError) -> Error {
-    Error::Guest {
-        name: "micro".into(),
-        what: error.to_string(),
-    }
-}
-
-/// Opens its serial line, which may be made only now.
-fn connect(folder: &Path) -> Result<Control> {
-    let path = folder.join("serial.sock");
-    let start = Instant::now();
-    loop {
-        match Control::connect(&path) {
-            Err(_) if start.elapsed() < SOON => {
-                still_time()?;
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            result => return result.map_err(|error| wrong(&error)),
-        }
-    }
-}
-
 /// Waits until it is ready. What is returned is to be kept until it has moved: a full port would hold its
 /// words back.
 fn ready(folder: &Path) -> Result<Control> {
-    let mut control = connect(folder)?;
+    let mut control = connect(folder, SOON, GLANCE)?;
     control.wait_ready(LONG).map_err(|error| wrong(&error))?;
     control
         .heartbeat(true, SOON)
@@ -208,7 +189,7 @@ pub(super) fn by_stock(bed: &Bed<'_>, stock: Stock) -> Result<Moved> {
     let (begun, begun_at) = (Instant::now(), SystemTime::now());
     let (moments, told, spent, mut line, _destination) = with_beside(bed, || {
         let mut destination = machine.start(&bed.hosts.b, bed.qemu, true)?;
-        let line = connect(&destination.folder)?;
+        let line = connect(&destination.folder, SOON, GLANCE)?;
         if let Some(credentials) = bed.credentials {
             credentials.set(&mut source, &mut destination)?;
         }
@@ -265,7 +246,7 @@ pub(super) fn by_transhume(bed: &Bed<'_>) -> Result<Moved> {
     let (ended, line) = with_beside(bed, || {
         std::thread::scope(|scope| {
             // The socket is there once the destination's QEMU is.
-            let line = scope.spawn(|| connect(&folder));
+            let line = scope.spawn(|| connect(&folder, SOON, GLANCE));
             let ended = a.migrate(&machine.name, |_| {})?;
             let line = line
                 .join()

@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 pub(super) const NAME: &str = "micro";
 /// Bounds an answer: far beyond what a loaded machine needs.
 const LONG: Duration = Duration::from_secs(60);
+/// How often its serial socket is looked for.
+const GLANCE: Duration = Duration::from_millis(20);
 /// How long a guest that stands still is listened to.
 const STILL: Duration = Duration::from_millis(600);
 /// Size and seed of its disk.
@@ -117,22 +119,23 @@ pub(super) struct Life {
     last: u64,
 }
 
-fn wrong(error: &ControlError) -> Error {
+/// What the guest's control channel says, as an error of the guest.
+pub(crate) fn wrong(error: &ControlError) -> Error {
     Error::Guest {
         name: NAME.into(),
         what: error.to_string(),
     }
 }
 
-/// Opens the serial socket, which may be made only now.
-fn connect(folder: &Path) -> Result<Control> {
+/// Opens the serial socket, which may be made only now; looks for it after each pause.
+pub(crate) fn connect(folder: &Path, patience: Duration, pause: Duration) -> Result<Control> {
     let path = folder.join("serial.sock");
     let start = Instant::now();
     loop {
         match Control::connect(&path) {
-            Err(_) if start.elapsed() < LONG => {
+            Err(_) if start.elapsed() < patience => {
                 still_time()?;
-                std::thread::sleep(Duration::from_millis(20));
+                std::thread::sleep(pause);
             }
             result => return result.map_err(|error| wrong(&error)),
         }
@@ -142,7 +145,7 @@ fn connect(folder: &Path) -> Result<Control> {
 impl Life {
     /// Of a guest that boots, by its run folder.
     pub(super) fn begin(folder: &Path) -> Result<Self> {
-        let mut control = connect(folder)?;
+        let mut control = connect(folder, LONG, GLANCE)?;
         let last = control.wait_ready(LONG).map_err(|error| wrong(&error))?;
         Ok(Self { control, last })
     }
@@ -159,7 +162,7 @@ impl Life {
 
     /// It runs on at another place. Its old channel, if still there, says nothing any more.
     pub(super) fn moved(&mut self, folder: &Path) -> Result<()> {
-        let control = connect(folder)?;
+        let control = connect(folder, LONG, GLANCE)?;
         let mut old = std::mem::replace(&mut self.control, control);
         check(old.ping(STILL).is_err(), || {
             "The guest answers where it left".into()

@@ -8,7 +8,7 @@ mod die;
 mod false_source;
 mod guest;
 mod lie;
-mod micro;
+pub(crate) mod micro;
 mod migrate;
 mod pair;
 mod peers;
