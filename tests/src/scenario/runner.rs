@@ -6,6 +6,11 @@ use crate::{Error, cleanup};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Instant;
 
+/// How stock QEMU's translator ends of itself, in one boot of some hundreds: a vCPU that writes to a device
+/// while another moves a BAR finds its entry of the TLB in the new memory map, thus at another device's registers
+/// (`iotlb_to_section` against `tcg_commit`; hw/pci/msix.c then asserts). KVM has no such path.
+const TRANSLATOR_ENDED: &str = "msix_table_mmio_write: Assertion";
+
 /// How many passed and failed.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Outcome {
@@ -21,7 +26,16 @@ pub fn run_all(bed: &Bed, scenarios: &[Scenario]) -> Outcome {
     for scenario in scenarios {
         println!("test {}: {}", scenario.name, scenario.about);
         let start = Instant::now();
-        match run_one(bed, scenario) {
+        let mut result = run_one(bed, scenario);
+        if let Err(error) = &result
+            && error.to_string().contains(TRANSLATOR_ENDED)
+        {
+            println!(
+                "  stock QEMU ended by an assertion of its own, nothing of ours: once more ({error})"
+            );
+            result = run_one(bed, scenario);
+        }
+        match result {
             Ok(()) => {
                 outcome.passed += 1;
                 println!(
