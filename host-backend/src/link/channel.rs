@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, sendmsg};
+use transhume_protocol::link::Cover;
 
 use super::identity::{HandshakeError, Identity, is_for};
 
@@ -113,6 +114,14 @@ impl Channel {
         let session = tls.session();
         let certificates = session.peer_certificates().unwrap_or_default();
         certificates.first().is_some_and(|own| is_for(own, host))
+    }
+
+    /// What frames on it must protect by themselves.
+    pub(super) fn cover(&self) -> Cover {
+        match self.tls {
+            Some(_) => Cover::Header,
+            None => Cover::Whole,
+        }
     }
 
     /// Writes all pieces, however many they are.

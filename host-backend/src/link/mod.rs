@@ -5,6 +5,7 @@
 
 mod channel;
 mod identity;
+mod payload;
 #[cfg(test)]
 mod security_tests;
 pub mod session;
@@ -35,6 +36,7 @@ pub(crate) use channel::write_all_vectored;
 use channel::{Channel, Sealed};
 use identity::Identity;
 pub use identity::{Files, HandshakeError, IdentityError};
+pub use payload::{Payload, Pool};
 
 /// How long a peer may be silent.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -138,8 +140,8 @@ impl Security {
 pub struct Frame {
     /// What it carries.
     pub kind: FrameKind,
-    /// Its payload, the checksum verified.
-    pub payload: Vec<u8>,
+    /// Its payload, verified.
+    pub payload: Payload,
 }
 
 /// A connection whose versions are agreed.
@@ -204,6 +206,7 @@ impl Connection {
             receiver: Receiver {
                 channel,
                 sealed: Sealed::default(),
+                pool: Arc::default(),
                 heard,
                 bytes: 0,
             },
@@ -336,7 +339,12 @@ impl Sender {
         numbering: Numbering,
         payload: &[&[u8]],
     ) -> Result<(), Error> {
-        let header = FrameHeader::encode(kind, numbering, payload.iter().copied())?;
+        let header = FrameHeader::encode(
+            kind,
+            numbering,
+            self.channel.cover(),
+            payload.iter().copied(),
+        )?;
         let mut slices = Vec::with_capacity(payload.len() + 1);
         slices.push(IoSlice::new(&header));
         slices.extend(
@@ -378,6 +386,7 @@ fn backlog(stream: &TcpStream) -> usize {
 pub struct Receiver {
     channel: Arc<Channel>,
     sealed: Sealed,
+    pool: Arc<Pool>,
     heard: Arc<Heard>,
     bytes: u64,
 }
@@ -394,9 +403,9 @@ impl Receiver {
         self.fill(&mut head)?;
         let header = FrameHeader::decode(&head)?;
         // The header bounds the length.
-        let mut payload = vec![0; header.length];
+        let mut payload = self.pool.take(header.length);
         self.fill(&mut payload)?;
-        header.check(&payload)?;
+        header.check(self.channel.cover(), &payload)?;
         self.heard.note();
         self.bytes += (FRAME_HEADER_LEN + header.length) as u64;
         let frame = Frame {

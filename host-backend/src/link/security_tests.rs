@@ -76,12 +76,12 @@ fn hosts_of_one_authority_believe_each_other() {
         });
         scope.spawn(|| {
             for _ in 0..10 {
-                assert_eq!(receiver.receive_numbered().unwrap().0.payload, whole);
+                assert_eq!(*receiver.receive_numbered().unwrap().0.payload, *whole);
             }
         });
         for _ in 0..10 {
             let (frame, numbering) = server.receiver.receive_numbered().unwrap();
-            assert_eq!(frame.payload, whole);
+            assert_eq!(*frame.payload, *whole);
             server
                 .sender
                 .send(frame.kind, numbering, &[&frame.payload])

@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use transhume_protocol::link::{FRAME_HEADER_LEN, FrameHeader, MAX_FRAME_PAYLOAD, Preamble};
+use transhume_protocol::link::{Cover, FRAME_HEADER_LEN, FrameHeader, MAX_FRAME_PAYLOAD, Preamble};
 
 fuzz_target!(|data: &[u8]| {
     if let Some(bytes) = data.first_chunk()
@@ -18,10 +18,13 @@ fuzz_target!(|data: &[u8]| {
         return;
     };
     assert!(header.length <= MAX_FRAME_PAYLOAD);
-    let _ = header.check(payload);
-    // The right checksum for this payload.
-    let sealed = FrameHeader::encode(header.kind, header.numbering, [payload].into_iter()).expect("it is short");
-    let sealed = FrameHeader::decode(&sealed).expect("it was encoded");
-    assert_eq!((sealed.kind, sealed.length), (header.kind, payload.len()));
-    sealed.check(payload).expect("it was encoded");
+    for cover in [Cover::Whole, Cover::Header] {
+        let _ = header.check(cover, payload);
+        // The right checksum for this payload.
+        let sealed = FrameHeader::encode(header.kind, header.numbering, cover, [payload].into_iter())
+            .expect("it is short");
+        let sealed = FrameHeader::decode(&sealed).expect("it was encoded");
+        assert_eq!((sealed.kind, sealed.length), (header.kind, payload.len()));
+        sealed.check(cover, payload).expect("it was encoded");
+    }
 });

@@ -3,7 +3,7 @@
 //! ```text
 //! preamble  8 bytes "TRNSHUME" | u16 oldest version | u16 newest version | u32 zero
 //! frame     u8 kind | 3 bytes zero | u32 payload length | u64 number | u64 taken
-//!           | u64 XXH3 of the first 24 bytes and payload
+//!           | u64 XXH3 of the first 24 bytes and, where nothing else protects it, the payload
 //! ```
 //!
 //! Frames of a session are numbered from 1 on in each direction, over all of its connections, so that
@@ -122,6 +122,15 @@ pub struct Numbering {
     pub taken: u64,
 }
 
+/// What a frame's checksum covers; both sides know which it is by the connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cover {
+    /// Header and payload.
+    Whole,
+    /// The header: TLS authenticates every byte of the payload already.
+    Header,
+}
+
 /// A frame's header, checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FrameHeader {
@@ -153,11 +162,17 @@ fn head(
     Ok(head)
 }
 
-fn checksum<'a>(head: &[u8; SUMMED_LEN], pieces: impl Iterator<Item = &'a [u8]>) -> u64 {
+fn checksum<'a>(
+    head: &[u8; SUMMED_LEN],
+    cover: Cover,
+    pieces: impl Iterator<Item = &'a [u8]>,
+) -> u64 {
     let mut sum = Xxh3::new();
     sum.update(head);
-    for piece in pieces {
-        sum.update(piece);
+    if cover == Cover::Whole {
+        for piece in pieces {
+            sum.update(piece);
+        }
     }
     sum.digest()
 }
@@ -167,13 +182,14 @@ impl FrameHeader {
     pub fn encode<'a>(
         kind: FrameKind,
         numbering: Numbering,
+        cover: Cover,
         pieces: impl Iterator<Item = &'a [u8]> + Clone,
     ) -> Result<[u8; FRAME_HEADER_LEN], LinkError> {
         let length = pieces.clone().map(<[u8]>::len).sum();
         let head = head(kind, length, numbering)?;
         let mut out = [0; FRAME_HEADER_LEN];
         out[..SUMMED_LEN].copy_from_slice(&head);
-        out[SUMMED_LEN..].copy_from_slice(&checksum(&head, pieces).to_le_bytes());
+        out[SUMMED_LEN..].copy_from_slice(&checksum(&head, cover, pieces).to_le_bytes());
         Ok(out)
     }
 
@@ -204,9 +220,9 @@ impl FrameHeader {
     }
 
     /// Checks the payload against the header.
-    pub fn check(&self, payload: &[u8]) -> Result<(), LinkError> {
+    pub fn check(&self, cover: Cover, payload: &[u8]) -> Result<(), LinkError> {
         let head = head(self.kind, payload.len(), self.numbering)?;
-        if checksum(&head, core::iter::once(payload)) == self.sum {
+        if checksum(&head, cover, core::iter::once(payload)) == self.sum {
             Ok(())
         } else {
             Err(LinkError::Checksum)
@@ -223,33 +239,36 @@ mod tests {
         #[test]
         fn frames_round_trip(
             payload in prop::collection::vec(any::<u8>(), 0..600), cut in 0_usize..600, number: u64, taken: u64,
+            whole: bool,
         ) {
+            let cover = if whole { Cover::Whole } else { Cover::Header };
             let (one, two) = payload.split_at(cut.min(payload.len()));
             let numbering = Numbering { number, taken };
-            let head = FrameHeader::encode(FrameKind::Batch, numbering, [one, two].into_iter()).unwrap();
+            let head = FrameHeader::encode(FrameKind::Batch, numbering, cover, [one, two].into_iter()).unwrap();
             let header = FrameHeader::decode(&head).unwrap();
             prop_assert_eq!(header.numbering, numbering);
             prop_assert_eq!(header.kind, FrameKind::Batch);
             prop_assert_eq!(header.length, payload.len());
-            prop_assert_eq!(header.check(&payload), Ok(()));
+            prop_assert_eq!(header.check(cover, &payload), Ok(()));
         }
 
         #[test]
         fn a_changed_byte_is_noticed(
             payload in prop::collection::vec(any::<u8>(), 1..600), at: prop::sample::Index, bit in 0_u8..8,
         ) {
-            let head = FrameHeader::encode(FrameKind::Fill, Numbering::default(), [payload.as_slice()].into_iter()).unwrap();
+            let head = FrameHeader::encode(FrameKind::Fill, Numbering::default(), Cover::Whole, [payload.as_slice()].into_iter()).unwrap();
             let mut changed = payload.clone();
             changed[at.index(payload.len())] ^= 1 << bit;
-            prop_assert_eq!(FrameHeader::decode(&head).unwrap().check(&changed), Err(LinkError::Checksum));
+            prop_assert_eq!(FrameHeader::decode(&head).unwrap().check(Cover::Whole, &changed), Err(LinkError::Checksum));
         }
 
         #[test]
-        fn a_changed_place_is_noticed(number: u64, at in 8_usize..24, bit in 0_u8..8) {
+        fn a_changed_place_is_noticed(number: u64, at in 8_usize..24, bit in 0_u8..8, whole: bool) {
+            let cover = if whole { Cover::Whole } else { Cover::Header };
             let numbering = Numbering { number, taken: 7 };
-            let mut head = FrameHeader::encode(FrameKind::Ack, numbering, [].into_iter()).unwrap();
+            let mut head = FrameHeader::encode(FrameKind::Ack, numbering, cover, [].into_iter()).unwrap();
             head[at] ^= 1 << bit;
-            prop_assert_eq!(FrameHeader::decode(&head).unwrap().check(&[]), Err(LinkError::Checksum));
+            prop_assert_eq!(FrameHeader::decode(&head).unwrap().check(cover, &[]), Err(LinkError::Checksum));
         }
 
         #[test]

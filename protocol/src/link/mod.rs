@@ -41,7 +41,8 @@ pub use batch::{
 };
 pub use control::{Control, Offer, OfferedDisk, decode_control, encode_control};
 pub use frame::{
-    FRAME_HEADER_LEN, FrameHeader, FrameKind, MAX_FRAME_PAYLOAD, Numbering, PREAMBLE_LEN, Preamble,
+    Cover, FRAME_HEADER_LEN, FrameHeader, FrameKind, MAX_FRAME_PAYLOAD, Numbering, PREAMBLE_LEN,
+    Preamble,
 };
 pub use small::{Ack, HintRun, Verdict, decode_hints, encode_hint};
 

@@ -13,8 +13,9 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 use transhume_protocol::link::{
-    BatchBuilder, BatchEncoding, Control, FRAME_HEADER_LEN, FrameHeader, FrameKind, LinkError,
-    Offer, OfferedDisk, PREAMBLE_LEN, Preamble, SectionKind, decode_control, encode_control,
+    BatchBuilder, BatchEncoding, Control, Cover, FRAME_HEADER_LEN, FrameHeader, FrameKind,
+    LinkError, Offer, OfferedDisk, PREAMBLE_LEN, Preamble, SectionKind, decode_control,
+    encode_control,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -71,7 +72,7 @@ impl Link {
             let header = FrameHeader::decode(&head).map_err(wrong)?;
             let mut payload = vec![0; header.length];
             self.0.read_exact(&mut payload).map_err(lost)?;
-            header.check(&payload).map_err(wrong)?;
+            header.check(Cover::Whole, &payload).map_err(wrong)?;
             if header.kind == FrameKind::Control {
                 return decode_control(&payload).map(Some).map_err(wrong);
             }

@@ -14,7 +14,7 @@ use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::path::Path;
 use std::time::Duration;
 use transhume_protocol::link::{
-    Control, FrameHeader, FrameKind, Numbering, Preamble, encode_control,
+    Control, Cover, FrameHeader, FrameKind, Numbering, Preamble, encode_control,
 };
 
 const LIMIT: Duration = Duration::from_secs(180);
@@ -75,7 +75,7 @@ pub(super) fn frame(kind: FrameKind, payload: &[u8]) -> Result<Vec<u8>> {
 /// A frame of a session.
 pub(super) fn numbered(number: u64, kind: FrameKind, payload: &[u8]) -> Result<Vec<u8>> {
     let numbering = Numbering { number, taken: 0 };
-    let header = FrameHeader::encode(kind, numbering, std::iter::once(payload))
+    let header = FrameHeader::encode(kind, numbering, Cover::Whole, std::iter::once(payload))
         .map_err(|error| Error::Check(format!("A frame cannot be made: {error}")))?;
     Ok([&header[..], payload].concat())
 }

@@ -18,7 +18,10 @@ use crate::link::{Connection, Error, Frame, PATIENCE, Security};
 const TOKEN: [u8; 16] = [9; 16];
 
 fn frame(kind: FrameKind, payload: Vec<u8>) -> Frame {
-    Frame { kind, payload }
+    Frame {
+        kind,
+        payload: payload.into(),
+    }
 }
 
 /// What may happen between two sides without threads.
@@ -94,7 +97,7 @@ impl Model {
         let Some(frame) = self.inbox.pop() else {
             return false;
         };
-        assert_eq!(frame.payload, self.taken.to_le_bytes());
+        assert_eq!(*frame.payload, self.taken.to_le_bytes());
         self.taken += 1;
         true
     }
@@ -353,11 +356,11 @@ fn what_came_before_the_end_counts() {
             .unwrap();
     }
     let first = far.receive().unwrap();
-    assert_eq!(first.payload, [0]);
+    assert_eq!(*first.payload, [0]);
     thread::sleep(Duration::from_millis(200));
     near.close();
     for n in 1..10 {
-        assert_eq!(far.receive().unwrap().payload, [n]);
+        assert_eq!(*far.receive().unwrap().payload, [n]);
     }
     assert!(far.receive().is_err());
 }

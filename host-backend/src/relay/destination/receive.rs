@@ -15,6 +15,7 @@ use super::output::Contents;
 use super::placement::Placement;
 use super::reply::Reply;
 use crate::link::session::{Ready, Session};
+use crate::link::{Payload, Pool};
 use crate::pages::hints::Place;
 use crate::pages::{PAGE_SIZE, PageKey};
 use crate::relay::error::RelayError;
@@ -28,6 +29,7 @@ pub(super) struct Intake {
     placement: Arc<Placement>,
     replies: mpsc::Sender<Reply>,
     decompressor: Decompressor<'static>,
+    pool: Arc<Pool>,
     done: u64,
     /// Counted by the disk readers.
     disk_bytes: Arc<AtomicU64>,
@@ -49,6 +51,7 @@ impl Intake {
             placement,
             replies,
             decompressor,
+            pool: Arc::default(),
             done: 0,
             disk_bytes,
             memory_bytes,
@@ -89,21 +92,22 @@ impl Intake {
     /// The decoded data of a batch, and where in the memory they begin.
     fn contents(
         &mut self,
-        payload: &Arc<Vec<u8>>,
+        payload: &Arc<Payload>,
         reader: &BatchReader<'_>,
     ) -> Result<(Contents, usize), RelayError> {
         match reader.header.encoding {
             BatchEncoding::Plain => {
                 let begin = payload.len() - reader.data.len();
-                Ok((Arc::<Vec<u8>>::clone(payload), begin))
+                Ok((Arc::<Payload>::clone(payload), begin))
             }
             BatchEncoding::Zstd => {
                 // The header's length was bounded by `parse`.
-                let data = self
+                let mut data = self.pool.take(reader.header.data_len);
+                let length = self
                     .decompressor
-                    .decompress(reader.data, reader.header.data_len)
+                    .decompress_to_buffer(reader.data, &mut *data)
                     .map_err(RelayError::Decompress)?;
-                if data.len() != reader.header.data_len {
+                if length != reader.header.data_len {
                     return Err(LinkError::OutOfBounds("data of a batch").into());
                 }
                 Ok((Arc::new(data), 0))
@@ -112,7 +116,7 @@ impl Intake {
     }
 
     /// Works a batch off and returns how many bytes it counts for in acknowledgements.
-    fn batch(&mut self, payload: Vec<u8>) -> Result<u64, RelayError> {
+    fn batch(&mut self, payload: Payload) -> Result<u64, RelayError> {
         let payload = Arc::new(payload);
         let reader = BatchReader::parse(&payload)?;
         let header = reader.header;
@@ -166,7 +170,7 @@ impl Intake {
         Ok((BATCH_HEADER_LEN + header.records_len + header.data_len) as u64)
     }
 
-    fn fill(&mut self, payload: Vec<u8>) -> Result<(), RelayError> {
+    fn fill(&mut self, payload: Payload) -> Result<(), RelayError> {
         let payload = Arc::new(payload);
         let reader = BatchReader::parse(&payload)?;
         self.placement.output.wait_for_room()?;
