@@ -15,9 +15,8 @@ use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// How many, unless the environment says otherwise: enough to see what has broken. A release sees 150 and
-/// more of each, with a seed of the moment.
-const MIGRATIONS: u64 = 40;
+/// How many of each, unless the environment says otherwise: 300 in all.
+const MIGRATIONS: u64 = 150;
 const COUNT: &str = "TRANSHUME_TEST_MIGRATIONS";
 /// A number, or "now".
 const SEED: &str = "TRANSHUME_TEST_SEED";
