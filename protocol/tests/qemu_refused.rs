@@ -276,6 +276,10 @@ fn bad_tables() {
         error(&record(0x1004, b"\x01b\0\0\0\0\0\0\x10\0")),
         Error::SecondTable
     );
+    let none = stream(|out| {
+        Encoder::new(2, Vec::new()).start(out);
+    });
+    assert_eq!(error(&none), Error::NoTable);
 }
 
 #[test]

@@ -341,6 +341,10 @@ impl Decoder {
                 Ok(Kind::Zero { page, fill })
             }
             flag::END_OF_SECTION if word == flag::END_OF_SECTION => {
+                // Its first part is the table; a guest without memory is none.
+                if self.blocks.is_empty() {
+                    return Err(Error::NoTable.into());
+                }
                 self.expected = Expected::Footer;
                 Ok(Kind::EndOfSection)
             }

@@ -95,6 +95,9 @@ pub enum Error {
          remove the device"
     )]
     EarlyDevice(String),
+    /// The ram section's first part ends without a block table.
+    #[error("the stream has no table of RAM blocks: it is damaged")]
+    NoTable,
     /// A second block table.
     #[error("the stream has a second table of RAM blocks: it is damaged")]
     SecondTable,
