@@ -40,8 +40,12 @@ pub use payload::{Payload, Pool};
 
 /// How long a peer may be silent.
 pub const PATIENCE: Duration = Duration::from_secs(10);
+/// A host that refuses connections for so long has no daemon any more.
+pub(crate) const REFUSALS: Duration = Duration::from_secs(2);
 /// After how much idle time a side shows that it is alive.
 pub const ALIVE_INTERVAL: Duration = Duration::from_secs(2);
+/// Between two looks of the kernel's whether the peer's is there, in seconds.
+const KEEPALIVE: u32 = 2;
 /// How long the peer may take for a step that starts a process.
 pub const START_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -93,6 +97,21 @@ pub enum Error {
     /// A session is over.
     #[error(transparent)]
     Session(Arc<Error>),
+}
+
+impl Error {
+    /// Whether the link is the cause: another connection may fare better.
+    pub fn is_of_the_link(&self) -> bool {
+        matches!(
+            self,
+            Self::Connect { .. } | Self::Broken(_) | Self::Silent | Self::Closed
+        )
+    }
+
+    /// Whether the peer's host is there, and nothing listens on it.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Connect { source, .. } if source.kind() == io::ErrorKind::ConnectionRefused)
+    }
 }
 
 impl From<io::Error> for Error {
@@ -269,9 +288,14 @@ impl Connection {
         )
     }
 
+    /// Ends it from another thread.
+    pub fn closer(&self) -> Closer {
+        Closer(Arc::clone(&self.sender.channel))
+    }
+
     /// The two halves, and a handle that ends both.
     pub fn split(self) -> (Sender, Receiver, Closer) {
-        let closer = Closer(Arc::clone(&self.sender.channel));
+        let closer = self.closer();
         (self.sender, self.receiver, closer)
     }
 }
@@ -282,6 +306,10 @@ fn set_up(socket: &TcpStream, patience: Duration) -> Result<(), Error> {
     socket.set_read_timeout(Some(patience))?;
     let patience = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX);
     setsockopt(socket, sockopt::TcpUserTimeout, &patience).map_err(io::Error::from)?;
+    // While a side waits for an answer, nothing else would tell it that the other one is gone.
+    setsockopt(socket, sockopt::KeepAlive, &true).map_err(io::Error::from)?;
+    setsockopt(socket, sockopt::TcpKeepIdle, &KEEPALIVE).map_err(io::Error::from)?;
+    setsockopt(socket, sockopt::TcpKeepInterval, &KEEPALIVE).map_err(io::Error::from)?;
     Ok(())
 }
 

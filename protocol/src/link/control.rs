@@ -8,8 +8,13 @@ use serde::{Deserialize, Serialize};
 pub struct Offer {
     /// The source host's name.
     pub from: String,
-    /// A number of the source's choice that names this migration.
+    /// A random number of the source's choice, no other offer's.
     pub job: u64,
+    /// The number of the migration's first offer.
+    pub first: u64,
+    /// How often the migration was offered before: each time, the connection broke before `Ready` came.
+    /// The destination ends what it began for those offers before it answers.
+    pub attempt: u16,
     /// The definition of the VM, as TOML, its machine type spelled out (`pc-q35-7.2`).
     pub definition: String,
     /// The source's QEMU version: major, minor, micro.
@@ -139,13 +144,13 @@ mod tests {
     proptest! {
         #[test]
         fn offers_round_trip(
-            from in ".{0,40}", job: u64, definition in ".{0,200}", cpu_flags in prop::collection::vec("[a-z0-9_]{1,9}", 0..4),
+            from in ".{0,40}", job: u64, first: u64, attempt: u16, definition in ".{0,200}", cpu_flags in prop::collection::vec("[a-z0-9_]{1,9}", 0..4),
             disks in prop::collection::vec(("[a-z]{1,9}", any::<u64>()), 0..4), qemu: [u32; 3],
             digest_key: [u8; 16], running: bool, dry_run: bool,
         ) {
             let disks = disks.into_iter().map(|(id, size)| OfferedDisk { id, size }).collect();
             let message = Control::Offer(Box::new(Offer {
-                from, job, definition, qemu, disks, cpu_flags, digest_key, running, dry_run,
+                from, job, first, attempt, definition, qemu, disks, cpu_flags, digest_key, running, dry_run,
             }));
             let bytes = encode_control(&message).unwrap();
             prop_assert_eq!(decode_control(&bytes), Ok(message));

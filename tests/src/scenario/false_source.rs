@@ -81,7 +81,7 @@ impl Link {
 }
 
 /// The micro-guest's own offer, but for the number.
-fn offer(bed: &Bed) -> Result<Control> {
+pub(super) fn offer(bed: &Bed, job: u64) -> Result<Control> {
     let micro = Micro {
         machine: "pc-q35-10.0".into(),
         ..Micro::new(bed)?
@@ -95,7 +95,9 @@ fn offer(bed: &Bed) -> Result<Control> {
     });
     Ok(Control::Offer(Box::new(Offer {
         from: "hosta".into(),
-        job: 99,
+        job,
+        first: job,
+        attempt: 0,
         disks: disks.collect(),
         definition: micro.definition(bed)?,
         qemu: [10, 0, 2],
@@ -202,9 +204,9 @@ fn streams() -> Result<Vec<(&'static str, Vec<u8>)>> {
 
 fn false_source(bed: &Bed) -> Result<()> {
     let pair = Pair::plain(bed, NEWEST, None)?;
-    for (name, bytes) in streams()? {
+    for (job, (name, bytes)) in (99..).zip(streams()?) {
         let mut link = Link::open(&pair)?;
-        link.send(&offer(bed)?)?;
+        link.send(&offer(bed, job)?)?;
         match link.hear()? {
             Some(Control::Accepted { .. }) => {}
             other => return Err(Error::Check(format!("Not accepted: {other:?}"))),

@@ -3,6 +3,7 @@
 
 mod any_moment;
 mod bed;
+mod broken_start;
 mod converge;
 mod die;
 mod false_source;
@@ -44,6 +45,7 @@ pub fn all() -> Vec<Scenario> {
         converge::scenarios(),
         lie::scenarios(),
         die::scenarios(),
+        broken_start::scenarios(),
         any_moment::scenarios(),
         random_failures::scenarios(),
         refused::scenarios(),

@@ -34,7 +34,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 
 impl Pair<'_> {
     /// Starts a daemon again with other rules.
-    fn with_rules(&mut self, at: At, rules: Option<String>) -> Result<()> {
+    pub(super) fn with_rules(&mut self, at: At, rules: Option<String>) -> Result<()> {
         match at {
             At::A => {
                 self.a.kill();

@@ -1,7 +1,6 @@
 //! The threads of a session's connections: one that sends, one that receives, and at the source the
 //! making of new connections.
 
-use std::io;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,7 +10,7 @@ use transhume_protocol::link::{Control, FrameKind};
 use super::core::{Core, Job};
 use super::outbox::Carrier;
 use super::{Make, Prepare};
-use crate::link::{Connection, Error, Receiver, Security, Sender};
+use crate::link::{Connection, Error, REFUSALS, Receiver, Security, Sender};
 
 /// How long a connection may be silent, the making of one included.
 const SILENCE: Duration = Duration::from_secs(6);
@@ -19,8 +18,6 @@ const SILENCE: Duration = Duration::from_secs(6);
 const JOIN_PATIENCE: Duration = Duration::from_secs(3);
 /// Between two attempts to connect.
 const PAUSE: Duration = Duration::from_millis(200);
-/// A host that refuses connections for so long has no daemon any more.
-const REFUSALS: Duration = Duration::from_secs(2);
 
 /// What it takes to make another connection of a session.
 pub struct Rejoin {
@@ -221,12 +218,5 @@ fn receive<R>(core: &Core<R>, carrier: Carrier, mut receiver: Receiver) {
             Err(error @ Error::Protocol(_)) => return core.fail(error),
             Err(error) => return core.broken(carrier, error),
         }
-    }
-}
-
-impl Error {
-    /// Whether the peer's host is there, and nothing listens on it.
-    fn is_refusal(&self) -> bool {
-        matches!(self, Self::Connect { source, .. } if source.kind() == io::ErrorKind::ConnectionRefused)
     }
 }

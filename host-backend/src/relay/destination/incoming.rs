@@ -114,6 +114,25 @@ pub(super) async fn take(
     outcomes: &Outcomes,
 ) -> Result<(), String> {
     let settings = host.launch_settings();
+    if host.arrivals().of(offer.job).is_some() {
+        let reason =
+            "this offer came before, and its migration has ended; it may be a recorded one";
+        let reasons = vec![reason.to_owned()];
+        return send(&mut connection, &Control::Refused { reasons });
+    }
+    let closer = connection.closer();
+    // Dropped last: a later offer of the migration waits until all of this one is gone.
+    let entry = match outcomes
+        .attempts
+        .enter(&offer, move || closer.close())
+        .await
+    {
+        Ok(entry) => entry,
+        Err(reason) => {
+            let reasons = vec![reason];
+            return send(&mut connection, &Control::Refused { reasons });
+        }
+    };
     if let Ok(definition) = Definition::parse(&offer.definition) {
         outcomes.sessions.end_earlier(&definition.name, &offer.from);
     }
@@ -179,7 +198,9 @@ pub(super) async fn take(
         let text = |error: &dyn std::fmt::Display| error.to_string();
         let session = Session::begin(connection, patience, None, Ready::default)
             .map_err(|error| text(&error))?;
-        let entry = outcomes.sessions.enter(Open {
+        let ending = session.clone();
+        entry.ends_by(move || ending.close());
+        let open = outcomes.sessions.enter(Open {
             job: offer.job,
             token,
             from: offer.from.clone(),
@@ -189,9 +210,9 @@ pub(super) async fn take(
         });
         let digester = Digester::new(&offer.digest_key);
         let engine = Engine::start(session, prepared.target, &digester);
-        Ok::<_, String>((engine.map_err(|error| text(&error))?, entry))
+        Ok::<_, String>((engine.map_err(|error| text(&error))?, open))
     };
-    let (engine, _entry) = match received.await {
+    let (engine, _open) = match received.await {
         Ok(begun) => begun,
         Err(reason) => {
             decision.abandon(&vm).await;

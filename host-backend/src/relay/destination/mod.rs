@@ -5,6 +5,7 @@
 
 mod access;
 mod arrivals;
+mod attempts;
 mod disks;
 mod engine;
 mod incoming;
@@ -24,6 +25,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use attempts::Attempts;
 use sessions::{Open, Sessions};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
@@ -73,6 +75,7 @@ pub trait Host: Send + Sync + 'static {
 /// What became of the last migrations, for a source that asks.
 #[derive(Default)]
 struct Outcomes {
+    attempts: Attempts,
     sessions: Sessions,
     known: Mutex<VecDeque<Migration>>,
 }
@@ -195,7 +198,7 @@ async fn greet(
         Control::Query { job, vm } => {
             let of_others = outcomes.is_of_others(job, |from| connection.peer_is(from));
             peer.may_ask(&vm, of_others, &*host)?;
-            outcomes.sessions.end(job);
+            outcomes.attempts.end(job);
             let taken = match outcomes.of(job, |from| connection.peer_is(from)).await {
                 // It may be from before a restart.
                 None => host.arrivals().owns(&vm, job),

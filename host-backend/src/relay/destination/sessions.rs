@@ -1,5 +1,4 @@
-//! Sessions of migrations that arrive: for connections that join them, and for a source that asks what
-//! became of one, or begins anew.
+//! Sessions of migrations that arrive: for connections that join them, and for a source that begins anew.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -51,14 +50,6 @@ impl Sessions {
     /// The session of a migration.
     pub(super) fn of(&self, job: u64) -> Option<Open> {
         self.lock().iter().find(|open| open.job == job).cloned()
-    }
-
-    /// Ends a session, whose source asks what became of it: it will not use it any more. What came before
-    /// counts.
-    pub(super) fn end(&self, job: u64) {
-        if let Some(open) = self.of(job) {
-            open.session.close();
-        }
     }
 
     /// Ends sessions of a VM whose source is not there any more and begins anew.

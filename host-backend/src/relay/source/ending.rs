@@ -54,7 +54,7 @@ impl Migration {
             .take()
             .map(|reports| reports.finish())
             .unwrap_or_default();
-        let breaks = copied.shared.link_breaks();
+        let breaks = self.early_breaks + copied.shared.link_breaks();
         if breaks > 0 {
             remarks.push(format!(
                 "connections of the link broke {breaks} times, and were taken up again"
@@ -99,8 +99,8 @@ impl Migration {
         ask(destination, vm.name(), self.facts.offer.job, QUERY_PATIENCE).await
     }
 
-    /// Lets a destination that cannot be reached end its QEMU as soon as it can be: a source that asks has
-    /// given its session up. Without that it would wait for the link as long as it was told to.
+    /// Lets a destination that does not hear of the end on the session end its QEMU as soon as it can be
+    /// reached: a source that asks has given its session up. Without that it would wait for the link as long as it was told to.
     fn withdraw(&self) {
         let (request, job) = (self.request.clone(), self.facts.offer.job);
         tokio::spawn(async move {
@@ -135,6 +135,9 @@ impl Migration {
         }
         if let Some(shared) = &self.shared {
             shared.stop(RelayError::Stopped);
+        }
+        if self.session.is_none() && self.may_wait_for_us {
+            self.withdraw();
         }
         if let Some(session) = &self.session {
             if session.away().is_some() {

@@ -1,20 +1,14 @@
 //! What is found out before anything is touched.
 
 use std::fmt;
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use transhume_protocol::link::{Control, Offer, OfferedDisk};
+use transhume_protocol::link::{Offer, OfferedDisk};
 
-use super::request::Destination;
 use crate::hypervisor::layout::{Layout, Region};
 use crate::hypervisor::{Vm, preflight};
-use crate::link::{self, Connection, PATIENCE};
 use crate::pages::digest;
 use crate::relay::Error;
-
-/// How long the destination may look at its disks and its QEMU.
-const LOOK_PATIENCE: Duration = Duration::from_secs(30);
 
 /// What a dry run found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,9 +85,12 @@ pub(super) async fn examine(vm: &Vm, from: &str, dry_run: bool) -> Result<Facts,
         id: disk.id,
         size: disk.bytes,
     };
+    let job = random_number()?;
     let offer = Offer {
         from: from.to_owned(),
-        job: u64::from_le_bytes(random()?),
+        job,
+        first: job,
+        attempt: 0,
         definition: vm_offer.definition,
         qemu: [version.major, version.minor, version.micro],
         disks: vm_offer.disks.into_iter().map(disk).collect(),
@@ -134,60 +131,17 @@ async fn refuse_virtio_mem(vm: &Vm) -> Result<(), Error> {
     Ok(())
 }
 
-fn random() -> Result<[u8; 8], Error> {
+fn random_number() -> Result<u64, Error> {
     let mut bytes = [0; 8];
     getrandom::fill(&mut bytes).map_err(Error::refused)?;
-    Ok(bytes)
+    Ok(u64::from_le_bytes(bytes))
 }
 
-/// What the destination accepted.
-pub(super) struct Accepted {
-    pub(super) connection: Connection,
-    pub(super) qemu: [u32; 3],
-    /// Both QEMUs have `switchover-ack`.
-    pub(super) switchover_ack: bool,
-}
-
-/// Offers the VM to a peer. Blocks.
-pub(super) fn negotiate(
-    destination: &Destination,
-    offer: Offer,
-    has_ack: bool,
-) -> Result<Accepted, Error> {
-    let Destination {
-        host,
-        address,
-        security,
-    } = destination;
-    let failed = |error| no_agreement(host, address, error);
-    let mut connection = Connection::open(address, host, security).map_err(failed)?;
-    connection
-        .send(&Control::Offer(Box::new(offer)))
-        .map_err(failed)?;
-    match connection
-        .receive(LOOK_PATIENCE.max(PATIENCE))
-        .map_err(failed)?
-    {
-        Control::Accepted {
-            qemu,
-            switchover_ack,
-        } => Ok(Accepted {
-            connection,
-            qemu,
-            switchover_ack: switchover_ack && has_ack,
-        }),
-        Control::Refused { reasons } => Err(Error::Refused { reasons }),
-        _ => Err(failed(link::Error::Unexpected("no answer to an offer"))),
-    }
-}
-
-fn no_agreement(to: &str, address: &str, error: link::Error) -> Error {
-    match error {
-        // It names the address and what to look at.
-        link::Error::Connect { .. } => Error::refused(error),
-        error => Error::refused(format!(
-            "no agreement with {to} ({address}): {error}; see `journalctl -u transhumed` on {to}, and whether \
-             both hosts have the same version of Transhume"
-        )),
+impl Facts {
+    /// Makes the offer another one of the same migration.
+    pub(super) fn renew_offer(&mut self) -> Result<(), Error> {
+        self.offer.job = random_number()?;
+        self.offer.attempt = self.offer.attempt.saturating_add(1);
+        Ok(())
     }
 }

@@ -8,7 +8,8 @@ use tokio::sync::{broadcast, watch};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use transhume_protocol::link::Control;
 
-use super::facts::{self, Accepted, Facts, Plan};
+use super::agreement::{Accepted, Agreement, Disagreement};
+use super::facts::{self, Facts, Plan};
 use super::flow::Flow;
 use super::hints::Hints;
 use super::link_rate::LinkRate;
@@ -22,7 +23,7 @@ use crate::guest::DiskName;
 use crate::hypervisor;
 use crate::hypervisor::qmp::Event;
 use crate::link::session::{Rejoin, Session};
-use crate::link::{Connection, START_PATIENCE};
+use crate::link::{self, Connection, START_PATIENCE};
 use crate::pages::digest::Digester;
 use crate::relay::Error;
 use crate::relay::error::RelayError;
@@ -45,6 +46,15 @@ pub(super) enum Stop {
 impl From<RelayError> for Stop {
     fn from(error: RelayError) -> Self {
         Self::Failed(error.to_string())
+    }
+}
+
+impl From<Disagreement> for Stop {
+    fn from(not: Disagreement) -> Self {
+        match not {
+            Disagreement::Cancelled => Self::Cancelled,
+            Disagreement::Refused { reasons } => Self::Failed(reasons.join("; ")),
+        }
     }
 }
 
@@ -72,31 +82,17 @@ pub async fn migrate(
     mut cancel: watch::Receiver<bool>,
 ) -> Result<Outcome, Error> {
     progress.enter(Phase::Negotiate);
-    let facts = facts::examine(&request.vm, &request.from, request.dry_run).await?;
-    let has_ack = facts
-        .capabilities
-        .iter()
-        .any(|(name, _)| name == "switchover-ack");
-    let destination = request.destination.clone();
-    let offer = facts.offer.clone();
-    let accepted = blocking(move || facts::negotiate(&destination, offer, has_ack)).await?;
+    let mut facts = facts::examine(&request.vm, &request.from, request.dry_run).await?;
+    let mut agreement = Agreement::new(&request);
+    let accepted = agreement.reach(&mut facts, &mut cancel).await;
+    let accepted = accepted.map_err(|not| not.untouched(&request.from, facts.running))?;
     if request.dry_run {
         return Ok(Outcome::Planned(plan(&request, &facts, &accepted)));
     }
     let mut migration = Migration::new(request, facts, progress, journal);
-    match migration.copy(accepted, &mut cancel).await {
+    match migration.copy(accepted, agreement, &mut cancel).await {
         Ok(copied) => migration.hand_over(copied).await.map(Outcome::Migrated),
         Err(stop) => Err(migration.undo(stop).await),
-    }
-}
-
-/// Runs what blocks away from the event loop.
-async fn blocking<T: Send + 'static>(
-    run: impl FnOnce() -> Result<T, Error> + Send + 'static,
-) -> Result<T, Error> {
-    match tokio::task::spawn_blocking(run).await {
-        Ok(result) => result,
-        Err(error) => Err(Error::refused(error)),
     }
 }
 
@@ -119,6 +115,41 @@ struct Ready {
     connection: Connection,
     token: [u8; 16],
     connections: u8,
+    switchover_ack: bool,
+}
+
+/// Why it does not.
+enum NotReady {
+    /// The destination cannot.
+    GaveUp(String),
+    Link(link::Error),
+}
+
+/// Has the destination start its QEMU. Blocks.
+fn prepare(accepted: Accepted, patience: u16) -> Result<Ready, NotReady> {
+    let Accepted {
+        mut connection,
+        switchover_ack,
+        ..
+    } = accepted;
+    let prepare = Control::Prepare {
+        switchover_ack,
+        connections: connections(),
+        patience,
+    };
+    connection.send(&prepare).map_err(NotReady::Link)?;
+    match connection.receive(START_PATIENCE).map_err(NotReady::Link)? {
+        Control::Ready { token, connections } => Ok(Ready {
+            connection,
+            token,
+            connections,
+            switchover_ack,
+        }),
+        Control::Abort { reason } => Err(NotReady::GaveUp(reason)),
+        _ => Err(NotReady::Link(link::Error::Unexpected(
+            "no answer to a start",
+        ))),
+    }
 }
 
 /// Connections that this host would use: each takes most of a CPU, and the guests need some.
@@ -144,6 +175,10 @@ pub(super) struct Migration {
     pub(super) before: Option<Before>,
     /// The link, from when the destination is ready.
     pub(super) session: Option<Session<Packer>>,
+    /// The destination may have a QEMU for this migration.
+    pub(super) may_wait_for_us: bool,
+    /// How often the link broke before the session.
+    pub(super) early_breaks: u32,
 }
 
 impl Migration {
@@ -162,6 +197,8 @@ impl Migration {
             reports: None,
             before: None,
             session: None,
+            may_wait_for_us: false,
+            early_breaks: 0,
         }
     }
 
@@ -169,6 +206,7 @@ impl Migration {
     async fn copy(
         &mut self,
         accepted: Accepted,
+        agreement: Agreement,
         cancel: &mut watch::Receiver<bool>,
     ) -> Result<Copied, Stop> {
         self.enter(Phase::Prepare)?;
@@ -176,17 +214,15 @@ impl Migration {
         let layout = std::mem::take(&mut self.facts.layout);
         let hints = Arc::new(Hints::new(layout, Arc::clone(&flow)));
         let mut reports = self.listen_to_agent(&hints);
-        let ready = self.prepare_destination(accepted.connection, accepted.switchover_ack);
-        let ready = tokio::select! {
-            ready = ready => ready?,
-            () = cancelled(cancel) => return Err(Stop::Cancelled),
-        };
+        let ready = self
+            .prepare_destination(accepted, agreement, cancel)
+            .await?;
+        let switchover_ack = ready.switchover_ack;
         let rate = Arc::new(LinkRate::default());
         let session = self.begin_session(ready, &rate)?;
         let known = &self.facts.capabilities;
         let (qmp, goal) = (self.request.vm.qmp(), self.request.goal);
-        let before =
-            settings::set_up(qmp, known, accepted.switchover_ack, goal.may_throttle).await?;
+        let before = settings::set_up(qmp, known, switchover_ack, goal.may_throttle).await?;
         self.before = Some(before);
         tokio::select! {
             () = reports.first(REPORT_PATIENCE) => {}
@@ -219,6 +255,10 @@ impl Migration {
     /// Enters a phase, which is noted first.
     pub(super) fn enter(&self, phase: Phase) -> Result<(), Stop> {
         self.progress.enter(phase);
+        self.note()
+    }
+
+    fn note(&self) -> Result<(), Stop> {
         let noted = self.journal.note(self.facts.offer.job, self.facts.running);
         noted.map_err(|error| {
             Stop::Failed(format!(
@@ -255,34 +295,39 @@ impl Migration {
         )
     }
 
+    /// Has the destination start its QEMU; begins again with that when the connection breaks.
     async fn prepare_destination(
-        &self,
-        mut connection: Connection,
-        switchover_ack: bool,
+        &mut self,
+        mut accepted: Accepted,
+        mut agreement: Agreement,
+        cancel: &mut watch::Receiver<bool>,
     ) -> Result<Ready, Stop> {
         let patience = self.request.link_patience.as_secs();
-        let prepare = Control::Prepare {
-            switchover_ack,
-            connections: connections(),
-            patience: u16::try_from(patience).unwrap_or(u16::MAX),
-        };
-        let prepared = tokio::task::spawn_blocking(move || {
-            connection.send(&prepare).map_err(|e| e.to_string())?;
-            match connection.receive(START_PATIENCE) {
-                Ok(Control::Ready { token, connections }) => Ok(Ready {
-                    connection,
-                    token,
-                    connections,
-                }),
-                Ok(Control::Abort { reason }) => Err(reason),
-                Ok(_) => Err("the other host answered with something else".to_owned()),
-                Err(error) => Err(error.to_string()),
+        let patience = u16::try_from(patience).unwrap_or(u16::MAX);
+        self.may_wait_for_us = true;
+        loop {
+            let prepared = tokio::task::spawn_blocking(move || prepare(accepted, patience));
+            let prepared = tokio::select! {
+                prepared = prepared => prepared,
+                () = cancelled(cancel) => return Err(Stop::Cancelled),
+            };
+            match prepared {
+                Ok(Ok(ready)) => {
+                    self.early_breaks = agreement.breaks();
+                    return Ok(ready);
+                }
+                Ok(Err(NotReady::GaveUp(reason))) => {
+                    self.may_wait_for_us = false;
+                    return Err(Stop::Failed(reason));
+                }
+                Ok(Err(NotReady::Link(error))) => {
+                    agreement.renew(error, &mut self.facts, cancel).await?;
+                    accepted = agreement.reach(&mut self.facts, cancel).await?;
+                    // The number is another one.
+                    self.note()?;
+                }
+                Err(error) => return Err(Stop::Failed(error.to_string())),
             }
-        });
-        match prepared.await {
-            Ok(Ok(ready)) => Ok(ready),
-            Ok(Err(cause)) => Err(Stop::Failed(cause)),
-            Err(error) => Err(Stop::Failed(error.to_string())),
         }
     }
 
@@ -421,7 +466,7 @@ impl Migration {
     }
 }
 
-async fn cancelled(cancel: &mut watch::Receiver<bool>) {
+pub(super) async fn cancelled(cancel: &mut watch::Receiver<bool>) {
     if cancel.wait_for(|cancel| *cancel).await.is_err() {
         // Nobody can cancel any more.
         std::future::pending::<()>().await;

@@ -3,6 +3,7 @@
 //! Contract: whatever [`migrate`] returns but [`ErrorKind::Unresolved`](super::ErrorKind), exactly one
 //! host runs the VM: the destination on success, this one on failure.
 
+mod agreement;
 mod answers;
 mod buffers;
 mod compression;
