@@ -1,6 +1,7 @@
 //! QEMU as a process: started so that it outlives us, watched and ended without mistaking another.
 
 use super::{Error, Result};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::path::Path;
@@ -62,6 +63,13 @@ fn start_time(id: u32) -> Option<u64> {
     (state != "Z" && state != "X").then_some(started)
 }
 
+/// The service's own limit of memory is none for a guest.
+fn lift_memory_limit() -> std::io::Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_DATA)?;
+    setrlimit(Resource::RLIMIT_DATA, hard, hard)?;
+    Ok(())
+}
+
 /// A process that we started; dropped before [`Child::detach`], it is killed.
 pub(super) struct Child {
     id: u32,
@@ -77,7 +85,11 @@ impl Child {
         let log_twin = log_file
             .try_clone()
             .map_err(|error| Error::file("open", log, error))?;
-        let mut child = Command::new(binary)
+        let mut command = Command::new(binary);
+        // SAFETY: between fork and exec it calls getrlimit and setrlimit alone, which take no lock and
+        // allocate nothing.
+        unsafe { command.pre_exec(lift_memory_limit) };
+        let mut child = command
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(log_file)
@@ -122,6 +134,17 @@ impl Child {
             .ok()
             .and_then(|status| status.clone())
             .unwrap_or_default()
+    }
+
+    /// Kills it, and waits for its end; no longer than so, should it hang in the kernel.
+    pub(super) async fn end(mut self, patience: Duration) {
+        if let Some(kill) = self.kill.take() {
+            // Nobody listens if it has ended.
+            let _ = kill.send(());
+        }
+        if tokio::time::timeout(patience, self.exited()).await.is_err() {
+            tracing::error!(pid = self.id, "a QEMU that did not start outlives SIGKILL");
+        }
     }
 
     /// Lets it live on without us.
@@ -175,6 +198,19 @@ mod tests {
         assert!(kept.is_alive());
         kept.kill();
         kept.gone().await;
+    }
+
+    #[tokio::test]
+    async fn the_limit_of_our_memory_is_none_of_its() {
+        let (_, hard) = getrlimit(Resource::RLIMIT_DATA).expect("a limit");
+        // More than any test needs.
+        setrlimit(Resource::RLIMIT_DATA, 1 << 40, hard).expect("a soft limit");
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut child = spawn(folder.path(), "ulimit -S -d; ulimit -H -d");
+        child.exited().await;
+        let log = std::fs::read_to_string(folder.path().join("log")).expect("the log");
+        let limits: Vec<&str> = log.lines().collect();
+        assert!(limits.len() == 2 && limits[0] == limits[1], "{log}");
     }
 
     #[tokio::test]

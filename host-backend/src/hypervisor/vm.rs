@@ -9,8 +9,9 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// How long a QEMU may take to answer QMP after its start, and how long to greet a client.
-const START_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a QEMU may take to answer QMP after its start: less than a source waits for it
+/// ([`crate::link::START_PATIENCE`]), so that it hears why it got none.
+const START_PATIENCE: Duration = Duration::from_secs(45);
 /// How long a found QEMU may take to greet.
 const GREETING_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a guest may take to shut down.
@@ -42,8 +43,17 @@ impl Vm {
     /// come until it is told to `cont`.
     ///
     /// # Errors
-    /// [`Error::Exited`] with QEMU's own words if it ends at once; nothing is left running.
+    /// [`Error::Exited`] with QEMU's own words if it ends at once. Whatever the error, its process has ended.
     pub async fn launch(
+        definition: &Definition,
+        settings: &LaunchSettings,
+        start: Start,
+    ) -> Result<Self> {
+        Self::launch_within(START_PATIENCE, definition, settings, start).await
+    }
+
+    async fn launch_within(
+        patience: Duration,
         definition: &Definition,
         settings: &LaunchSettings,
         start: Start,
@@ -59,14 +69,19 @@ impl Vm {
         tracing::debug!(vm = definition.name, qemu = %binary.display(), ?arguments, "starting QEMU");
         let mut child = Child::spawn(binary, &arguments, &files.qemu_log())?;
         let qmp_path = files.qmp();
-        let qmp = tokio::select! {
-            qmp = connect_to_new(&qmp_path) => qmp?,
-            status = child.exited() => return Err(Error::Exited { status, log: files.log_tail() }),
+        let began = tokio::select! {
+            began = tokio::time::timeout(patience, begin(&qmp_path, start)) => began.unwrap_or_else(|_| {
+                Err(Error::Timeout { command: "qmp_capabilities".to_owned(), waited: patience })
+            }),
+            status = child.exited() => Err(Error::Exited { status, log: files.log_tail() }),
         };
-        let machine = qmp.machine_type().await?;
-        if start == Start::Running {
-            qmp.cont().await?;
-        }
+        let (qmp, machine) = match began {
+            Ok(began) => began,
+            Err(error) => {
+                child.end(QUIT_PATIENCE).await;
+                return Err(error);
+            }
+        };
         let process = child.detach();
         tracing::info!(
             vm = definition.name,
@@ -304,26 +319,53 @@ async fn refuse_running(files: &RunFiles, name: &str) -> Result<()> {
     })
 }
 
-async fn connect_to_new(path: &Path) -> Result<Qmp> {
-    let connect = async {
-        loop {
-            match Qmp::connect(path, START_PATIENCE).await {
-                // QEMU has not made its socket yet.
-                Err(Error::Connect { .. }) => tokio::time::sleep(Duration::from_millis(10)).await,
-                result => return result,
-            }
+/// Talks to a QEMU that has just been started, and tells its machine type.
+async fn begin(path: &Path, start: Start) -> Result<(Qmp, String)> {
+    let qmp = loop {
+        match Qmp::connect(path, START_PATIENCE).await {
+            // QEMU has not made its socket yet.
+            Err(Error::Connect { .. }) => tokio::time::sleep(Duration::from_millis(10)).await,
+            result => break result?,
         }
     };
-    match tokio::time::timeout(START_PATIENCE, connect).await {
-        Ok(result) => result,
-        Err(_) => Err(Error::Timeout {
-            command: "qmp_capabilities".to_owned(),
-            waited: START_PATIENCE,
-        }),
+    let machine = qmp.machine_type().await?;
+    if start == Start::Running {
+        qmp.cont().await?;
     }
+    Ok((qmp, machine))
 }
 
 /// Whether a path of this host is a block device.
 pub fn is_block_device(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[tokio::test]
+    async fn a_qemu_that_does_not_answer_is_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let qemu = folder.path().join("qemu");
+        let noted = folder.path().join("pid");
+        let script = format!("#!/bin/sh\necho $$ > {}\nexec sleep 600\n", noted.display());
+        std::fs::write(&qemu, script).unwrap();
+        std::fs::set_permissions(&qemu, PermissionsExt::from_mode(0o755)).unwrap();
+        let settings = LaunchSettings {
+            host: "hosta".to_owned(),
+            run_directory: folder.path().to_owned(),
+            qemu,
+        };
+        let text = "name = \"web1\"\nmachine = \"q35\"\nmemory = \"64MiB\"\nvcpus = 1\n";
+        let definition = Definition::parse(text).unwrap();
+        let patience = Duration::from_secs(2);
+        let error = Vm::launch_within(patience, &definition, &settings, Start::Incoming)
+            .await
+            .expect_err("nobody answers");
+        assert!(matches!(error, Error::Timeout { .. }), "{error}");
+        let pid = std::fs::read_to_string(noted).unwrap();
+        assert!(Process::find(pid.trim().parse().unwrap()).is_none());
+    }
 }

@@ -20,7 +20,7 @@ use crate::hypervisor::memory::GuestMemory;
 use crate::hypervisor::qmp::Event;
 use crate::hypervisor::{self, LaunchSettings, Vm, stream};
 use crate::link::session::{Ready, Session};
-use crate::link::{Connection, PATIENCE, START_PATIENCE};
+use crate::link::{Connection, PATIENCE};
 use crate::pages::digest::Digester;
 use crate::relay::error::RelayError;
 use crate::volume;
@@ -373,14 +373,11 @@ impl Prepared {
             .map_err(|error| error.to_string())?;
         recovery::begin(folder, &text, offer.job)
             .map_err(|error| format!("{}: {error}", folder.display()))?;
-        let launched = timeout(
-            START_PATIENCE,
-            Vm::launch(&fit.definition, settings, Start::Incoming),
-        );
+        let launched = Vm::launch(&fit.definition, settings, Start::Incoming);
         let (launched, volumes) = tokio::join!(launched, volumes);
         let vm = match launched {
-            Ok(Ok(vm)) => vm,
-            Ok(Err(error)) => {
+            Ok(vm) => vm,
+            Err(error) => {
                 // The error has QEMU's last words. Another QEMU of that name would keep its files.
                 if UnixStream::connect(files.qmp()).is_err()
                     && let Err(error) = files.remove()
@@ -389,8 +386,8 @@ impl Prepared {
                 }
                 return Err(error.to_string());
             }
-            Err(_) => return Err("QEMU did not start in time".to_owned()),
         };
+        let volumes = volumes.and_then(|volumes| check_sizes(fit, offer, volumes));
         let stream = connect(&vm, switchover_ack, offer.running).await;
         match (stream, volumes) {
             (Ok(qemu), Ok(volumes)) => Ok(Self {
@@ -455,6 +452,26 @@ async fn open_volumes(
         .await
         .map_err(|error| error.to_string())?
         .map_err(|error| error.to_string())
+}
+
+/// The disks as they were opened: what was looked at before may have been another file.
+fn check_sizes(
+    fit: &Fit,
+    offer: &Offer,
+    volumes: Vec<Box<dyn volume::Reader>>,
+) -> Result<Vec<Box<dyn volume::Reader>>, String> {
+    for (disk, volume) in fit.definition.disks.iter().zip(&volumes) {
+        let offered = offer.disks.iter().find(|offered| offered.id == disk.id);
+        let (here, there) = (volume.size(), offered.map(|offered| offered.size));
+        if there != Some(here) {
+            return Err(format!(
+                "disk {} has {} bytes at the source, and {here} here; see whether both hosts name the same disk",
+                disk.id,
+                there.unwrap_or_default(),
+            ));
+        }
+    }
+    Ok(volumes)
 }
 
 /// Lets QEMU take the stream from a socket of ours.
