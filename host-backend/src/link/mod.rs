@@ -5,19 +5,22 @@
 
 mod channel;
 mod identity;
+#[cfg(test)]
+pub(crate) mod model_sync;
 mod payload;
 #[cfg(test)]
 mod security_tests;
 pub mod session;
 pub mod window;
 #[cfg(test)]
-mod window_models;
+pub(crate) mod window_models;
 #[cfg(test)]
 mod window_tests;
 
-/// The primitives of [`window`], which its models replace by loom's.
-mod sync {
+/// What threads wait for one another with. Models of them have `model_sync` in its place.
+pub(crate) mod sync {
     pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+    pub(crate) use std::time::Instant;
 }
 
 use std::io::{self, IoSlice};

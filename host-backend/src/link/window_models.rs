@@ -5,16 +5,12 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
 
-/// What `window.rs` finds in the place of std's.
-mod sync {
-    pub(super) use loom::sync::{Condvar, Mutex, MutexGuard};
-    pub(super) use std::sync::PoisonError;
-}
+use super::model_sync as sync;
 
 #[path = "window.rs"]
 #[expect(clippy::duplicate_mod, reason = "once with each kind of primitives")]
 #[expect(unreachable_pub, reason = "the same file is a public module elsewhere")]
-mod window;
+pub(crate) mod window;
 
 use window::{Window, WindowError};
 

@@ -3,17 +3,16 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use transhume_protocol::link::{
-    FrameKind, LinkError, Numbering, SESSION_FRAME_ROOM, SESSION_WINDOW,
-};
+use transhume_protocol::link::{FrameKind, LinkError, Numbering, SESSION_WINDOW};
 
+use super::Closer;
 use super::inbox::{self, Inbox};
-use super::outbox::{Carrier, Outbox, Prepared, Task};
-use crate::link::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use crate::link::window::Window;
-use crate::link::{ALIVE_INTERVAL, Closer, Error, Frame};
+use super::outbox::{Carrier, Outbox, Prepared, Room, Task};
+use super::sync::{Condvar, Instant, Mutex, MutexGuard, PoisonError};
+use super::window::Window;
+use crate::link::{ALIVE_INTERVAL, Error, Frame};
 
 /// What may wait to be told to the peer as worked off, as a part of its window.
 const UNTOLD: u64 = SESSION_WINDOW / 8;
@@ -124,10 +123,11 @@ impl<R> Core<R> {
         }
     }
 
-    /// Puts a frame behind all others, and waits for room before. `length`: of its payload, at most.
-    pub(super) fn push(&self, frame: R, length: usize) -> Result<(), Error> {
-        let room = length as u64 + SESSION_FRAME_ROOM;
-        if self.window.acquire(room).is_err() {
+    /// Puts a frame behind all others, and waits for room before. `length`: of its payload, at most; `held`:
+    /// what it keeps until it is prepared, both in bytes.
+    pub(super) fn push(&self, frame: R, length: usize, held: usize) -> Result<(), Error> {
+        let room = Room::new(length, held);
+        if self.window.acquire(room.raw).is_err() {
             return Err(Self::why(&self.lock()));
         }
         let mut state = self.lock();
@@ -232,6 +232,7 @@ impl<R> Core<R> {
         }
         drop(state);
         self.work.notify_all();
+        self.arrived.notify_all();
     }
 
     /// A connection broke.
@@ -325,7 +326,15 @@ impl<R> Core<R> {
 
     /// A frame was prepared.
     pub(super) fn prepared(&self, number: u64, frame: Arc<Prepared>) {
-        self.lock().outbox.prepared(number, frame);
+        let surplus = self.lock().outbox.prepared(number, frame);
+        if surplus > 0
+            && let Err(error) = self.window.release(surplus)
+        {
+            // It was taken for the frame.
+            tracing::error!(%error, "the session's window");
+        }
+        // Its connection may have broken meanwhile: then another one sends it.
+        self.work.notify_all();
     }
 
     /// A frame came over a connection.

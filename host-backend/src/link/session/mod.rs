@@ -7,6 +7,8 @@
 
 mod connections;
 mod core;
+#[cfg(test)]
+mod core_models;
 mod inbox;
 mod outbox;
 #[cfg(test)]
@@ -20,7 +22,7 @@ use self::connections::Keeper;
 pub use self::connections::Rejoin;
 use self::core::Core;
 pub use self::outbox::{Piece, Prepared};
-use super::{Connection, Error, Frame};
+use super::{Closer, Connection, Error, Frame, sync, window};
 
 /// Makes frames ready to be sent; one for each connection, in its thread.
 pub trait Prepare: Send + 'static {
@@ -120,12 +122,13 @@ impl<P: Prepare> Session<P> {
     }
 
     /// Sends a frame behind all others; waits until it is about to be sent. `length`: of its payload, in
-    /// bytes, at most.
+    /// bytes, at most. `held`: bytes of memory that it keeps before it is prepared, and after that at most.
+    /// The window is as wide as what is kept.
     ///
     /// # Errors
     /// If the session is over.
-    pub fn send(&self, raw: P::Raw, length: usize) -> Result<(), Error> {
-        self.core.push(raw, length)
+    pub fn send(&self, raw: P::Raw, length: usize, held: usize) -> Result<(), Error> {
+        self.core.push(raw, length, held)
     }
 
     /// Waits until the peer has worked off all that was sent, so long at most.

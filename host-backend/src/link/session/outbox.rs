@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
-use transhume_protocol::link::{FrameKind, LinkError};
+use transhume_protocol::link::{FrameKind, LinkError, SESSION_FRAME_ROOM};
 
 /// A connection that a session has or had; never used twice.
 pub(super) type Carrier = u64;
@@ -37,6 +37,15 @@ impl Prepared {
         }
     }
 
+    /// Bytes of memory that it keeps: all of what others use as well, however little of it is sent.
+    pub(super) fn held(&self) -> u64 {
+        let held = self.pieces.iter().map(|piece| match piece {
+            Piece::Bytes(bytes) => bytes.len(),
+            Piece::Shared(bytes, _) => (**bytes).as_ref().len(),
+        });
+        held.sum::<usize>() as u64
+    }
+
     /// The payload, in order.
     pub(super) fn slices(&self) -> Vec<&[u8]> {
         let mut slices = Vec::new();
@@ -61,18 +70,38 @@ pub(super) enum Task<R> {
     Again(u64, Arc<Prepared>),
 }
 
+/// What a frame takes in the window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Room {
+    /// Until it is prepared.
+    pub(super) raw: u64,
+    /// From then on at least: what the peer counts.
+    pub(super) least: u64,
+}
+
+impl Room {
+    /// Of a frame whose payload is no longer than `length`, and which keeps `held` bytes until it is prepared.
+    pub(super) fn new(length: usize, held: usize) -> Self {
+        Self {
+            raw: length.max(held) as u64 + SESSION_FRAME_ROOM,
+            least: length as u64 + SESSION_FRAME_ROOM,
+        }
+    }
+}
+
 struct Kept {
     /// None while it is being prepared.
     frame: Option<Arc<Prepared>>,
     /// The connection that it was sent on; none when it need not be sent again, or waits for that.
     carrier: Option<Carrier>,
     room: u64,
+    least: u64,
 }
 
 /// See the module. `R` is a frame before it is prepared.
 pub(super) struct Outbox<R> {
     /// Not sent yet, with the room that each takes.
-    waiting: VecDeque<(R, u64)>,
+    waiting: VecDeque<(R, Room)>,
     kept: BTreeMap<u64, Kept>,
     again: BTreeSet<u64>,
     /// The last number that was given.
@@ -93,7 +122,7 @@ impl<R> Outbox<R> {
     }
 
     /// Puts a frame behind all others.
-    pub(super) fn push(&mut self, frame: R, room: u64) {
+    pub(super) fn push(&mut self, frame: R, room: Room) {
         self.waiting.push_back((frame, room));
     }
 
@@ -122,21 +151,27 @@ impl<R> Outbox<R> {
         let kept = Kept {
             frame: None,
             carrier: Some(carrier),
-            room,
+            room: room.raw,
+            least: room.least,
         };
         self.kept.insert(self.last, kept);
         Some(Task::Fresh(self.last, frame))
     }
 
-    /// A frame was prepared by the connection that took it.
-    pub(super) fn prepared(&mut self, number: u64, frame: Arc<Prepared>) {
-        if let Some(kept) = self.kept.get_mut(&number) {
-            kept.frame = Some(frame);
-            if kept.carrier.is_none() {
-                // Its connection broke meanwhile.
-                self.again.insert(number);
-            }
+    /// A frame was prepared by the connection that took it. Returns the room that it does not need any more.
+    pub(super) fn prepared(&mut self, number: u64, frame: Arc<Prepared>) -> u64 {
+        let Some(kept) = self.kept.get_mut(&number) else {
+            return 0;
+        };
+        let needed = kept.least.max(frame.held() + SESSION_FRAME_ROOM);
+        let surplus = kept.room.saturating_sub(needed);
+        kept.room -= surplus;
+        kept.frame = Some(frame);
+        if kept.carrier.is_none() {
+            // Its connection broke meanwhile.
+            self.again.insert(number);
         }
+        surplus
     }
 
     /// A connection broke: what it carried is sent again on another.

@@ -1,5 +1,6 @@
 //! Frames arrive once and in order, whatever breaks.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,11 +9,12 @@ use std::thread;
 use std::time::Duration;
 
 use proptest::prelude::*;
-use transhume_protocol::link::{Control, FrameKind, SESSION_WINDOW};
+use transhume_protocol::link::{Control, FrameKind, SESSION_FRAME_ROOM, SESSION_WINDOW};
 
 use super::inbox::Inbox;
-use super::outbox::{Outbox, Prepared, Task};
+use super::outbox::{Outbox, Piece, Prepared, Room, Task};
 use super::{Ready, Rejoin, Session};
+use crate::link::window::Window;
 use crate::link::{Connection, Error, Frame, PATIENCE, Security};
 
 const TOKEN: [u8; 16] = [9; 16];
@@ -27,7 +29,8 @@ fn frame(kind: FrameKind, payload: Vec<u8>) -> Frame {
 /// What may happen between two sides without threads.
 #[derive(Debug, Clone)]
 enum Step {
-    Push,
+    /// A frame of 8 bytes that keeps so many until it is prepared, and for good or not.
+    Push(usize, bool),
     /// A connection takes a frame, which then is on its way.
     Send(u64),
     /// The oldest frame on a connection arrives.
@@ -45,7 +48,7 @@ enum Step {
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let carrier = 1_u64..4;
     let step = prop_oneof![
-        4 => Just(Step::Push),
+        4 => (0_usize..WINDOW * 3 / 2, any::<bool>()).prop_map(|(held, stays)| Step::Push(held, stays)),
         6 => carrier.clone().prop_map(Step::Send),
         6 => carrier.clone().prop_map(Step::Arrive),
         4 => Just(Step::Pop),
@@ -56,26 +59,97 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 0..400)
 }
 
+/// Of the model, in bytes.
+const WINDOW: usize = 4096;
+
+/// A frame before it is prepared.
+#[derive(Clone, Copy)]
+struct Raw {
+    value: u64,
+    held: usize,
+    stays: bool,
+}
+
 /// A sender, a receiver, and what is on its way.
 struct Model {
-    outbox: Outbox<u64>,
+    outbox: Outbox<Raw>,
+    window: Window,
     inbox: Inbox,
     wires: [Vec<(u64, Vec<u8>)>; 4],
+    /// What had no room yet.
+    pending: VecDeque<Raw>,
     pushed: u64,
     taken: u64,
+    /// What each frame keeps, by its number.
+    holds: BTreeMap<u64, u64>,
 }
 
 impl Model {
+    fn new() -> Self {
+        Self {
+            outbox: Outbox::new(),
+            window: Window::new(WINDOW as u64),
+            inbox: Inbox::new(),
+            wires: Default::default(),
+            pending: VecDeque::new(),
+            pushed: 0,
+            taken: 0,
+            holds: BTreeMap::new(),
+        }
+    }
+
+    fn push(&mut self) -> bool {
+        let Some(raw) = self.pending.front().copied() else {
+            return false;
+        };
+        let room = Room::new(8, raw.held);
+        if !self.window.try_acquire(room.raw).unwrap() {
+            return false;
+        }
+        self.pending.pop_front();
+        self.outbox.push(raw, room);
+        self.pushed += 1;
+        self.holds.insert(self.pushed, raw.held as u64);
+        true
+    }
+
+    fn acknowledge(&mut self) -> bool {
+        let taken = self.inbox.taken();
+        let freed = self.outbox.acknowledge(taken).unwrap();
+        self.window.release(freed).unwrap();
+        self.holds = self.holds.split_off(&(taken + 1));
+        freed > 0
+    }
+
+    /// What is kept is in the window, and the window is no wider than it may be.
+    fn check(&self) {
+        let held: u64 = self.holds.values().sum();
+        let out = self.window.out();
+        assert!(
+            held <= out,
+            "{held} bytes are kept, {out} are in the window"
+        );
+        assert!(out <= WINDOW as u64 || self.holds.len() == 1, "{out} bytes");
+    }
+
     fn send(&mut self, carrier: u64) -> bool {
         let wire = &mut self.wires[usize::try_from(carrier).unwrap()];
         match self.outbox.next(carrier) {
             None => return false,
             Some(Task::Again(number, frame)) => wire.push((number, frame.slices().concat())),
-            Some(Task::Fresh(number, value)) => {
-                let payload = value.to_le_bytes().to_vec();
+            Some(Task::Fresh(number, raw)) => {
+                let payload = raw.value.to_le_bytes().to_vec();
                 wire.push((number, payload.clone()));
-                let frame = Prepared::new(FrameKind::Batch, payload);
-                self.outbox.prepared(number, Arc::new(frame));
+                let mut frame = Prepared::new(FrameKind::Batch, payload);
+                if raw.stays && raw.held >= 8 {
+                    let mut kept = raw.value.to_le_bytes().to_vec();
+                    kept.resize(raw.held, 0);
+                    let own = std::iter::once(0..8).collect();
+                    frame.pieces = vec![Piece::Shared(Arc::new(kept), own)];
+                }
+                self.holds.insert(number, frame.held());
+                let surplus = self.outbox.prepared(number, Arc::new(frame));
+                self.window.release(surplus).unwrap();
             }
         }
         true
@@ -104,16 +178,15 @@ impl Model {
 
     fn step(&mut self, step: &Step) {
         match *step {
-            Step::Push => {
-                self.outbox.push(self.pushed, 1);
-                self.pushed += 1;
+            Step::Push(held, stays) => {
+                let value = self.pushed + self.pending.len() as u64;
+                self.pending.push_back(Raw { value, held, stays });
+                self.push();
             }
             Step::Send(carrier) => drop(self.send(carrier)),
             Step::Arrive(carrier) => drop(self.arrive(carrier)),
             Step::Pop => drop(self.pop()),
-            Step::Acknowledge => {
-                self.outbox.acknowledge(self.inbox.taken()).unwrap();
-            }
+            Step::Acknowledge => drop(self.acknowledge()),
             Step::Break(carrier) => {
                 self.wires[usize::try_from(carrier).unwrap()].clear();
                 self.outbox.broken(carrier);
@@ -132,25 +205,23 @@ mod model {
 
     proptest! {
         #[test]
-        fn every_frame_arrives_once_and_in_order(steps in steps()) {
-            let mut model = Model {
-                outbox: Outbox::new(),
-                inbox: Inbox::new(),
-                wires: Default::default(),
-                pushed: 0,
-                taken: 0,
-            };
+        fn every_frame_arrives_once_and_in_order_and_nothing_stalls(steps in steps()) {
+            let mut model = Model::new();
+            let pushes = steps.iter().filter(|step| matches!(step, Step::Push(..))).count();
             for step in &steps {
                 model.step(step);
+                model.check();
             }
             // Connection 1 works from now on; the others are over.
             for carrier in 1..4 {
                 model.step(&Step::Rejoin(carrier));
             }
-            while model.send(1) | model.arrive(1) | model.pop() {}
-            prop_assert_eq!(model.taken, model.pushed);
-            model.step(&Step::Acknowledge);
+            while model.push() | model.send(1) | model.arrive(1) | model.pop() | model.acknowledge() {
+                model.check();
+            }
+            prop_assert_eq!(model.taken, pushes as u64);
             prop_assert!(model.outbox.is_empty());
+            prop_assert_eq!(model.window.out(), 0);
         }
     }
 }
@@ -158,8 +229,8 @@ mod model {
 #[test]
 fn false_counts_are_noticed() {
     let mut outbox = Outbox::new();
-    outbox.push((), 100);
-    outbox.push((), 10);
+    outbox.push((), Room::new(100, 0));
+    outbox.push((), Room::new(10, 0));
     assert!(outbox.acknowledge(1).is_err());
     let Some(Task::Fresh(1, ())) = outbox.next(1) else {
         panic!("no frame");
@@ -168,7 +239,7 @@ fn false_counts_are_noticed() {
     assert!(outbox.acknowledge(1).is_err());
     assert!(outbox.received(1).is_err());
     outbox.prepared(1, Arc::new(Prepared::new(FrameKind::Ack, Vec::new())));
-    assert_eq!(outbox.acknowledge(1), Ok(100));
+    assert_eq!(outbox.acknowledge(1), Ok(100 + SESSION_FRAME_ROOM));
     assert_eq!(outbox.acknowledge(0), Ok(0));
     assert!(outbox.acknowledge(2).is_err());
 }
@@ -302,7 +373,7 @@ fn flow(from: &Session<Ready>, to: &Session<Ready>, frames: u32) -> thread::Join
                 payload[..4].copy_from_slice(&n.to_le_bytes());
                 let length = payload.len();
                 let frame = Prepared::new(FrameKind::Batch, payload);
-                from.send(frame, length).unwrap();
+                from.send(frame, length, length).unwrap();
             }
         });
         for n in 0..frames {
@@ -342,7 +413,7 @@ fn a_link_that_stays_away_ends_the_session() {
         assert!(error.to_string().contains("away for 1 seconds"), "{error}");
         assert!(
             session
-                .send(Prepared::new(FrameKind::Ack, Vec::new()), 0)
+                .send(Prepared::new(FrameKind::Ack, Vec::new()), 0, 0)
                 .is_err()
         );
     }
@@ -352,7 +423,7 @@ fn a_link_that_stays_away_ends_the_session() {
 fn what_came_before_the_end_counts() {
     let (near, far, _way) = sessions(1, Duration::from_secs(5));
     for n in 0..10 {
-        near.send(Prepared::new(FrameKind::Batch, vec![n]), 1)
+        near.send(Prepared::new(FrameKind::Batch, vec![n]), 1, 1)
             .unwrap();
     }
     let first = far.receive().unwrap();

@@ -10,6 +10,8 @@ mod disks;
 mod engine;
 mod incoming;
 mod look;
+#[cfg(test)]
+mod models;
 mod output;
 mod placement;
 mod reads;
@@ -33,7 +35,7 @@ use tracing::Instrument;
 use transhume_protocol::link::Control;
 
 use crate::hypervisor::{LaunchSettings, Limits, Vm};
-use crate::link::{Connection, PATIENCE, Security};
+use crate::link::{Connection, PATIENCE, Security, sync};
 
 /// Connections served at once; further ones wait.
 const CONNECTIONS: usize = 32;

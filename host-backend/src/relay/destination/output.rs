@@ -6,11 +6,12 @@
 use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use transhume_protocol::link::SectionKind;
 use transhume_protocol::qemu::{Block, Encoder, Page};
 
+use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::link::write_all_vectored;
 use crate::pages::{PAGE_SIZE, PageKey};
 use crate::relay::error::RelayError;
@@ -107,7 +108,8 @@ impl Output {
         self.changed.notify_all();
     }
 
-    fn take(&self) -> Result<Piece, RelayError> {
+    /// The next piece; waits for it.
+    pub(super) fn take(&self) -> Result<Piece, RelayError> {
         let mut queue = self.lock();
         loop {
             if queue.stopped {

@@ -13,8 +13,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::mpsc;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, mpsc};
 
 use foldhash::fast::RandomState;
 use transhume_protocol::link::{Digest, HintRun, SectionKind, Verdict};
@@ -23,6 +22,7 @@ use transhume_protocol::qemu::Block;
 use super::output::{Contents, Output, Piece};
 use super::reads::{Plan, Read, join};
 use super::reply::Reply;
+use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::hypervisor::memory::GuestMemory;
 use crate::pages::bitmap::Bitmap;
 use crate::pages::hints::Place;
@@ -81,6 +81,8 @@ pub(super) struct Placement {
     replies: mpsc::Sender<Reply>,
     disks: usize,
     memory: Option<GuestMemory>,
+    /// [`AHEAD_MOST`].
+    ahead_most: usize,
 }
 
 /// Collects what becomes of references, a verdict a batch.
@@ -163,6 +165,17 @@ impl Placement {
             replies,
             disks,
             memory,
+            ahead_most: AHEAD_MOST,
+        }
+    }
+
+    /// Reads ahead so many pages at most.
+    #[cfg(test)]
+    #[allow(dead_code, reason = "for the models")]
+    pub(super) fn with_ahead(self, most: usize) -> Self {
+        Self {
+            ahead_most: most,
+            ..self
         }
     }
 
@@ -173,6 +186,18 @@ impl Placement {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether no more may be read ahead.
+    fn is_full(&self, state: &State) -> bool {
+        state.ahead.len() >= self.ahead_most
+    }
+
+    /// Readers wait while it is full.
+    fn make_room_known(&self, was_full: bool, state: &State) {
+        if was_full && !self.is_full(state) {
+            self.changed.notify_all();
+        }
     }
 
     fn reply(&self, verdicts: Verdicts) {
@@ -329,6 +354,7 @@ impl Placement {
         let mut verdicts = Verdicts::default();
         let mut state = self.lock();
         state.in_section()?;
+        let was_full = self.is_full(&state);
         let end = page.saturating_add(u64::from(count));
         state.block(PageKey {
             block,
@@ -352,6 +378,7 @@ impl Placement {
             });
             page += u64::from(count);
         }
+        self.make_room_known(was_full, &state);
         drop(state);
         self.reply(verdicts);
         Ok(())
@@ -366,6 +393,7 @@ impl Placement {
         let mut verdicts = Verdicts::default();
         let mut state = self.lock();
         state.in_section()?;
+        let was_full = self.is_full(&state);
         let mut first = Vec::with_capacity(pages.len());
         let mut again = Vec::new();
         for page in pages {
@@ -381,6 +409,7 @@ impl Placement {
         }
         self.place(&state, &contents, first)?;
         self.stream(contents, again);
+        self.make_room_known(was_full, &state);
         drop(state);
         self.reply(verdicts);
         Ok(())
@@ -422,6 +451,7 @@ impl Placement {
         let mut verdicts = Verdicts::default();
         let mut state = self.lock();
         state.in_section()?;
+        let was_full = self.is_full(&state);
         for (n, digest) in (0_u64..).zip(digests) {
             let key = PageKey {
                 block: first.block,
@@ -465,6 +495,7 @@ impl Placement {
                 }
             }
         }
+        self.make_room_known(was_full, &state);
         drop(state);
         self.reply(verdicts);
         Ok(())
@@ -491,7 +522,7 @@ impl Placement {
             if let Some(read) = state.plan.next_demand() {
                 return Ok(read);
             }
-            if state.may_read_ahead && state.ahead.len() < AHEAD_MOST {
+            if state.may_read_ahead && !self.is_full(&state) {
                 let State {
                     plan,
                     blocks,

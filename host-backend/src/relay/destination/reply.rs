@@ -42,7 +42,7 @@ pub(super) fn run(session: &Session<Ready>, replies: &Receiver<Reply>) -> Result
                 }
             };
             let length = payload.len();
-            session.send(Prepared::new(kind, payload), length)?;
+            session.send(Prepared::new(kind, payload), length, length)?;
         }
     }
     Ok(())

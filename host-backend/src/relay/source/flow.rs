@@ -8,14 +8,15 @@
 //! QEMU, and then for whichever frees room first.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use transhume_protocol::link::{BATCH_HEADER_LEN, BatchHeader, PAGE_LEN, Verdict};
 
 use super::buffers::{BUFFER_LEN, Buffer};
 use super::steer::Demand;
-use crate::link::window::Window;
+use super::sync::{Condvar, Instant, Mutex, MutexGuard, PoisonError};
+use super::window::Window;
 use crate::pages::PageKey;
 use crate::relay::error::RelayError;
 
@@ -330,6 +331,7 @@ impl Flow {
                 }) = state.retained.remove(&batch)
             {
                 state.last_sent = Instant::now();
+                self.changed.notify_all();
                 return Ok(Next::Fill {
                     batch,
                     buffer,

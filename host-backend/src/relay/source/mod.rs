@@ -10,6 +10,8 @@ mod compression;
 mod ending;
 mod facts;
 mod flow;
+#[cfg(test)]
+mod flow_models;
 mod goal;
 mod hints;
 mod link_rate;
@@ -23,6 +25,7 @@ mod stream;
 mod switchover;
 mod transmit;
 
+use crate::link::{sync, window};
 pub use facts::Plan;
 pub use goal::Goal;
 pub use migration::migrate;

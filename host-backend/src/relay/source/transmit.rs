@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use transhume_protocol::link::{BatchBuilder, BatchEncoding, BatchHeader, FrameKind, PAGE_LEN};
 use zstd::bulk::Compressor;
 
-use super::buffers::Buffer;
+use super::buffers::{BUFFER_LEN, Buffer};
 use super::compression::Compression;
 use super::flow::{Content, Next, Outgoing};
 use super::link_rate::LinkRate;
@@ -83,7 +83,9 @@ impl Transmitter {
 
     fn small(&self, kind: FrameKind, payload: Vec<u8>) -> Result<(), RelayError> {
         let length = payload.len();
-        Ok(self.session.send(Raw::Small(kind, payload), length)?)
+        Ok(self
+            .session
+            .send(Raw::Small(kind, payload), length, length)?)
     }
 
     fn pages(
@@ -94,7 +96,10 @@ impl Transmitter {
         buffer: Option<Arc<Buffer>>,
         data: Vec<u32>,
     ) -> Result<(), RelayError> {
-        let length = header.encode().len() + records.len() + header.data_len;
+        let fixed = header.encode().len() + records.len();
+        // Few pages are copied out of the buffer at last, and until then keep all of it.
+        let held = fixed + if data.is_empty() { 0 } else { BUFFER_LEN };
+        let length = fixed + header.data_len;
         let raw = Raw::Pages {
             kind,
             header,
@@ -102,7 +107,7 @@ impl Transmitter {
             buffer,
             data,
         };
-        Ok(self.session.send(raw, length)?)
+        Ok(self.session.send(raw, length, held)?)
     }
 
     fn fill(&self, batch: u64, buffer: &Arc<Buffer>, pages: &[Content]) -> Result<(), RelayError> {
