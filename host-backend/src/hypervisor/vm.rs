@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// How long a QEMU may take to answer QMP after its start: less than a source waits for it
-/// ([`crate::link::START_PATIENCE`]), so that it hears why it got none.
+/// (60 s), so that it hears why it got none.
 const START_PATIENCE: Duration = Duration::from_secs(45);
 /// How long a found QEMU may take to greet.
 const GREETING_PATIENCE: Duration = Duration::from_secs(10);
