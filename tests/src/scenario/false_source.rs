@@ -62,6 +62,11 @@ impl Link {
             .map_err(lost)
     }
 
+    /// Sends bytes as they are.
+    pub(super) fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.0.write_all(bytes)
+    }
+
     /// The next control message; `None` when the daemon hangs up.
     pub(super) fn hear(&mut self) -> Result<Option<Control>> {
         loop {

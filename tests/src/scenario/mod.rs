@@ -7,6 +7,7 @@ mod broken_start;
 mod converge;
 mod die;
 mod false_source;
+mod flood;
 mod guest;
 mod lie;
 pub(crate) mod micro;
@@ -52,6 +53,7 @@ pub fn all() -> Vec<Scenario> {
         peers::scenarios(),
         strangers::scenarios(),
         false_source::scenarios(),
+        flood::scenarios(),
     ]
     .into_iter()
     .flatten()

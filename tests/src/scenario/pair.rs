@@ -233,7 +233,7 @@ impl<'a> Pair<'a> {
     }
 
     /// The most memory that a daemon may ever have, whatever the guest does.
-    fn daemons_are_small(&self) -> Result<()> {
+    pub(super) fn daemons_are_small(&self) -> Result<()> {
         let peaks = [&self.a, &self.b].map(|daemon| daemon.peak_memory().unwrap_or(0) >> 20);
         println!("  peak memory of the daemons: {peaks:?} MiB");
         for at in [At::A, At::B] {

@@ -19,6 +19,7 @@ mod receive;
 mod recovery;
 mod reply;
 mod sessions;
+mod waiting;
 
 pub use arrivals::Arrivals;
 pub use recovery::recover;
@@ -33,12 +34,13 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tracing::Instrument;
 use transhume_protocol::link::Control;
+use waiting::{GREETING, Waiting};
 
 use crate::hypervisor::{LaunchSettings, Limits, Vm};
 use crate::link::{Connection, PATIENCE, Security, sync};
 
-/// Connections served at once; further ones wait.
-const CONNECTIONS: usize = 32;
+/// Offers and queries served at once.
+const SERVED: usize = 32;
 /// Migrations whose end is remembered.
 const REMEMBERED: usize = 256;
 /// How long a query waits for a migration that is being decided.
@@ -75,8 +77,8 @@ pub trait Host: Send + Sync + 'static {
 }
 
 /// What became of the last migrations, for a source that asks.
-#[derive(Default)]
 struct Outcomes {
+    served: Semaphore,
     attempts: Attempts,
     sessions: Sessions,
     known: Mutex<VecDeque<Migration>>,
@@ -133,14 +135,22 @@ impl Outcomes {
     }
 }
 
+impl Default for Outcomes {
+    fn default() -> Self {
+        Self {
+            served: Semaphore::new(SERVED),
+            attempts: Attempts::default(),
+            sessions: Sessions::default(),
+            known: Mutex::default(),
+        }
+    }
+}
+
 /// Serves other hosts' daemons. Returns only if the listener fails.
 pub async fn serve(listener: TcpListener, host: Arc<dyn Host>) {
     let outcomes = Arc::new(Outcomes::default());
-    let permits = Arc::new(Semaphore::new(CONNECTIONS));
+    let waiting = Waiting::default();
     loop {
-        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
-            return;
-        };
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -151,13 +161,13 @@ pub async fn serve(listener: TcpListener, host: Arc<dyn Host>) {
             }
         };
         let (host, outcomes) = (Arc::clone(&host), Arc::clone(&outcomes));
+        let waiting = waiting.clone();
         let span = tracing::info_span!("peer", %peer);
         tokio::spawn(
             async move {
-                if let Err(reason) = greet(stream, host, &outcomes).await {
+                if let Err(reason) = greet(stream, host, &outcomes, &waiting).await {
                     tracing::warn!(reason, "connection dropped");
                 }
-                drop(permit);
             }
             .instrument(span),
         );
@@ -168,18 +178,28 @@ async fn greet(
     stream: tokio::net::TcpStream,
     host: Arc<dyn Host>,
     outcomes: &Outcomes,
+    waiting: &Waiting,
 ) -> Result<(), String> {
     let address = stream
         .peer_addr()
         .map_or_else(|_| "unknown".to_owned(), |address| address.to_string());
     let stream = stream.into_std().map_err(|error| error.to_string())?;
+    let place = waiting.enter(&stream).map_err(|error| error.to_string())?;
     let security = host.security();
-    let greeted = tokio::task::spawn_blocking(move || {
+    let mut greeted = tokio::task::spawn_blocking(move || {
         let mut connection = Connection::accept(stream, &security)?;
         let first = connection.receive(PATIENCE)?;
         Ok::<_, crate::link::Error>((connection, first))
     });
-    let (mut connection, first) = match greeted.await {
+    let greeted = if let Ok(greeted) = tokio::time::timeout(GREETING, &mut greeted).await {
+        greeted
+    } else {
+        // However it went on until now.
+        place.end();
+        greeted.await
+    };
+    drop(place);
+    let (mut connection, first) = match greeted {
         Ok(Ok(greeted)) => greeted,
         Ok(Err(error)) => {
             let reason = error.to_string();
@@ -189,7 +209,16 @@ async fn greet(
         Err(error) => return Err(error.to_string()),
     };
     let peer = access::Peer::greet(&connection, &address, &*host);
+    let served = outcomes.served.try_acquire();
     match first {
+        Control::Offer(_) if served.is_err() => {
+            let reasons = vec![format!(
+                "{} takes {SERVED} VMs at once already; try again later",
+                host.name()
+            )];
+            send(&mut connection, &Control::Refused { reasons })
+        }
+        Control::Query { .. } if served.is_err() => Err("too many are served at once".to_owned()),
         Control::Offer(offer) => {
             let is_from = connection.peer_is(&offer.from);
             match peer.admit(is_from, &offer, &*host).await {
