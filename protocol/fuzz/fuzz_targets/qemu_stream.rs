@@ -3,8 +3,8 @@
 
 use libfuzzer_sys::fuzz_target;
 use transhume_protocol::qemu::{
-    Block, Configuration, Decoder, Encoder, Error, Item, Kind, MAX_ITEM_LEN, PAGE_SIZE,
-    start_stream,
+    Block, Command, Configuration, Decoder, Discard, Encoder, Error, Item, Kind, MAX_ITEM_LEN,
+    PAGE_SIZE, start_stream,
 };
 use transhume_protocol_fuzz::{expand, first};
 
@@ -81,10 +81,34 @@ fn encode(item: &Item<'_>, bytes: &[u8], encoder: &mut Encoder, decoder: &Decode
         }
         Kind::SectionPart { .. } => encoder.part(&mut out),
         Kind::SectionEnd { .. } => encoder.end(&mut out),
-        Kind::Command(command) => command.encode(&mut out).expect("it was decoded"),
+        Kind::Command(command) => {
+            discard(command, decoder.blocks());
+            command.encode(&mut out).expect("it was decoded");
+        }
         _ => out.extend_from_slice(bytes),
     }
     out
+}
+
+/// Pages to forget lie in the table, and are the same when they were written and read.
+fn discard(command: &Command<'_>, blocks: &[Block]) {
+    let Ok(read) = Discard::read(command, blocks) else {
+        return;
+    };
+    let mut out = Vec::new();
+    read.encode(blocks, &mut out).expect("it was read");
+    let mut ranges = Vec::new();
+    let mut rest = &out[..];
+    while let [_, _, _, high, low, next @ ..] = rest {
+        let length = usize::from(u16::from_be_bytes([*high, *low]));
+        let command = Command {
+            kind: command.kind,
+            payload: &next[..length],
+        };
+        ranges.extend(Discard::read(&command, blocks).expect("it was written").ranges);
+        rest = &next[length..];
+    }
+    assert_eq!(ranges, read.ranges);
 }
 
 fuzz_target!(|data: &[u8]| {

@@ -22,6 +22,7 @@
 mod command;
 mod configuration;
 mod decoder;
+mod discard;
 mod encoder;
 mod error;
 mod reader;
@@ -30,6 +31,7 @@ pub mod return_path;
 pub use command::{Command, CommandKind};
 pub use configuration::Configuration;
 pub use decoder::{Decoder, Item, Kind};
+pub use discard::Discard;
 pub use encoder::{Encoder, start_stream};
 pub use error::Error;
 
