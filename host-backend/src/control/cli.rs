@@ -6,7 +6,7 @@ use super::show;
 use super::{Error, Result};
 use crate::hypervisor::definition;
 use crate::pki::{self, Authority};
-use crate::relay::source::Goal;
+use crate::relay::source::{Goal, Mode};
 use clap::{Args, Parser, Subcommand};
 use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
@@ -203,6 +203,10 @@ struct MigrateArgs {
     /// QEMU may slow the guest down if it writes faster than the link carries
     #[arg(long)]
     may_throttle: bool,
+    /// How memory moves: all of it before the VM runs there (pre), or once, and what was written meanwhile
+    /// after it runs there (post)
+    #[arg(long, value_enum, default_value_t)]
+    mode: Mode,
     /// Do not wait for its end
     #[arg(long, conflicts_with = "dry_run")]
     detach: bool,
@@ -274,6 +278,7 @@ impl Cli {
                         deadline_s: args.deadline,
                         max_downtime_ms: args.max_downtime,
                         may_throttle: args.may_throttle,
+                        mode: args.mode,
                     },
                     dry_run: args.dry_run,
                 }

@@ -11,6 +11,7 @@ use super::table::{Entry, Table};
 use super::watch::watch;
 use super::{Error, Result};
 use crate::hypervisor::{self, Definition, LaunchSettings, Start, Vm, command_line, preflight};
+use crate::relay::progress::Phase;
 use crate::relay::{self, ErrorKind, destination, source};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -404,6 +405,16 @@ impl Daemon {
                 format!("see `transhume job show {id}`"),
             ));
         }
+        if job.progress().phase() == Phase::PostCopy {
+            return Err(Error::refused(
+                format!(
+                    "{} was handed over to {} and runs there; the rest of its memory follows it, and is nowhere else",
+                    job.vm(),
+                    job.info().to
+                ),
+                format!("`transhume job show {id} --follow` shows how it goes"),
+            ));
+        }
         job.cancel();
         // The answer says what became of the VM, unless that takes long.
         let _ = tokio::time::timeout(FAREWELL, job.ended()).await;
@@ -424,6 +435,12 @@ impl Daemon {
             return Err(Error::refused(
                 format!("{name} is on {host} already"),
                 "name another host by --to",
+            ));
+        }
+        if self.arrivals.is_in_post_copy(name) {
+            return Err(Error::refused(
+                format!("part of {name}'s memory is still on the host that it came from"),
+                "wait until all of it is here",
             ));
         }
         let peer = self.config.may_take(to)?;
@@ -459,7 +476,7 @@ impl Daemon {
                 let to = &job.info().to;
                 self.table
                     .depart(job.vm(), format!("it moved to {to} (job {})", job.id()));
-                Ending::Completed(summary)
+                Ending::Completed(Box::new(summary))
             }
             Ok(Ok(source::Outcome::Planned(plan))) => {
                 let text = plan.to_string();
@@ -502,8 +519,19 @@ impl Daemon {
                 job.ended().await;
             }
         };
-        if tokio::time::timeout(FAREWELL, all).await.is_err() {
-            tracing::warn!("a migration did not end in time");
+        tokio::pin!(all);
+        while tokio::time::timeout(FAREWELL, &mut all).await.is_err() {
+            let follows =
+                |job: &&Arc<Job>| job.is_running() && job.progress().phase() == Phase::PostCopy;
+            let Some(job) = running.iter().find(follows) else {
+                tracing::warn!("a migration did not end in time");
+                return;
+            };
+            tracing::warn!(
+                job = job.id(),
+                vm = job.vm(),
+                "memory follows a VM that was handed over: transhumed ends when all of it has"
+            );
         }
     }
 }

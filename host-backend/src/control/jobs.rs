@@ -34,7 +34,7 @@ pub struct Job {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Ending {
     /// The VM runs at its destination.
-    Completed(Summary),
+    Completed(Box<Summary>),
     /// A dry run's plan, for programs and for people.
     Planned(serde_json::Value, String),
     /// It did not succeed: one of the other states, and why.
@@ -180,7 +180,7 @@ impl Jobs {
         match ending {
             Ending::Completed(summary) => {
                 info.state = JobState::Completed;
-                info.summary = Some(summary);
+                info.summary = Some(*summary);
             }
             Ending::Planned(plan, text) => {
                 info.state = JobState::Planned;

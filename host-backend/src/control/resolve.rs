@@ -7,6 +7,7 @@ use super::daemon::Daemon;
 use super::jobs::{Ending, Job};
 use super::{Error, Result};
 use crate::hypervisor::Vm;
+use crate::relay;
 use crate::relay::progress::Phase;
 use crate::relay::source::{Destination, Journal, ask};
 use std::io;
@@ -79,7 +80,9 @@ impl Daemon {
                     "transhumed ended before this migration had begun; start it again for {vm}"
                 ),
             ),
-            (Some(offered), Some(here)) if info.progress.phase != Phase::Commit => {
+            (Some(offered), Some(here))
+                if !matches!(info.progress.phase, Phase::Commit | Phase::PostCopy) =>
+            {
                 self.withdraw(&info, offered);
                 // It holds the disks, perhaps, until it hears of that.
                 match run_on(&here, offered.running).await {
@@ -171,7 +174,9 @@ impl Daemon {
         let JobInfo { id, vm, to, .. } = &info;
         // No other VM of that name can have come meanwhile: see `Jobs::refuse_in_doubt`.
         let here = self.table.here(vm).ok();
-        let ending = if taken {
+        let ending = if taken && let Some(cut_off) = cut_off(&info, here.as_deref()).await? {
+            Ending::Settled(JobState::Unresolved, format!("{says}: {cut_off}"))
+        } else if taken {
             if let Some(here) = here {
                 here.discard().await?;
             } else {
@@ -226,6 +231,24 @@ impl Daemon {
         self.settle(&job, taken, "an operator said so").await?;
         Ok(Response::Job(Box::new(job.info())))
     }
+}
+
+/// Why the QEMU of a VM must be kept here that was taken over in post-copy: memory that did not follow.
+async fn cut_off(info: &JobInfo, here: Option<&Vm>) -> Result<Option<String>> {
+    let Some(here) = here.filter(|_| info.progress.phase == Phase::PostCopy) else {
+        return Ok(None);
+    };
+    let said = here.qmp().query_migrate().await?;
+    if said.status.as_deref() == Some("completed") {
+        return Ok(None);
+    }
+    let error = relay::Error::Broken {
+        vm: info.vm.clone(),
+        from: info.from.clone(),
+        to: info.to.clone(),
+        cause: "transhumed or the link ended".to_owned(),
+    };
+    Ok(Some(error.to_string()))
 }
 
 /// Sees to it that a VM whose migration was cut off goes on as before.

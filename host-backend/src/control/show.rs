@@ -209,6 +209,7 @@ fn state_word(job: &JobInfo) -> String {
         Phase::PreCopy => "copying memory",
         Phase::Switchover => "switching over",
         Phase::Commit => "handing over",
+        Phase::PostCopy => "post-copy: the rest of memory follows",
         Phase::Completed | Phase::Failed | Phase::Cancelled | Phase::Unresolved => "ending",
     };
     match job.state {
@@ -262,11 +263,16 @@ pub(super) fn job(job: &JobInfo) -> String {
     match (job.state, &job.summary, &job.plan_text, &job.error) {
         (JobState::Completed, Some(all), ..) => summary(all),
         (JobState::Planned, _, Some(plan), _) => plan.clone(),
-        (JobState::Running, ..) => format!(
-            "job {id} moves {vm} to {to}: {}\nFollow it by `transhume job show {id} --follow`, end it by \
-             `transhume job cancel {id}`.",
-            moment(job, None)
-        ),
+        (JobState::Running, ..) => {
+            let end = match job.progress.phase {
+                Phase::PostCopy => String::new(),
+                _ => format!(", end it by `transhume job cancel {id}`"),
+            };
+            format!(
+                "job {id} moves {vm} to {to}: {}\nFollow it by `transhume job show {id} --follow`{end}.",
+                moment(job, None)
+            )
+        }
         (_, _, _, Some(error)) => format!("job {id}, {vm} to {to}, {}: {error}", state_word(job)),
         _ => format!("job {id}, {vm} to {to}: {}", state_word(job)),
     }
@@ -311,6 +317,15 @@ fn summary(summary: &Summary) -> String {
         duration(downtime.devices_ms),
         duration(downtime.handover_ms)
     );
+    if let Some(post) = &summary.post_copy {
+        let _ = writeln!(
+            text,
+            "  post-copy      {:>10}  ({} followed, {} of it asked for by the guest)",
+            duration(post.total_ms),
+            bytes(post.pages * PAGE),
+            bytes(post.requested_pages * PAGE)
+        );
+    }
     let kinds = kinds(traffic);
     let all = kinds.iter().map(|(_, pages)| pages).sum();
     for (name, pages) in kinds {
@@ -361,6 +376,11 @@ fn moment(job: &JobInfo, rates: Option<(f64, f64)>) -> String {
         }
     }
     let _ = write!(text, ", wire {}", bytes(traffic.wire_bytes));
+    if job.progress.phase == Phase::PostCopy {
+        let left = job.progress.remaining_bytes.unwrap_or_default();
+        let asked = bytes(job.progress.requested_pages * PAGE);
+        let _ = write!(text, ", {} left, {asked} asked for", bytes(left));
+    }
     if job.progress.link_away_ms > 0 {
         let away = duration(to_float(job.progress.link_away_ms));
         let _ = write!(text, ", the link has been away for {away}");

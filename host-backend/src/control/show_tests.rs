@@ -1,6 +1,6 @@
 use super::super::api::{Failure, FailureKind};
 use super::*;
-use crate::relay::progress::{Downtime, Phases};
+use crate::relay::progress::{Downtime, Phases, PostCopy};
 
 fn job(state: JobState) -> JobInfo {
     JobInfo {
@@ -26,6 +26,7 @@ fn job(state: JobState) -> JobInfo {
             total_bytes: 64 << 20,
             hinted_pages: 600,
             link_away_ms: 0,
+            requested_pages: 0,
             forecast: None,
         },
         offer: None,
@@ -92,6 +93,7 @@ fn sums_up_with_the_downtime_in_its_parts() {
             handover_ms: 11.0,
             total_ms: 43.0,
         },
+        post_copy: None,
         traffic: job.progress.traffic,
         hinted_pages: 600,
         remarks: vec!["the agent has no module".to_owned()],
@@ -110,6 +112,31 @@ web1 runs on hostb now; it left hosta in 5.82 s.
   page cache       2.34 MiB  named by the guest's agent
   note: the agent has no module";
     assert_eq!(super::job(&job), expected);
+    if let Some(summary) = &mut job.summary {
+        summary.post_copy = Some(PostCopy {
+            total_ms: 2500.0,
+            pages: 1024,
+            requested_pages: 16,
+        });
+    }
+    let line =
+        "  post-copy         2.50 s  (4.00 MiB followed, 64.0 KiB of it asked for by the guest)\n";
+    let text = super::job(&job);
+    assert!(text.contains(line), "{text}");
+}
+
+#[test]
+fn nobody_is_told_to_cancel_what_was_handed_over() {
+    let mut job = job(JobState::Running);
+    assert!(super::job(&job).contains("job cancel 3"));
+    job.progress.phase = Phase::PostCopy;
+    job.progress.requested_pages = 16;
+    let text = super::job(&job);
+    assert!(!text.contains("job cancel"), "{text}");
+    assert!(
+        text.contains(", 10.0 MiB left, 64.0 KiB asked for"),
+        "{text}"
+    );
 }
 
 #[test]

@@ -143,6 +143,20 @@ impl Qmp {
         self.execute("migrate_cancel", Value::Null).await.map(drop)
     }
 
+    /// Lets a migration go over to post-copy as soon as it can.
+    pub async fn migrate_start_postcopy(&self) -> Result<()> {
+        self.execute("migrate-start-postcopy", Value::Null)
+            .await
+            .map(drop)
+    }
+
+    /// Lets a migration go on that stands still before the switch-over (`pause-before-switchover`).
+    pub async fn migrate_continue(&self) -> Result<()> {
+        self.execute("migrate-continue", json!({ "state": "pre-switchover" }))
+            .await
+            .map(drop)
+    }
+
     /// Where a migration stands.
     pub async fn query_migrate(&self) -> Result<Migration> {
         self.query("query-migrate", Value::Null).await

@@ -74,6 +74,22 @@ pub enum Error {
         /// What to do.
         cure: String,
     },
+    /// The rest of the memory could not follow a VM in post-copy.
+    #[error(
+        "post-copy was cut off: {cause}\n{vm} is on {to}, and stands still there where it needs memory that is \
+         still on {from}. Its QEMUs are kept on both hosts, and cannot be joined again yet: what its guest had \
+         not written to disk is lost. `transhume vm stop {vm} --force` on both hosts ends them; then start it again."
+    )]
+    Broken {
+        /// The VM.
+        vm: String,
+        /// The source.
+        from: String,
+        /// The destination.
+        to: String,
+        /// What happened.
+        cause: String,
+    },
     /// The peer is silent after the commit.
     #[error("{to} fell silent while it took {vm} over ({cause}); {vm} is paused here")]
     Unresolved {
@@ -93,7 +109,9 @@ impl Error {
             Self::Refused { .. } => ErrorKind::Refused,
             Self::Cancelled { .. } => ErrorKind::Cancelled,
             Self::Failed { .. } => ErrorKind::Failed,
-            Self::Lost { .. } | Self::Unresolved { .. } => ErrorKind::Unresolved,
+            Self::Lost { .. } | Self::Broken { .. } | Self::Unresolved { .. } => {
+                ErrorKind::Unresolved
+            }
         }
     }
 
@@ -126,6 +144,9 @@ pub(super) enum RelayError {
     /// The stream ended before the VM's whole state was sent.
     #[error("this host's QEMU ended its migration stream early")]
     EarlyEnd,
+    /// The stream goes over to post-copy though nobody said so.
+    #[error("this host's QEMU went over to post-copy by itself; does anything else drive it?")]
+    Unasked,
     /// The other side gave up.
     #[error("the other host gave up: {0}")]
     Aborted(String),

@@ -20,6 +20,9 @@ pub enum Phase {
     /// The whole state is at the destination; the source gives the VM up. From here on it belongs to
     /// the destination.
     Commit,
+    /// Post-copy: the VM is handed over and runs at the destination, while part of its memory is still at
+    /// the source, whose QEMU is needed until all of it has moved. From here on it belongs to the destination.
+    PostCopy,
     /// The destination runs the VM.
     Completed,
     /// The migration failed before the hand-over; the source runs the VM.
@@ -98,6 +101,9 @@ pub struct Snapshot {
     /// For how long there has been no connection to the destination, in milliseconds; 0 while there is one.
     #[serde(default)]
     pub link_away_ms: u64,
+    /// Pages that the guest asked for before they had come, in post-copy.
+    #[serde(default)]
+    pub requested_pages: u64,
     /// What is expected, once that can be said.
     #[serde(default)]
     pub forecast: Option<Forecast>,
@@ -129,6 +135,18 @@ pub struct Phases {
     pub pre_copy_ms: f64,
 }
 
+/// What came after the VM ran at its destination.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PostCopy {
+    /// From the VM running there to all of its memory being there, in milliseconds.
+    pub total_ms: f64,
+    /// Pages that came in this time.
+    pub pages: u64,
+    /// Pages that the guest asked for before they had come.
+    pub requested_pages: u64,
+}
+
 /// How a migration ended well.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -145,6 +163,9 @@ pub struct Summary {
     pub phases: Phases,
     /// How long nobody ran it.
     pub downtime: Downtime,
+    /// What came afterwards, in post-copy; `total_ms` includes it.
+    #[serde(default)]
+    pub post_copy: Option<PostCopy>,
     /// What moved.
     pub traffic: Traffic,
     /// Page frames that the guest's agent named as clean page cache, in its last report.
@@ -181,9 +202,12 @@ pub enum Counter {
     TotalBytes,
     HintedPages,
     LinkAwayMs,
+    RequestedPages,
+    /// Pages that come in post-copy.
+    PostCopyPages,
 }
 
-const COUNTERS: usize = Counter::LinkAwayMs as usize + 1;
+const COUNTERS: usize = Counter::PostCopyPages as usize + 1;
 
 impl Default for Progress {
     fn default() -> Self {
@@ -285,6 +309,7 @@ impl Progress {
             total_bytes: self.get(Counter::TotalBytes),
             hinted_pages: self.get(Counter::HintedPages),
             link_away_ms: self.get(Counter::LinkAwayMs),
+            requested_pages: self.get(Counter::RequestedPages),
             forecast: self.forecast(),
         }
     }

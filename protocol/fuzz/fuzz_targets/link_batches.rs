@@ -49,6 +49,8 @@ fuzz_target!(|data: &[u8]| {
                     builder.reference(*block, page + at, *disk, sector, digest);
                 }
             }
+            Record::Discard { block, page, count } => builder.discard(*block, *page, *count),
+            Record::Package => builder.package(),
         }
     }
     assert_eq!(pages * PAGE_LEN, batch.header.data_len);

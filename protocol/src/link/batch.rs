@@ -55,6 +55,8 @@ mod tag {
     pub(super) const ZERO: u8 = 5;
     pub(super) const DATA: u8 = 6;
     pub(super) const REFERENCES: u8 = 7;
+    pub(super) const DISCARD: u8 = 8;
+    pub(super) const PACKAGE: u8 = 9;
 }
 
 /// One record of a batch.
@@ -106,6 +108,18 @@ pub enum Record<'a> {
         /// A digest a page.
         digests: &'a [Digest],
     },
+    /// Post-copy: pages that the destination forgets, and that come once more.
+    Discard {
+        /// RAM block.
+        block: u16,
+        /// First page.
+        page: u64,
+        /// Number of pages.
+        count: u32,
+    },
+    /// Post-copy: the VM's devices follow, with the order to run it. What follows goes on only when the VM
+    /// was handed over.
+    Package,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -241,6 +255,21 @@ impl BatchBuilder {
     pub fn section_close(&mut self) {
         self.flush();
         self.records.push(tag::CLOSE);
+    }
+
+    /// Records pages that the destination forgets.
+    pub fn discard(&mut self, block: u16, page: u64, count: u32) {
+        self.flush();
+        self.records.push(tag::DISCARD);
+        put(&mut self.records, u64::from(block));
+        put(&mut self.records, page);
+        put(&mut self.records, u64::from(count));
+    }
+
+    /// Records that the package of devices follows.
+    pub fn package(&mut self) {
+        self.flush();
+        self.records.push(tag::PACKAGE);
     }
 
     /// Records a page that holds one repeated byte.
@@ -477,6 +506,11 @@ impl<'a> Records<'a> {
                     digests,
                 }
             }
+            tag::DISCARD => {
+                let (block, page, count) = self.run()?;
+                Record::Discard { block, page, count }
+            }
+            tag::PACKAGE => Record::Package,
             _ => return Err(LinkError::OutOfBounds("tag of a record")),
         })
     }
@@ -515,6 +549,8 @@ mod tests {
         Zero(u16, u64, u8),
         Data(u16, u64),
         Reference(u16, u64, u16, u64, Digest),
+        Discard(u16, u64, u32),
+        Package,
     }
 
     fn step() -> impl Strategy<Value = Step> {
@@ -526,6 +562,8 @@ mod tests {
             (0_u16..3, 0_u64..6).prop_map(|(b, p)| Step::Data(b, p)),
             (0_u16..3, 0_u64..6, 0_u16..2, any::<Digest>())
                 .prop_map(|(b, p, d, digest)| Step::Reference(b, p, d, p * 8, digest)),
+            (0_u16..3, 0_u64..6, 1_u32..9).prop_map(|(b, p, n)| Step::Discard(b, p, n)),
+            Just(Step::Package),
         ]
     }
 
@@ -560,6 +598,10 @@ mod tests {
                         Step::Reference(block, page + n, disk, sector + n * 8, *digest)
                     }));
                 }
+                Record::Discard { block, page, count } => {
+                    out.push(Step::Discard(block, page, count));
+                }
+                Record::Package => out.push(Step::Package),
             }
         }
         Ok(out)
@@ -578,6 +620,8 @@ mod tests {
                     Step::Data(block, page) => builder.data(*block, *page),
                     Step::Reference(block, page, disk, sector, digest) =>
                         builder.reference(*block, *page, *disk, *sector, digest),
+                    Step::Discard(block, page, count) => builder.discard(*block, *page, *count),
+                    Step::Package => builder.package(),
                 }
             }
             let data = vec![7; builder.data_len()];

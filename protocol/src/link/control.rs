@@ -65,6 +65,8 @@ pub enum Control {
         connections: u8,
         /// How many seconds the link may be away before the migration ends.
         patience: u16,
+        /// Whether the VM may run at the destination before all of its memory is there.
+        post_copy: bool,
     },
     /// Destination: my QEMU waits for the stream. The session begins.
     Ready {
@@ -73,7 +75,8 @@ pub enum Control {
         /// Connections that the session has, at least 1.
         connections: u8,
     },
-    /// Source: the VM is paused here and its whole state is with you; it is yours.
+    /// Source: the VM is paused here and its whole state is with you; it is yours. In post-copy part of its
+    /// memory follows.
     Commit,
     /// Destination: I run the VM.
     Running,

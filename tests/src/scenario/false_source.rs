@@ -220,6 +220,7 @@ fn false_source(bed: &Bed) -> Result<()> {
             switchover_ack: true,
             connections: 1,
             patience: 1,
+            post_copy: false,
         })?;
         match link.hear()? {
             Some(Control::Ready { .. }) => {}

@@ -15,7 +15,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 use transhume_protocol::link::{
-    Control, FrameHeader, FrameKind, LinkError, Numbering, Preamble, encode_control,
+    Control, Cover, FrameHeader, FrameKind, LinkError, Numbering, Preamble, encode_control,
 };
 
 /// What the migration beside takes, in Mbit/s: longer than all that is tried.
@@ -88,6 +88,7 @@ fn session(pair: &Pair<'_>, job: u64) -> Result<(Link, [u8; 16])> {
         switchover_ack: true,
         connections: 2,
         patience: 2,
+        post_copy: false,
     })?;
     match link.hear()? {
         Some(Control::Ready { token, .. }) => Ok((link, token)),
@@ -178,7 +179,12 @@ fn beyond_the_window(pair: &Pair<'_>, job: u64) -> Result<[u8; 16]> {
 fn endless_life(pair: &Pair<'_>, job: u64) -> Result<()> {
     let (mut link, _) = session(pair, job)?;
     let numbering = Numbering::default();
-    let sign = FrameHeader::encode(FrameKind::Alive, numbering, std::iter::empty());
+    let sign = FrameHeader::encode(
+        FrameKind::Alive,
+        numbering,
+        Cover::Whole,
+        std::iter::empty(),
+    );
     let signs = sign.map_err(wrong)?.repeat(1000);
     for _ in 0..100 {
         link.write(&signs).map_err(lost)?;

@@ -14,6 +14,7 @@ pub(crate) mod micro;
 mod migrate;
 mod pair;
 mod peers;
+mod postcopy;
 mod random_failures;
 mod refused;
 mod runner;
@@ -44,6 +45,7 @@ pub fn all() -> Vec<Scenario> {
         guest::scenarios(),
         migrate::scenarios(),
         converge::scenarios(),
+        postcopy::scenarios(),
         lie::scenarios(),
         die::scenarios(),
         broken_start::scenarios(),

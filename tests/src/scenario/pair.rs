@@ -202,7 +202,12 @@ impl<'a> Pair<'a> {
 
     /// Moves the guest and checks all that must hold then. The command's answer is returned.
     pub(super) fn moves(&self, from: At, life: &mut Life) -> Result<Answer> {
-        let answer = self.migrate(from, &[])?;
+        self.moves_by(from, &[], life)
+    }
+
+    /// The same with more arguments.
+    pub(super) fn moves_by(&self, from: At, more: &[&str], life: &mut Life) -> Result<Answer> {
+        let answer = self.migrate(from, more)?;
         let answer = answer.expect(0).map_err(|error| self.with_logs(error))?;
         check(answer.word("/state")? == "completed", || {
             format!("Not completed: {answer}")

@@ -26,6 +26,8 @@ pub(super) enum Stage {
         /// Whether it is to run, or stays paused as it was.
         runs: bool,
     },
+    /// It belongs to this host and runs here, and part of its memory is still at the source.
+    PostCopy,
     /// It belongs to this host, or did.
     Taken,
     /// It did not come. No QEMU of it is here.
@@ -47,10 +49,11 @@ pub struct Arrivals {
 }
 
 impl Stage {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Waiting,
         Self::Committed { runs: true },
         Self::Committed { runs: false },
+        Self::PostCopy,
         Self::Taken,
         Self::Refused,
     ];
@@ -60,6 +63,7 @@ impl Stage {
             Self::Waiting => "waiting",
             Self::Committed { runs: true } => "committed",
             Self::Committed { runs: false } => "committed-paused",
+            Self::PostCopy => "post-copy",
             Self::Taken => "taken",
             Self::Refused => "refused",
         }
@@ -132,11 +136,17 @@ impl Arrivals {
     pub(super) fn owns(&self, vm: &str, job: u64) -> Option<bool> {
         let arrival = self.of(job).filter(|arrival| arrival.vm == vm)?;
         match arrival.stage {
-            Stage::Committed { .. } | Stage::Taken => Some(true),
+            Stage::Committed { .. } | Stage::PostCopy | Stage::Taken => Some(true),
             Stage::Refused => Some(false),
             // Its QEMU may still be there: not before it is killed.
             Stage::Waiting => None,
         }
+    }
+
+    /// Whether part of a VM's memory is still at the host that it came from.
+    pub(crate) fn is_in_post_copy(&self, vm: &str) -> bool {
+        let mut unfinished = self.unfinished().into_iter();
+        unfinished.any(|arrival| arrival.vm == vm && arrival.stage == Stage::PostCopy)
     }
 
     fn forget_oldest(&self) {

@@ -13,6 +13,7 @@ use transhume_protocol::link::Control;
 use super::disks::{self, DiskReader};
 use super::output::{Output, Writer};
 use super::placement::Placement;
+use super::postcopy::Answers;
 use super::receive::Intake;
 use super::reply::{self, Reply};
 use crate::hypervisor::memory::GuestMemory;
@@ -31,6 +32,8 @@ const GLANCE: Duration = Duration::from_millis(10);
 struct State {
     failure: Option<RelayError>,
     committed: bool,
+    /// QEMU has closed its socket, and all that it said is on its way.
+    closed: bool,
 }
 
 /// What memory goes into, and the disks that it is read from.
@@ -42,6 +45,8 @@ pub(super) struct Target {
     pub(super) memory: Option<GuestMemory>,
     /// Its length by the definition.
     pub(super) memory_bytes: u64,
+    /// The VM may come in post-copy.
+    pub(super) post_copy: bool,
 }
 
 /// The running threads.
@@ -67,6 +72,7 @@ impl Engine {
             volumes,
             memory,
             memory_bytes,
+            post_copy,
         } = target;
         let (replies, queue) = mpsc::channel();
         let output = Arc::new(Output::new());
@@ -75,6 +81,7 @@ impl Engine {
             replies.clone(),
             volumes.len(),
             memory,
+            post_copy,
         ));
         let socket = || qemu.try_clone().map_err(RelayError::Socket);
         let (write_half, read_half) = (socket()?, socket()?);
@@ -88,7 +95,7 @@ impl Engine {
             changed: Notify::new(),
         });
         let disk_bytes = Arc::new(AtomicU64::new(0));
-        let intake = Intake::new(
+        let mut intake = Intake::new(
             session.clone(),
             Arc::clone(&placement),
             replies.clone(),
@@ -100,11 +107,22 @@ impl Engine {
         engine.spawn("relay-link-in", move || {
             intake.run()?;
             this.commit();
+            if this.is_post_copy() {
+                intake.run()?;
+            }
             Ok(())
         })?;
         engine.spawn("relay-stream", move || writer.run())?;
         engine.spawn("relay-link-out", move || reply::run(&session, &queue))?;
-        engine.spawn("relay-return", move || return_path(read_half, &replies))?;
+        let this = Arc::clone(&engine);
+        engine.spawn("relay-return", move || {
+            if !post_copy {
+                return return_path(read_half, |bytes| Ok(pass(&replies, bytes.to_vec())));
+            }
+            this.answers(read_half, &replies)?;
+            this.lock().closed = true;
+            Ok(())
+        })?;
         let volumes = Arc::new(volumes);
         let pool = Arc::default();
         for _ in 0..disks::THREADS {
@@ -148,6 +166,49 @@ impl Engine {
             tokio::time::sleep(GLANCE).await;
         }
         self.stop(RelayError::Stopped);
+    }
+
+    /// Whether the VM is handed over while part of its memory is at the source.
+    pub(super) fn is_post_copy(&self) -> bool {
+        self.placement.is_packaged()
+    }
+
+    /// The hand-over is noted: QEMU may load the devices, and run the VM.
+    pub(super) fn release(&self) {
+        self.output.release();
+    }
+
+    /// Whether QEMU has said all that it will say to the source.
+    pub(super) fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
+
+    /// Takes the first error.
+    pub(super) fn failed(&self) -> Option<RelayError> {
+        self.lock().failure.take()
+    }
+
+    /// Waits for the first error.
+    pub(super) async fn failure(&self) -> RelayError {
+        loop {
+            let changed = self.changed.notified();
+            if let Some(error) = self.failed() {
+                return error;
+            }
+            changed.await;
+        }
+    }
+
+    /// Carries what QEMU says to the link, but for the answer to our own ping.
+    fn answers(&self, qemu: UnixStream, replies: &mpsc::Sender<Reply>) -> Result<(), RelayError> {
+        let mut answers = Answers::default();
+        return_path(qemu, |bytes| {
+            let (passed, answered) = answers.filter(bytes)?;
+            if answered {
+                self.placement.may_write();
+            }
+            Ok(passed.is_empty() || pass(replies, passed))
+        })
     }
 
     fn commit(&self) {
@@ -196,17 +257,22 @@ impl Engine {
     }
 }
 
+/// Says whether anybody listens.
+fn pass(replies: &mpsc::Sender<Reply>, bytes: Vec<u8>) -> bool {
+    replies.send(Reply::ReturnPath(bytes)).is_ok()
+}
+
 /// Carries what QEMU says to the link, until QEMU closes its socket, as it does when it has loaded the VM.
-fn return_path(mut qemu: UnixStream, replies: &mpsc::Sender<Reply>) -> Result<(), RelayError> {
+fn return_path(
+    mut qemu: UnixStream,
+    mut pass: impl FnMut(&[u8]) -> Result<bool, RelayError>,
+) -> Result<(), RelayError> {
     let mut buffer = [0; RETURN_PATH_LEN];
     loop {
         match qemu.read(&mut buffer) {
             Ok(0) => return Ok(()),
             Ok(read) => {
-                if replies
-                    .send(Reply::ReturnPath(buffer[..read].to_vec()))
-                    .is_err()
-                {
+                if !pass(&buffer[..read])? {
                     return Ok(());
                 }
             }

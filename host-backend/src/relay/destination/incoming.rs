@@ -11,6 +11,7 @@ use transhume_protocol::link::{Control, Offer};
 use super::arrivals::Stage;
 use super::engine::{Engine, Target};
 use super::look::{self, Fit};
+use super::postcopy;
 use super::recovery;
 use super::sessions::Open;
 use super::{Host, Outcomes, send};
@@ -81,6 +82,14 @@ impl Decision {
                 self.host.name()
             )
         })
+    }
+
+    /// The VM runs here, and part of its memory is still to come.
+    fn follows(&self) {
+        if let Err(error) = self.note(Stage::PostCopy) {
+            tracing::error!(vm = self.vm, error);
+        }
+        let _ = self.outcome.send(Some(true));
     }
 
     /// It is decided. A note that cannot be written is made up for after a restart.
@@ -154,12 +163,13 @@ pub(super) async fn take(
         (connection, message)
     });
     let (mut connection, message) = begun.await.map_err(|error| error.to_string())?;
-    let (switchover_ack, wished, patience) = match message {
+    let (switchover_ack, wished, patience, post_copy) = match message {
         Ok(Control::Prepare {
             switchover_ack,
             connections,
             patience,
-        }) => (switchover_ack, connections, patience),
+            post_copy,
+        }) => (switchover_ack, connections, patience, post_copy),
         Ok(_) => return Err("something else came where the migration should begin".to_owned()),
         Err(error) => return Err(error.to_string()),
     };
@@ -176,7 +186,7 @@ pub(super) async fn take(
         outcome: outcomes.begin(offer.job, &offer.from),
     };
     let prepared = match decision.note(Stage::Waiting) {
-        Ok(()) => Prepared::new(&fit, &settings, &offer, switchover_ack).await,
+        Ok(()) => Prepared::new(&fit, &settings, &offer, switchover_ack, post_copy).await,
         Err(reason) => Err(reason),
     };
     let prepared = match prepared {
@@ -231,11 +241,25 @@ pub(super) async fn take(
         engine.finish(FAREWELL).await;
         return Ok(());
     }
-    match run(&vm, &decision, offer.running).await {
+    let events = vm.qmp().events();
+    match run(&vm, &decision, offer.running, &engine).await {
         Ok(()) => {
             reservation.kept = true;
             host.arrived(Arc::clone(&vm));
             engine.send(Control::Running);
+            if engine.is_post_copy() {
+                tracing::info!(vm = name, "runs here; part of its memory is still to come");
+                decision.follows();
+                if let Err(cause) = postcopy::complete(&engine, &vm, events).await {
+                    tracing::error!(
+                        vm = name,
+                        cause,
+                        "post-copy was cut off: the VM stands still where it needs memory that did not come"
+                    );
+                    engine.finish(FAREWELL).await;
+                    return Ok(());
+                }
+            }
             decision.end(Stage::Taken);
             if let Err(error) = recovery::settle(vm.files().folder()) {
                 tracing::warn!(vm = name, %error, "run directory of the VM that arrived");
@@ -324,8 +348,9 @@ async fn receive(
 
 /// The source gave the VM up: it runs here from now on, or stays paused as it was there. An error means
 /// that it never ran here, and goes back; a QEMU that ends when it is told to run it has lost it.
-async fn run(vm: &Vm, decision: &Decision, runs: bool) -> Result<(), String> {
+async fn run(vm: &Vm, decision: &Decision, runs: bool, engine: &Engine) -> Result<(), String> {
     decision.note(Stage::Committed { runs })?;
+    engine.release();
     if !runs {
         return Ok(());
     }
@@ -336,7 +361,12 @@ async fn run(vm: &Vm, decision: &Decision, runs: bool) -> Result<(), String> {
         if status.status != "inmigrate" {
             break;
         }
-        if Instant::now() > deadline {
+        if engine.is_post_copy() {
+            // Loading may need pages, which come over the link; that ends by itself if it is gone for long.
+            if let Some(error) = engine.failed() {
+                return Err(error.to_string());
+            }
+        } else if Instant::now() > deadline {
             return Err("QEMU does not come to an end of loading the VM".to_owned());
         }
         tokio::time::sleep(LOAD_GLANCE).await;
@@ -363,6 +393,7 @@ impl Prepared {
         settings: &LaunchSettings,
         offer: &Offer,
         switchover_ack: bool,
+        post_copy: bool,
     ) -> Result<Self, String> {
         let volumes = open_volumes(fit, settings);
         let files = settings.files(&fit.definition.name);
@@ -388,7 +419,8 @@ impl Prepared {
             }
         };
         let volumes = volumes.and_then(|volumes| check_sizes(fit, offer, volumes));
-        let stream = connect(&vm, switchover_ack, offer.running).await;
+        let post_copy = post_copy.then_some(settings.host.as_str());
+        let stream = connect(&vm, switchover_ack, offer.running, post_copy).await;
         match (stream, volumes) {
             (Ok(qemu), Ok(volumes)) => Ok(Self {
                 target: Target {
@@ -396,6 +428,7 @@ impl Prepared {
                     volumes,
                     memory: reach_memory(&vm).await,
                     memory_bytes: fit.definition.memory.bytes(),
+                    post_copy: post_copy.is_some(),
                 },
                 vm,
             }),
@@ -474,8 +507,13 @@ fn check_sizes(
     Ok(volumes)
 }
 
-/// Lets QEMU take the stream from a socket of ours.
-async fn connect(vm: &Vm, switchover_ack: bool, running: bool) -> Result<UnixStream, String> {
+/// Lets QEMU take the stream from a socket of ours. `post_copy`: this host's name, if it may come so.
+async fn connect(
+    vm: &Vm,
+    switchover_ack: bool,
+    running: bool,
+    post_copy: Option<&str>,
+) -> Result<UnixStream, String> {
     let text = |error: crate::hypervisor::Error| error.to_string();
     let mut capabilities = vec![("return-path", true), ("events", true)];
     if running {
@@ -490,6 +528,12 @@ async fn connect(vm: &Vm, switchover_ack: bool, running: bool) -> Result<UnixStr
         .migrate_set_capabilities(&capabilities)
         .await
         .map_err(text)?;
+    if let Some(host) = post_copy {
+        // QEMU looks at the kernel then.
+        let set = vm.qmp().migrate_set_capabilities(&[("postcopy-ram", true)]);
+        set.await
+            .map_err(|error| postcopy::unsupported(host, &error))?;
+    }
     let (ours, theirs) = stream::pair().map_err(|error| error.to_string())?;
     vm.qmp().migrate_incoming(theirs).await.map_err(text)?;
     Ok(ours)

@@ -14,6 +14,7 @@ mod look;
 mod models;
 mod output;
 mod placement;
+mod postcopy;
 mod reads;
 mod receive;
 mod recovery;

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use transhume_protocol::link::SectionKind;
-use transhume_protocol::qemu::{Block, Encoder, Page};
+use transhume_protocol::qemu::{Block, Discard, Encoder, Page};
 
 use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::link::write_all_vectored;
@@ -44,11 +44,16 @@ pub(super) enum Piece {
         contents: Contents,
         pages: Vec<(PageKey, u32)>,
     },
+    /// Pages that QEMU forgets.
+    Discard(Discard),
+    /// What follows waits for [`Output::release`].
+    Hold,
 }
 
 struct Queue {
     pieces: VecDeque<Piece>,
     data: usize,
+    released: bool,
     stopped: bool,
 }
 
@@ -63,6 +68,7 @@ impl Output {
         let queue = Queue {
             pieces: VecDeque::new(),
             data: 0,
+            released: false,
             stopped: false,
         };
         Self {
@@ -104,7 +110,21 @@ impl Output {
         if let Piece::Pages { pages, .. } = &piece {
             queue.data += pages.len() * PAGE_SIZE;
         }
+        if let (Some(Piece::Discard(last)), Piece::Discard(next)) =
+            (queue.pieces.back_mut(), &piece)
+            && last.block == next.block
+        {
+            // Many ranges make one command.
+            last.ranges.extend_from_slice(&next.ranges);
+            return;
+        }
         queue.pieces.push_back(piece);
+        self.changed.notify_all();
+    }
+
+    /// Lets go on what waits for it.
+    pub(super) fn release(&self) {
+        self.lock().released = true;
         self.changed.notify_all();
     }
 
@@ -115,7 +135,8 @@ impl Output {
             if queue.stopped {
                 return Err(RelayError::Stopped);
             }
-            if let Some(piece) = queue.pieces.pop_front() {
+            let held = matches!(queue.pieces.front(), Some(Piece::Hold)) && !queue.released;
+            if !held && let Some(piece) = queue.pieces.pop_front() {
                 if let Piece::Pages { pages, .. } = &piece {
                     queue.data -= pages.len() * PAGE_SIZE;
                     self.changed.notify_all();
@@ -199,6 +220,10 @@ impl Writer {
                     self.pages((*contents).as_ref(), &pages, &mut heads)?;
                     continue;
                 }
+                Piece::Discard(discard) => {
+                    discard.encode(self.encoder()?.blocks(), &mut heads)?;
+                }
+                Piece::Hold => continue,
             }
             let mut slices = [IoSlice::new(&heads)];
             write_all_vectored(&mut self.qemu, &mut slices).map_err(RelayError::Socket)?;

@@ -9,7 +9,8 @@
 //!    later one by QEMU's stream: what is in the stream is never older than what is in memory. Zero
 //!    pages and small blocks always go by the stream.
 //! 4. Before the last RAM section ends nothing is awaited any more: the source sees to that by sending
-//!    every page that is still open.
+//!    every page that is still open. So it is before QEMU forgets pages for post-copy; after that each page
+//!    goes by the stream, once.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -17,9 +18,10 @@ use std::sync::{Arc, mpsc};
 
 use foldhash::fast::RandomState;
 use transhume_protocol::link::{Digest, HintRun, SectionKind, Verdict};
-use transhume_protocol::qemu::Block;
+use transhume_protocol::qemu::{Block, Discard};
 
 use super::output::{Contents, Output, Piece};
+use super::postcopy::{self, Missing};
 use super::reads::{Plan, Read, join};
 use super::reply::Reply;
 use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -71,6 +73,12 @@ struct State {
     may_read_ahead: bool,
     section: Option<SectionKind>,
     ended: bool,
+    /// The guest's memory may be written.
+    may_write: bool,
+    /// What the source has to send again: from the switch to post-copy on.
+    missing: Option<Missing>,
+    /// The package of devices has come.
+    packaged: bool,
 }
 
 /// The shared state; see the module.
@@ -83,6 +91,8 @@ pub(super) struct Placement {
     memory: Option<GuestMemory>,
     /// [`AHEAD_MOST`].
     ahead_most: usize,
+    /// The VM may come in post-copy.
+    post_copy: bool,
 }
 
 /// Collects what becomes of references, a verdict a batch.
@@ -147,6 +157,7 @@ impl Placement {
         replies: mpsc::Sender<Reply>,
         disks: usize,
         memory: Option<GuestMemory>,
+        post_copy: bool,
     ) -> Self {
         let state = State {
             stopped: false,
@@ -157,6 +168,9 @@ impl Placement {
             may_read_ahead: false,
             section: None,
             ended: false,
+            may_write: !post_copy,
+            missing: None,
+            packaged: false,
         };
         Self {
             state: Mutex::new(state),
@@ -166,6 +180,7 @@ impl Placement {
             disks,
             memory,
             ahead_most: AHEAD_MOST,
+            post_copy,
         }
     }
 
@@ -233,9 +248,57 @@ impl Placement {
                 }
             })
             .collect();
-        state.may_read_ahead = true;
+        state.may_read_ahead = state.may_write;
         self.output.push(Piece::Blocks { section, blocks });
+        if let Some(ping) = postcopy::ping().filter(|_| self.post_copy) {
+            self.output.push(Piece::Raw(ping));
+        }
         self.changed.notify_all();
+        Ok(())
+    }
+
+    /// QEMU has worked off the start of its stream, and throws nothing away from here on that was written
+    /// to the guest's memory.
+    pub(super) fn may_write(&self) {
+        let mut state = self.lock();
+        state.may_write = true;
+        state.may_read_ahead = state.missing.is_none() && !state.ended;
+        self.changed.notify_all();
+    }
+
+    /// Whether the source has sent the devices of a VM in post-copy.
+    pub(super) fn is_packaged(&self) -> bool {
+        self.lock().packaged
+    }
+
+    /// Nothing may be awaited when the switch to post-copy begins.
+    fn switch<'a>(&self, state: &'a mut State) -> Result<&'a mut Missing, RelayError> {
+        if !self.post_copy || state.section.is_some() || state.ended || state.packaged {
+            return Err(RelayError::Misplaced("post-copy"));
+        }
+        if !state.awaited.is_empty() {
+            return Err(RelayError::Misplaced("post-copy while pages are awaited"));
+        }
+        state.may_read_ahead = false;
+        let lengths = state.blocks.iter().map(|block| block.spoken.len());
+        Ok(state.missing.get_or_insert_with(|| Missing::new(lengths)))
+    }
+
+    /// QEMU forgets pages, which come once more.
+    pub(super) fn discard(&self, block: u16, page: u64, count: u32) -> Result<(), RelayError> {
+        let mut state = self.lock();
+        self.switch(&mut state)?.forget(block, page, count)?;
+        let ranges = vec![(page, u64::from(count))];
+        self.output.push(Piece::Discard(Discard { block, ranges }));
+        Ok(())
+    }
+
+    /// The package of devices follows, and is held.
+    pub(super) fn package(&self) -> Result<(), RelayError> {
+        let mut state = self.lock();
+        self.switch(&mut state)?;
+        state.packaged = true;
+        self.output.push(Piece::Hold);
         Ok(())
     }
 
@@ -266,7 +329,7 @@ impl Placement {
         contents: &Contents,
         pages: Vec<(PageKey, u32)>,
     ) -> Result<(), RelayError> {
-        let Some(memory) = &self.memory else {
+        let Some(memory) = self.memory.as_ref().filter(|_| state.may_write) else {
             self.stream(Arc::clone(contents), pages);
             return Ok(());
         };
@@ -336,6 +399,15 @@ impl Placement {
                         "end of memory while pages are awaited",
                     ));
                 }
+                if state
+                    .missing
+                    .as_ref()
+                    .is_some_and(|missing| !missing.is_empty())
+                {
+                    return Err(RelayError::Misplaced(
+                        "end of memory while pages are missing",
+                    ));
+                }
                 state.ended = true;
             }
         }
@@ -360,6 +432,17 @@ impl Placement {
             block,
             page: end.saturating_sub(1),
         })?;
+        if let Some(missing) = &mut state.missing {
+            for page in (page..end).filter(|&page| missing.take(PageKey { block, page })) {
+                self.output.push(Piece::Zero {
+                    block,
+                    page,
+                    count: 1,
+                    fill,
+                });
+            }
+            return Ok(());
+        }
         for page in page..end {
             if let Before::Something(Some(awaited)) = state.replace(PageKey { block, page })? {
                 verdicts.settle(awaited);
@@ -393,6 +476,12 @@ impl Placement {
         let mut verdicts = Verdicts::default();
         let mut state = self.lock();
         state.in_section()?;
+        if let Some(missing) = &mut state.missing {
+            let mut pages = pages;
+            pages.retain(|(key, _)| missing.take(*key));
+            self.stream(contents, pages);
+            return Ok(());
+        }
         let was_full = self.is_full(&state);
         let mut first = Vec::with_capacity(pages.len());
         let mut again = Vec::new();
@@ -424,7 +513,7 @@ impl Placement {
         mut pages: Vec<(PageKey, u32)>,
     ) -> Result<(), RelayError> {
         let mut state = self.lock();
-        if state.ended {
+        if state.ended || state.packaged {
             return Err(RelayError::Misplaced("page after the end of memory"));
         }
         pages.retain(|(key, _)| match state.awaited.entry(*key) {
@@ -451,6 +540,9 @@ impl Placement {
         let mut verdicts = Verdicts::default();
         let mut state = self.lock();
         state.in_section()?;
+        if state.missing.is_some() {
+            return Err(RelayError::Misplaced("reference in post-copy"));
+        }
         let was_full = self.is_full(&state);
         for (n, digest) in (0_u64..).zip(digests) {
             let key = PageKey {

@@ -58,8 +58,8 @@ impl Intake {
         })
     }
 
-    /// Receives until the source commits.
-    pub(super) fn run(mut self) -> Result<(), RelayError> {
+    /// Receives until the source commits. In post-copy more comes after that.
+    pub(super) fn run(&mut self) -> Result<(), RelayError> {
         loop {
             let frame = self.session.receive()?;
             match frame.kind {
@@ -133,6 +133,10 @@ impl Intake {
                     self.placement
                         .set_blocks(section, table(&blocks, self.memory_bytes)?)?;
                 }
+                Record::Discard { block, page, count } => {
+                    self.placement.discard(block, page, count)?;
+                }
+                Record::Package => self.placement.package()?,
                 Record::SectionOpen(kind) => self.placement.open(kind)?,
                 Record::SectionClose => self.placement.close()?,
                 Record::Zero {

@@ -72,7 +72,7 @@ async fn recover_one(
         let _ = std::fs::remove_file(folder.join(ARRIVAL).with_extension("new"));
         let _ = std::fs::remove_dir(folder);
         return Ok(match stage {
-            Stage::Committed { .. } => (Stage::Taken, None),
+            Stage::Committed { .. } | Stage::PostCopy => (Stage::Taken, None),
             _ => (Stage::Refused, None),
         });
     }
@@ -92,7 +92,20 @@ async fn recover_one(
             settle(folder).map_err(|error| Error::file("remove", folder, error))?;
             Ok((Stage::Taken, Some(adopted)))
         }
-        (Stage::Committed { .. }, None) => {
+        (Stage::PostCopy, Some(adopted)) => {
+            let said = adopted.qmp().query_migrate().await?;
+            if said.status.as_deref() == Some("completed") {
+                settle(folder).map_err(|error| Error::file("remove", folder, error))?;
+                return Ok((Stage::Taken, Some(adopted)));
+            }
+            tracing::error!(
+                vm,
+                "post-copy was cut off: it stands still where it needs memory that is still at the host that it \
+                 came from"
+            );
+            Ok((Stage::PostCopy, Some(adopted)))
+        }
+        (Stage::Committed { .. } | Stage::PostCopy, None) => {
             tracing::error!(
                 vm,
                 "it had been handed over to this host, and its QEMU has ended"

@@ -8,6 +8,7 @@ use transhume_protocol::qemu::return_path::Message;
 use super::shared::Shared;
 use super::transmit::Packer;
 use crate::link::session::Session;
+use crate::pages::PAGE_SIZE;
 use crate::relay::error::RelayError;
 use crate::relay::progress::Counter;
 
@@ -52,7 +53,10 @@ impl Answers {
                 FrameKind::Control => match decode_control(&frame.payload)? {
                     Control::Running => {
                         self.shared.answer(Ok(()));
-                        return Ok(());
+                        if !self.shared.is_over() {
+                            return Ok(());
+                        }
+                        // In post-copy the guest goes on asking for pages.
                     }
                     Control::Abort { reason } => {
                         self.shared.answer(Err(reason.clone()));
@@ -73,6 +77,12 @@ impl Answers {
         let mut used = 0;
         while let Some((message, length)) = Message::decode(&self.partial[used..])? {
             let bytes = &self.partial[used..used + length];
+            if let Message::RequestPagesOf { length, .. } | Message::RequestPages { length, .. } =
+                message
+            {
+                let pages = u64::from(length) / PAGE_SIZE as u64;
+                self.shared.progress.add(Counter::RequestedPages, pages);
+            }
             if matches!(message, Message::SwitchoverAck) {
                 self.shared.hold_switchover(bytes);
             } else {

@@ -49,11 +49,21 @@ impl Migration {
         if let Err(reason) = taken {
             return Err(self.undo(Stop::Failed(reason)).await);
         }
-        let mut remarks = self
+        let remarks = self
             .reports
             .take()
             .map(|reports| reports.finish())
             .unwrap_or_default();
+        Ok(self.ended(&copied, running, remarks).await)
+    }
+
+    /// All of the VM is at the destination: nothing of it is kept here.
+    pub(super) async fn ended(
+        &self,
+        copied: &Copied,
+        running: Instant,
+        mut remarks: Vec<String>,
+    ) -> Summary {
         let breaks = self.early_breaks + copied.shared.link_breaks();
         if breaks > 0 {
             remarks.push(format!(
@@ -65,7 +75,7 @@ impl Migration {
             tracing::warn!(%error, "QEMU of the VM that has moved cannot be ended");
         }
         self.progress.enter(Phase::Completed);
-        Ok(self.summary(&copied, running, remarks))
+        self.summary(copied, running, remarks)
     }
 
     fn summary(&self, copied: &Copied, running: Instant, remarks: Vec<String>) -> Summary {
@@ -85,6 +95,7 @@ impl Migration {
                 handover_ms: ms(copied.completed, running),
                 total_ms: ms(copied.paused, running),
             },
+            post_copy: None,
             traffic: snapshot.traffic,
             hinted_pages: snapshot.hinted_pages,
             remarks,
@@ -92,7 +103,7 @@ impl Migration {
     }
 
     /// Asks a destination that fell silent after the commit, on new connections.
-    async fn ask_what_became(&self) -> Option<bool> {
+    pub(super) async fn ask_what_became(&self) -> Option<bool> {
         let Request {
             vm, destination, ..
         } = &self.request;
@@ -114,7 +125,7 @@ impl Migration {
         });
     }
 
-    fn give_up(&mut self, copied: &Copied) -> Error {
+    pub(super) fn give_up(&mut self, copied: &Copied) -> Error {
         let cause = copied.shared.take_failure();
         copied.shared.stop(RelayError::Stopped);
         self.progress.enter(Phase::Unresolved);
@@ -130,6 +141,9 @@ impl Migration {
     pub(super) async fn undo(&mut self, stop: Stop) -> Error {
         let qmp = self.request.vm.qmp();
         let lost = qmp.is_closed();
+        if let Some(shared) = &self.shared {
+            shared.withdraw();
+        }
         if !lost && let Err(error) = qmp.migrate_cancel().await {
             tracing::debug!(%error, "migrate_cancel");
         }

@@ -23,6 +23,24 @@ const SCANS: u64 = 2;
 /// A forecast is given up beyond this, in milliseconds.
 const NEVER_MS: f64 = 86_400e3;
 
+/// How memory moves.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// All of it before the VM runs at its destination.
+    #[default]
+    Pre,
+    /// Once; then the VM runs at its destination, and what it wrote meanwhile follows.
+    Post,
+}
+
+impl Mode {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// What an operator wants.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -34,6 +52,9 @@ pub struct Goal {
     pub max_downtime_ms: Option<u32>,
     /// QEMU may slow the guest down.
     pub may_throttle: bool,
+    /// How memory moves.
+    #[serde(default, skip_serializing_if = "Mode::is_default")]
+    pub mode: Mode,
 }
 
 /// What is seen of a migration.

@@ -1,5 +1,7 @@
 //! Drives one migration through its phases.
 
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -11,8 +13,10 @@ use transhume_protocol::link::Control;
 use super::agreement::{Accepted, Agreement, Disagreement};
 use super::facts::{self, Facts, Plan};
 use super::flow::Flow;
+use super::goal::Mode;
 use super::hints::Hints;
 use super::link_rate::LinkRate;
+use super::postcopy::Start;
 use super::report::Reports;
 use super::request::{Journal, Outcome, Request};
 use super::settings::{self, Before};
@@ -91,6 +95,7 @@ pub async fn migrate(
     }
     let mut migration = Migration::new(request, facts, progress, journal);
     match migration.copy(accepted, agreement, &mut cancel).await {
+        Ok(copied) if copied.post_copy => migration.follow_up(copied).await.map(Outcome::Migrated),
         Ok(copied) => migration.hand_over(copied).await.map(Outcome::Migrated),
         Err(stop) => Err(migration.undo(stop).await),
     }
@@ -126,7 +131,7 @@ enum NotReady {
 }
 
 /// Has the destination start its QEMU. Blocks.
-fn prepare(accepted: Accepted, patience: u16) -> Result<Ready, NotReady> {
+fn prepare(accepted: Accepted, patience: u16, post_copy: bool) -> Result<Ready, NotReady> {
     let Accepted {
         mut connection,
         switchover_ack,
@@ -136,6 +141,7 @@ fn prepare(accepted: Accepted, patience: u16) -> Result<Ready, NotReady> {
         switchover_ack,
         connections: connections(),
         patience,
+        post_copy,
     };
     connection.send(&prepare).map_err(NotReady::Link)?;
     match connection.receive(START_PATIENCE).map_err(NotReady::Link)? {
@@ -158,11 +164,13 @@ fn connections() -> u8 {
     u8::try_from(cpus / 2).unwrap_or(u8::MAX).clamp(1, 4)
 }
 
-/// The VM is paused here and whole at the destination.
+/// The VM is paused here and whole at the destination, or handed over with part of its memory still here.
 pub(super) struct Copied {
     pub(super) shared: Arc<Shared>,
     pub(super) paused: Instant,
     pub(super) completed: Instant,
+    /// It was handed over: the rest of its memory follows.
+    pub(super) post_copy: bool,
 }
 
 pub(super) struct Migration {
@@ -222,7 +230,14 @@ impl Migration {
         let session = self.begin_session(ready, &rate)?;
         let known = &self.facts.capabilities;
         let (qmp, goal) = (self.request.vm.qmp(), self.request.goal);
-        let before = settings::set_up(qmp, known, switchover_ack, goal.may_throttle).await?;
+        let before = settings::set_up(
+            qmp,
+            known,
+            switchover_ack,
+            goal.may_throttle,
+            self.is_post_copy(),
+        )
+        .await?;
         self.before = Some(before);
         tokio::select! {
             () = reports.first(REPORT_PATIENCE) => {}
@@ -232,7 +247,7 @@ impl Migration {
 
         self.enter(Phase::PreCopy)?;
         let events = self.request.vm.qmp().events();
-        let qemu = self.connect_qemu().await?;
+        let (qemu, theirs) = self.connect_qemu().await?;
         let shared = Arc::new(Shared::new(
             flow,
             hints,
@@ -242,14 +257,20 @@ impl Migration {
             rate,
         ));
         self.shared = Some(Arc::clone(&shared));
+        if self.is_post_copy() {
+            shared.keep(theirs);
+        } else {
+            // QEMU's alone: the stream ends when it closes its socket.
+            drop(theirs);
+        }
         let digester = Digester::new(&self.facts.offer.digest_key);
         shared.start(digester)?;
-        let (paused, completed) = self.watch(&shared, events, cancel).await?;
-        Ok(Copied {
-            shared,
-            paused,
-            completed,
-        })
+        self.watch(&shared, events, cancel).await
+    }
+
+    /// A paused VM gains nothing by running at its destination early.
+    fn is_post_copy(&self) -> bool {
+        self.request.goal.mode == Mode::Post && self.facts.running
     }
 
     /// Enters a phase, which is noted first.
@@ -304,9 +325,11 @@ impl Migration {
     ) -> Result<Ready, Stop> {
         let patience = self.request.link_patience.as_secs();
         let patience = u16::try_from(patience).unwrap_or(u16::MAX);
+        let post_copy = self.is_post_copy();
         self.may_wait_for_us = true;
         loop {
-            let prepared = tokio::task::spawn_blocking(move || prepare(accepted, patience));
+            let prepared =
+                tokio::task::spawn_blocking(move || prepare(accepted, patience, post_copy));
             let prepared = tokio::select! {
                 prepared = prepared => prepared,
                 () = cancelled(cancel) => return Err(Stop::Cancelled),
@@ -356,24 +379,34 @@ impl Migration {
         Ok(session)
     }
 
-    /// Lets QEMU migrate into a socket of ours.
-    async fn connect_qemu(&self) -> Result<std::os::unix::net::UnixStream, Stop> {
+    /// Lets QEMU migrate into a socket of ours; the other one returned is its own.
+    async fn connect_qemu(&self) -> Result<(UnixStream, OwnedFd), Stop> {
         let vm = &self.request.vm;
         let (ours, theirs) = hypervisor::stream::pair()?;
+        let copy = theirs.try_clone()?;
         vm.qmp().migrate(theirs).await?;
-        Ok(ours)
+        Ok((ours, copy))
     }
 
-    /// Watches until QEMU says that it is done. Returns when the VM was paused, and when it was whole at
-    /// the destination.
+    /// Watches until QEMU says that it is done, or the VM was handed over.
     async fn watch(
         &self,
         shared: &Arc<Shared>,
         mut events: broadcast::Receiver<Event>,
         cancel: &mut watch::Receiver<bool>,
-    ) -> Result<(Instant, Instant), Stop> {
+    ) -> Result<Copied, Stop> {
         let qmp = self.request.vm.qmp();
         let mut switchover = Switchover::new(self.request.goal);
+        let mut start = Start::new(self.is_post_copy());
+        let done = |paused: Option<Instant>| {
+            let completed = Instant::now();
+            Copied {
+                shared: Arc::clone(shared),
+                paused: paused.unwrap_or(completed),
+                completed,
+                post_copy: false,
+            }
+        };
         let mut poll = interval(POLL);
         poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut paused = None;
@@ -389,8 +422,10 @@ impl Migration {
                         }
                         let status = event.data.get("status").and_then(|status| status.as_str());
                         if event.name == "MIGRATION" && status == Some("completed") {
-                            let now = Instant::now();
-                            return Ok((paused.unwrap_or(now), now));
+                            return Ok(done(paused));
+                        }
+                        if event.name == "MIGRATION" && status == Some("pre-switchover") && shared.link_away().is_none() {
+                            return self.let_go(shared, events, paused.unwrap_or_else(Instant::now)).await;
                         }
                         if event.name == "MIGRATION" && status == Some("failed") {
                             return Err(self.why_failed(shared).await);
@@ -417,14 +452,18 @@ impl Migration {
                     }
                     let migration = qmp.query_migrate().await?;
                     match migration.status.as_deref() {
-                        Some("completed") => {
-                            let now = Instant::now();
-                            return Ok((paused.unwrap_or(now), now));
+                        Some("completed") => return Ok(done(paused)),
+                        // Its event came while the link was away.
+                        Some("pre-switchover") if away.is_none() => {
+                            return self.let_go(shared, events, paused.unwrap_or_else(Instant::now)).await;
                         }
                         Some("failed" | "cancelled") => {
                             return Err(self.why_failed(shared).await);
                         }
-                        _ => switchover.follow(&migration, shared, qmp).await?,
+                        _ => {
+                            switchover.follow(&migration, shared, qmp).await?;
+                            start.follow(&migration, shared, qmp).await?;
+                        }
                     }
                 }
             }
@@ -441,7 +480,7 @@ impl Migration {
     }
 
     /// The cause that a person should read: the relay's own, else QEMU's.
-    async fn why_failed(&self, shared: &Arc<Shared>) -> Stop {
+    pub(super) async fn why_failed(&self, shared: &Arc<Shared>) -> Stop {
         // The relay's threads notice a moment after QEMU does, or before.
         let _ = timeout(Duration::from_millis(200), shared.failure()).await;
         match shared.take_failure() {

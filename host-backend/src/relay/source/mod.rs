@@ -16,6 +16,7 @@ mod goal;
 mod hints;
 mod link_rate;
 mod migration;
+mod postcopy;
 mod report;
 mod request;
 mod settings;
@@ -27,6 +28,6 @@ mod transmit;
 
 use crate::link::{sync, window};
 pub use facts::Plan;
-pub use goal::Goal;
+pub use goal::{Goal, Mode};
 pub use migration::migrate;
 pub use request::{Destination, Journal, Outcome, Request, ask};

@@ -14,7 +14,7 @@ const OFF: [&str; 7] = [
     "xbzrle",
     "compress",
     "x-ignore-shared",
-    "postcopy-ram",
+    "postcopy-preempt",
     "rdma-pin-all",
 ];
 /// Parameters that are changed.
@@ -33,6 +33,7 @@ pub(super) async fn set_up(
     known: &[(String, bool)],
     switchover_ack: bool,
     may_throttle: bool,
+    post_copy: bool,
 ) -> Result<Before> {
     // With a return path QEMU learns of an error at the destination, and the VM runs on here.
     let wanted = OFF.map(|name| (name, false)).into_iter().chain([
@@ -40,6 +41,9 @@ pub(super) async fn set_up(
         ("events", true),
         ("switchover-ack", switchover_ack),
         ("auto-converge", may_throttle),
+        ("postcopy-ram", post_copy),
+        // So that the hand-over is noted before it cannot be undone.
+        ("pause-before-switchover", post_copy),
     ]);
     let state = |wanted: &str| known.iter().find(|(name, _)| name == wanted);
     let set: Vec<_> = wanted.filter(|(name, _)| state(name).is_some()).collect();

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,14 +15,32 @@ use super::hints::Hints;
 use super::link_rate::LinkRate;
 use super::stream::StreamReader;
 use super::transmit::{Packer, Transmitter};
+use crate::hypervisor::stream;
 use crate::link::session::Session;
 use crate::pages::digest::Digester;
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Counter, Progress};
 use crate::relay::threads;
 
+/// Who has the VM, as far as it is decided by the stream: post-copy hands it over in the middle.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Hand {
+    /// It stays here whatever the stream says.
+    #[default]
+    Here,
+    /// The stream may hand it over.
+    Open,
+    /// It was handed over.
+    Over(Instant),
+    /// It stays here, for good.
+    Withdrawn,
+}
+
 #[derive(Default)]
 struct State {
+    hand: Hand,
+    /// QEMU's end of its socket, until the stream may hand the VM over.
+    theirs: Option<OwnedFd>,
     /// The first error.
     failure: Option<RelayError>,
     /// The destination's answer to the commit: its reason if it did not take the VM.
@@ -102,6 +121,7 @@ impl Shared {
             state.failure = Some(error);
         }
         drop(state);
+        self.lock().theirs = None;
         self.flow.stop();
         self.session.close();
         // Fails only when QEMU has closed it already.
@@ -152,8 +172,66 @@ impl Shared {
         }
     }
 
+    /// All memory was sent that goes before the VM runs at the destination.
     pub(super) fn set_memory_sent(&self) {
-        self.lock().memory_sent = Some(Instant::now());
+        self.lock().memory_sent.get_or_insert_with(Instant::now);
+    }
+
+    /// Keeps QEMU's end of its socket for [`Shared::open_hand`].
+    pub(super) fn keep(&self, theirs: OwnedFd) {
+        self.lock().theirs = Some(theirs);
+    }
+
+    /// From here on the stream may hand the VM over. The journal says so.
+    pub(super) fn open_hand(&self) {
+        let mut state = self.lock();
+        state.hand = Hand::Open;
+        if let Some(theirs) = state.theirs.take() {
+            stream::narrow(&theirs);
+        }
+    }
+
+    /// Whether the stream may hand the VM over.
+    pub(super) fn is_hand_open(&self) -> bool {
+        self.lock().hand == Hand::Open
+    }
+
+    /// Hands the VM over, unless it was decided that it stays.
+    pub(super) fn hand_over(&self) -> Result<(), RelayError> {
+        let mut state = self.lock();
+        if state.hand != Hand::Open {
+            return Err(RelayError::Stopped);
+        }
+        state.hand = Hand::Over(Instant::now());
+        drop(state);
+        self.changed.notify_waiters();
+        Ok(())
+    }
+
+    /// Keeps the VM here. Returns when it was handed over, if it is too late.
+    pub(super) fn withdraw(&self) -> Option<Instant> {
+        let mut state = self.lock();
+        if let Hand::Over(at) = state.hand {
+            return Some(at);
+        }
+        state.hand = Hand::Withdrawn;
+        None
+    }
+
+    /// Waits until the stream has handed the VM over, and returns when that was.
+    pub(super) async fn handed_over(&self) -> Instant {
+        loop {
+            let changed = self.changed.notified();
+            if let Hand::Over(at) = self.lock().hand {
+                return at;
+            }
+            changed.await;
+        }
+    }
+
+    /// Whether the stream has handed the VM over.
+    pub(super) fn is_over(&self) -> bool {
+        matches!(self.lock().hand, Hand::Over(_))
     }
 
     pub(super) fn memory_sent(&self) -> Option<Instant> {

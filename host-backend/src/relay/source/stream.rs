@@ -11,6 +11,7 @@ use transhume_protocol::qemu::{Decoder, Kind, Page};
 
 use super::buffers::{BUFFER_LEN, Buffer, Pool};
 use super::flow::{Content, Outgoing};
+use super::postcopy::Switch;
 use super::shared::Shared;
 use super::steer::Steer;
 use super::switchover::ASSUMED_RATE;
@@ -28,6 +29,8 @@ const READ_LEAST: usize = 64 * 1024;
 const HOLD: Duration = Duration::from_millis(5);
 /// How far the destination may be behind when the VM could be paused, in time of the link, and in bytes.
 const NEAR: Duration = Duration::from_millis(40);
+/// The same while a guest waits for pages behind what is on its way.
+const NEAR_POST_COPY: Duration = Duration::from_millis(12);
 const NEAR_LEAST: f64 = 512.0 * 1024.0;
 const NEAR_MOST: f64 = 8.0 * 1024.0 * 1024.0;
 /// Length of a page in a request.
@@ -41,31 +44,33 @@ const _: () = assert!(BUFFER_LEN - READ_LEAST > transhume_protocol::qemu::MAX_IT
 /// The reader of one stream.
 pub(super) struct StreamReader {
     socket: UnixStream,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     digester: Digester,
-    decoder: Decoder,
+    pub(super) decoder: Decoder,
     pool: Arc<Pool>,
     /// Pages that QEMU sent at least once, a bitmap a block.
     sent: Vec<Bitmap>,
     /// Pages that QEMU has not sent yet.
-    unsent: u64,
+    pub(super) unsent: u64,
     last_sent: LastSent,
     table: Arc<HintTable>,
     cursor: usize,
     number: u64,
     /// The page that QEMU sent last.
     at: PageKey,
-    steer: Option<Steer>,
+    pub(super) steer: Option<Steer>,
+    /// How far the switch to post-copy is.
+    pub(super) switch: Switch,
     /// The VM is paused: whatever is sent now must be there at once.
     final_section: bool,
-    batch: Batch,
+    pub(super) batch: Batch,
     opaque: bool,
 }
 
 /// What is collected for the next batch.
 #[derive(Default)]
-struct Batch {
-    builder: BatchBuilder,
+pub(super) struct Batch {
+    pub(super) builder: BatchBuilder,
     data: Vec<u32>,
     references: Vec<Content>,
     /// References that may still be made.
@@ -89,6 +94,7 @@ impl StreamReader {
             last_sent: LastSent::default(),
             at: PageKey { block: 0, page: 0 },
             steer: None,
+            switch: Switch::default(),
             table: Arc::default(),
             cursor: 0,
             number: 0,
@@ -132,7 +138,7 @@ impl StreamReader {
             }
             read -= used;
             used = 0;
-            if !self.final_section {
+            if !self.final_section && !self.switch.is_under_way() {
                 self.steer()?;
                 self.stay_near()?;
             }
@@ -149,12 +155,17 @@ impl StreamReader {
             return Ok(());
         }
         let rate = self.shared.rate().unwrap_or(ASSUMED_RATE);
+        let (time, least) = if self.switch.has_begun() {
+            (NEAR_POST_COPY, NEAR_LEAST / 4.0)
+        } else {
+            (NEAR, NEAR_LEAST)
+        };
         #[expect(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,
             reason = "clamped"
         )]
-        let near = (rate * NEAR.as_secs_f64()).clamp(NEAR_LEAST, NEAR_MOST) as u64;
+        let near = (rate * time.as_secs_f64()).clamp(least, NEAR_MOST) as u64;
         let unsent = self.unsent.saturating_mul(PAGE_SIZE as u64);
         self.shared.flow.wait_for_peer(near.max(unsent))?;
         if unsent == 0 {
@@ -198,6 +209,10 @@ impl StreamReader {
     fn more_comes(&self, begun: Instant) -> bool {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         use std::os::fd::AsFd;
+        if self.switch.has_begun() {
+            // Somebody may wait for what has come.
+            return false;
+        }
         let hold = if self.final_section || self.batch.builder.is_empty() {
             Duration::ZERO
         } else {
@@ -209,7 +224,7 @@ impl StreamReader {
     }
 
     fn begin_batch(&mut self) -> Result<(), RelayError> {
-        let room = if self.final_section {
+        let room = if self.final_section || self.switch.has_begun() {
             0
         } else {
             self.shared.flow.reference_room()?
@@ -286,19 +301,26 @@ impl StreamReader {
                 }
                 Kind::Opaque | Kind::EndOfStream => {
                     self.opaque = true;
-                    for piece in bytes.chunks(RAW_MOST) {
-                        self.batch.builder.raw(piece);
-                    }
+                    self.raw(bytes);
+                }
+                Kind::Command(command) => self.command(&command, bytes, buffer)?,
+                Kind::Package => {
+                    self.raw(bytes);
+                    self.switch.came(bytes.len());
                 }
                 Kind::Header
                 | Kind::Configuration(_)
                 | Kind::SectionStart { .. }
-                | Kind::RamBlocks
-                | Kind::Command(_)
-                | Kind::Package => self.batch.builder.raw(bytes),
+                | Kind::RamBlocks => self.batch.builder.raw(bytes),
             }
         }
         Ok(at)
+    }
+
+    pub(super) fn raw(&mut self, bytes: &[u8]) {
+        for piece in bytes.chunks(RAW_MOST) {
+            self.batch.builder.raw(piece);
+        }
     }
 
     fn mark_sent(&mut self, key: PageKey) -> bool {
@@ -314,6 +336,15 @@ impl StreamReader {
     fn page(&mut self, page: Page, data: &[u8; PAGE_SIZE], offset: usize) {
         let key = key(page);
         let first = self.mark_sent(key);
+        if self.switch.has_begun() {
+            // The destination has forgotten what it had.
+            self.batch.builder.data(key.block, key.page);
+            self.batch
+                .data
+                .push(u32::try_from(offset).unwrap_or(u32::MAX));
+            self.batch.again += 1;
+            return;
+        }
         let digest = self.digester.digest(data);
         if self.last_sent.replace(key, digest) {
             self.batch.unchanged += 1;
@@ -378,10 +409,7 @@ impl StreamReader {
     /// referred to.
     fn end_section(&mut self, buffer: &Buffer) -> Result<(), RelayError> {
         if self.final_section {
-            self.flush_copy(buffer)?;
-            self.shared.flow.drain()?;
-            let filled = self.shared.flow.fill_all();
-            self.shared.progress.add(Counter::MismatchedPages, filled);
+            self.settle(buffer)?;
             self.batch.builder.section_close();
             self.dispatch(None)?;
             self.batch = Batch::default();
@@ -392,8 +420,17 @@ impl StreamReader {
         Ok(())
     }
 
+    /// Sends everything that the destination was only referred to so far.
+    pub(super) fn settle(&mut self, buffer: &Buffer) -> Result<(), RelayError> {
+        self.flush_copy(buffer)?;
+        self.shared.flow.drain()?;
+        let filled = self.shared.flow.fill_all();
+        self.shared.progress.add(Counter::MismatchedPages, filled);
+        Ok(())
+    }
+
     /// Sends off what was collected from a buffer that is still being decoded.
-    fn flush_copy(&mut self, buffer: &Buffer) -> Result<(), RelayError> {
+    pub(super) fn flush_copy(&mut self, buffer: &Buffer) -> Result<(), RelayError> {
         let mut copy = self.pool.take();
         copy.copy_from_slice(buffer);
         self.dispatch(Some(Arc::new(copy)))?;

@@ -1,0 +1,214 @@
+//! Post-copy at the destination: the VM runs here while part of its memory is still at the source.
+//!
+//! Before the switch pages may come again and again, the last word counts. At the switch QEMU forgets the pages
+//! that the source still has; from then on each of them goes to QEMU exactly once, by its stream: QEMU puts it
+//! into place by userfaultfd, and ends if it is there already (`EEXIST`).
+
+use std::time::Duration;
+
+use tokio::sync::broadcast;
+use transhume_protocol::qemu::return_path::Message;
+use transhume_protocol::qemu::{Command, CommandKind};
+
+use super::engine::Engine;
+use crate::hypervisor::qmp::Event;
+use crate::hypervisor::{Qmp, Vm};
+use crate::pages::PageKey;
+use crate::pages::bitmap::Bitmap;
+use crate::relay::error::RelayError;
+
+/// How often QEMU is asked whether all memory is there.
+const GLANCE: Duration = Duration::from_millis(100);
+/// How long QEMU may take to say so after the source has ended the link.
+const LAST_WORD: Duration = Duration::from_secs(2);
+/// The number of a ping of our own. QEMU's are small.
+const PING: u32 = 0x7472_616e;
+
+/// Pages that QEMU has forgotten and not got again.
+pub(super) struct Missing {
+    blocks: Vec<Bitmap>,
+    left: u64,
+}
+
+impl Missing {
+    /// None yet, of blocks of so many pages.
+    pub(super) fn new(lengths: impl Iterator<Item = u64>) -> Self {
+        Self {
+            blocks: lengths.map(Bitmap::new).collect(),
+            left: 0,
+        }
+    }
+
+    /// QEMU forgets pages.
+    pub(super) fn forget(&mut self, block: u16, page: u64, count: u32) -> Result<(), RelayError> {
+        let outside = RelayError::Misplaced("page outside of the VM's memory");
+        let Some(pages) = self.blocks.get_mut(usize::from(block)) else {
+            return Err(outside);
+        };
+        let end = page.saturating_add(u64::from(count));
+        if end > pages.len() {
+            return Err(outside);
+        }
+        for page in page..end {
+            self.left += u64::from(pages.insert(page));
+        }
+        Ok(())
+    }
+
+    /// Whether QEMU needs that page; it will not after this.
+    pub(super) fn take(&mut self, key: PageKey) -> bool {
+        let pages = self.blocks.get_mut(usize::from(key.block));
+        let needed = pages.is_some_and(|pages| pages.remove(key.page));
+        self.left -= u64::from(needed);
+        needed
+    }
+
+    /// Whether QEMU has all.
+    pub(super) fn is_empty(&self) -> bool {
+        self.left == 0
+    }
+}
+
+/// The command that is answered when QEMU has worked off all of its stream before it. With post-copy ahead it
+/// throws away what its memory holds at the start of the stream: what is written there before is lost.
+pub(super) fn ping() -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let payload = &PING.to_be_bytes();
+    let kind = CommandKind::Ping;
+    Command { kind, payload }.encode(&mut bytes)?;
+    Some(bytes)
+}
+
+/// Takes the answer to our own ping out of what QEMU says.
+#[derive(Default)]
+pub(super) struct Answers {
+    partial: Vec<u8>,
+}
+
+impl Answers {
+    /// What is to be passed on of the whole messages so far, and whether our ping's answer was among them.
+    pub(super) fn filter(&mut self, bytes: &[u8]) -> Result<(Vec<u8>, bool), RelayError> {
+        self.partial.extend_from_slice(bytes);
+        let (mut used, mut answered) = (0, false);
+        let mut passed = Vec::with_capacity(self.partial.len());
+        while let Some((message, length)) = Message::decode(&self.partial[used..])? {
+            if message == (Message::Pong { number: PING }) {
+                answered = true;
+            } else {
+                passed.extend_from_slice(&self.partial[used..used + length]);
+            }
+            used += length;
+        }
+        self.partial.drain(..used);
+        Ok((passed, answered))
+    }
+}
+
+/// What is wrong when QEMU does not want post-copy.
+pub(super) fn unsupported(host: &str, error: &crate::hypervisor::Error) -> String {
+    format!(
+        "QEMU on {host} cannot take a VM in post-copy: {error}; it needs userfaultfd (/dev/userfaultfd, or \
+         vm.unprivileged_userfaultfd = 1) and no limit on locked memory. `--mode pre` does without"
+    )
+}
+
+/// Waits until all memory of a VM that runs here is here.
+pub(super) async fn complete(
+    engine: &Engine,
+    vm: &Vm,
+    mut events: broadcast::Receiver<Event>,
+) -> Result<(), String> {
+    loop {
+        tokio::select! {
+            biased;
+            () = vm.gone() => return Err("QEMU has ended".to_owned()),
+            error = engine.failure() => return last_word(vm.qmp(), &error).await,
+            event = events.recv() => if matches!(event, Err(broadcast::error::RecvError::Closed)) {
+                return Err(vm.qmp().closed().await);
+            },
+            () = tokio::time::sleep(GLANCE) => {}
+        }
+        // The source's QEMU waits for the last thing that this one says.
+        if engine.is_closed() && is_complete(vm.qmp()).await {
+            return Ok(());
+        }
+    }
+}
+
+/// The source ends the link when it knows that all is here; QEMU may need a moment more.
+async fn last_word(qmp: &Qmp, error: &RelayError) -> Result<(), String> {
+    let whole = async {
+        while !is_complete(qmp).await {
+            tokio::time::sleep(GLANCE).await;
+        }
+    };
+    tokio::time::timeout(LAST_WORD, whole)
+        .await
+        .map_err(|_| error.to_string())
+}
+
+async fn is_complete(qmp: &Qmp) -> bool {
+    let said = qmp.query_migrate().await;
+    said.is_ok_and(|said| said.status.as_deref() == Some("completed"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(block: u16, page: u64) -> PageKey {
+        PageKey { block, page }
+    }
+
+    #[test]
+    fn a_forgotten_page_is_needed_once() {
+        let mut missing = Missing::new([8, 4].into_iter());
+        assert!(!missing.take(key(0, 3)));
+        missing.forget(0, 2, 3).unwrap();
+        missing.forget(0, 4, 2).unwrap();
+        missing.forget(1, 3, 1).unwrap();
+        for page in 2..6 {
+            assert!(!missing.is_empty());
+            assert!(missing.take(key(0, page)) && !missing.take(key(0, page)));
+        }
+        assert!(!missing.take(key(2, 0)) && !missing.take(key(1, 9)));
+        assert!(missing.take(key(1, 3)) && missing.is_empty());
+        assert!(missing.forget(1, 3, 2).is_err());
+        assert!(missing.forget(2, 0, 1).is_err());
+        assert!(missing.forget(0, u64::MAX, 1).is_err());
+    }
+
+    #[test]
+    fn only_the_answer_to_our_ping_is_kept_back() {
+        let request = Message::RequestPagesOf {
+            block: "pc.ram",
+            offset: 4096,
+            length: 4096,
+        };
+        let said = [
+            Message::Pong { number: 1 },
+            Message::Pong { number: PING },
+            request,
+        ];
+        let mut all = Vec::new();
+        let mut expected = Vec::new();
+        for message in said {
+            message.encode(&mut all);
+            if message != (Message::Pong { number: PING }) {
+                message.encode(&mut expected);
+            }
+        }
+        for step in [1, 3, all.len()] {
+            let mut answers = Answers::default();
+            let (mut passed, mut answered) = (Vec::new(), 0);
+            for piece in all.chunks(step) {
+                let (some, ours) = answers.filter(piece).unwrap();
+                passed.extend(some);
+                answered += u32::from(ours);
+            }
+            assert_eq!((passed, answered), (expected.clone(), 1));
+        }
+        assert!(Answers::default().filter(&[0xff; 8]).is_err());
+        assert_eq!(&ping().unwrap()[5..], PING.to_be_bytes());
+    }
+}

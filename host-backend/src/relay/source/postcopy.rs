@@ -1,0 +1,334 @@
+//! Post-copy at the source: the VM is handed over in the middle of the stream, and the rest of its memory
+//! follows.
+//!
+//! QEMU pauses the VM and waits (`pause-before-switchover`). Up to there it can go back. Then the hand-over is
+//! noted, and QEMU goes on: pages to forget, the package of devices, a ping, and pages. When the ping has
+//! come, QEMU has written all of the package and can no longer run the VM by itself, as it would if its socket
+//! broke before; so that is when the destination is told that the VM is its own. It holds the package back
+//! until it has noted that.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::broadcast;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use transhume_protocol::link::{Control, encode_control};
+use transhume_protocol::qemu::{Command, CommandKind, Discard};
+
+use super::buffers::Buffer;
+use super::flow::Next;
+use super::migration::{Copied, Migration, Stop};
+use super::shared::Shared;
+use super::stream::StreamReader;
+use crate::hypervisor::qmp::Event;
+use crate::hypervisor::qmp_commands::Migration as Said;
+use crate::link::PATIENCE;
+use crate::relay::Error;
+use crate::relay::error::RelayError;
+use crate::relay::progress::{Counter, Phase, PostCopy, Summary};
+
+/// How often QEMU is asked how far it is.
+const POLL: Duration = Duration::from_millis(50);
+/// Scans of memory after which post-copy may begin: the set-up counts as one.
+const SCANS: u64 = 2;
+
+/// How far the stream is in the switch.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Switch {
+    /// The VM runs here.
+    #[default]
+    Before,
+    /// The destination forgets pages.
+    Discards,
+    /// So many bytes of the package are still to come.
+    Package(u32),
+    /// The VM was handed over; pages follow.
+    Done,
+}
+
+impl Switch {
+    /// Whether pages that come now are for a VM in post-copy.
+    pub(super) fn has_begun(self) -> bool {
+        self != Self::Before
+    }
+
+    /// Whether nobody runs the VM because of it.
+    pub(super) fn is_under_way(self) -> bool {
+        matches!(self, Self::Discards | Self::Package(_))
+    }
+
+    /// Part of the package has come.
+    pub(super) fn came(&mut self, bytes: usize) {
+        if let Self::Package(left) = self {
+            *left = left.saturating_sub(u32::try_from(bytes).unwrap_or(u32::MAX));
+        }
+    }
+}
+
+impl StreamReader {
+    /// Takes a command of QEMU's.
+    pub(super) fn command(
+        &mut self,
+        command: &Command<'_>,
+        bytes: &[u8],
+        buffer: &Buffer,
+    ) -> Result<(), RelayError> {
+        match (command.kind, self.switch) {
+            (CommandKind::PostcopyRamDiscard, _) => {
+                self.leave_pre_copy(buffer)?;
+                self.discard(command)?;
+            }
+            (CommandKind::Packaged, _) => {
+                self.leave_pre_copy(buffer)?;
+                self.batch.builder.package();
+                self.batch.builder.raw(bytes);
+                self.switch = Switch::Package(command.package_len().unwrap_or_default());
+            }
+            (CommandKind::Ping, Switch::Package(0)) => {
+                self.batch.builder.raw(bytes);
+                self.hand_over(buffer)?;
+            }
+            _ => self.batch.builder.raw(bytes),
+        }
+        Ok(())
+    }
+
+    /// The VM is paused: what the destination was only referred to goes to it before it forgets anything.
+    fn leave_pre_copy(&mut self, buffer: &Buffer) -> Result<(), RelayError> {
+        if self.switch.has_begun() {
+            return Ok(());
+        }
+        if !self.shared.is_hand_open() {
+            return Err(RelayError::Unasked);
+        }
+        self.settle(buffer)?;
+        self.switch = Switch::Discards;
+        self.steer = None;
+        self.unsent = 0;
+        self.shared.set_memory_sent();
+        Ok(())
+    }
+
+    fn discard(&mut self, command: &Command<'_>) -> Result<(), RelayError> {
+        let Discard { block, ranges } = Discard::read(command, self.decoder.blocks())?;
+        for (page, count) in ranges {
+            self.shared.progress.add(Counter::PostCopyPages, count);
+            let mut done = 0;
+            while done < count {
+                let some = u32::try_from(count - done).unwrap_or(u32::MAX);
+                self.batch.builder.discard(block, page + done, some);
+                done += u64::from(some);
+            }
+        }
+        Ok(())
+    }
+
+    /// QEMU has written the whole package and cannot run the VM any more.
+    fn hand_over(&mut self, buffer: &Buffer) -> Result<(), RelayError> {
+        self.flush_copy(buffer)?;
+        // The commit overtakes what waits.
+        self.shared.flow.drain()?;
+        let commit = encode_control(&Control::Commit)?;
+        self.shared.hand_over()?;
+        self.shared.flow.push_urgent(Next::Control(commit));
+        self.switch = Switch::Done;
+        Ok(())
+    }
+}
+
+/// When QEMU may go over to post-copy.
+pub(super) struct Start {
+    wanted: bool,
+}
+
+impl Start {
+    pub(super) fn new(wanted: bool) -> Self {
+        Self { wanted }
+    }
+
+    /// Lets QEMU go over when all memory was scanned once.
+    pub(super) async fn follow(
+        &mut self,
+        said: &Said,
+        shared: &Shared,
+        qmp: &crate::hypervisor::Qmp,
+    ) -> Result<(), Stop> {
+        let scans = said.ram.map_or(0, |ram| ram.dirty_sync_count);
+        if !self.wanted || scans < SCANS {
+            return Ok(());
+        }
+        self.wanted = false;
+        qmp.migrate_start_postcopy().await?;
+        // A QEMU that waits for the destination's leave would also wait with post-copy.
+        shared.release_switchover()?;
+        Ok(())
+    }
+}
+
+fn status(event: &Event) -> Option<&str> {
+    let status = event.data.get("status").and_then(|status| status.as_str());
+    status.filter(|_| event.name == "MIGRATION")
+}
+
+impl Migration {
+    /// The VM is paused, and QEMU waits for our leave. Returns when it was handed over by the stream, or is
+    /// whole at the destination because post-copy was not needed.
+    pub(super) async fn let_go(
+        &self,
+        shared: &Arc<Shared>,
+        mut events: broadcast::Receiver<Event>,
+        paused: Instant,
+    ) -> Result<Copied, Stop> {
+        let qmp = self.request.vm.qmp();
+        self.enter(Phase::PostCopy)?;
+        shared.open_hand();
+        qmp.migrate_continue().await?;
+        let copied = |completed, post_copy| Copied {
+            shared: Arc::clone(shared),
+            paused,
+            completed,
+            post_copy,
+        };
+        let failed = loop {
+            tokio::select! {
+                biased;
+                at = shared.handed_over() => return Ok(copied(at, true)),
+                event = events.recv() => match event {
+                    Ok(event) => match status(&event) {
+                        Some("completed") => return Ok(copied(Instant::now(), false)),
+                        Some("failed") => break self.why_failed(shared).await,
+                        _ => {}
+                    },
+                    Err(broadcast::error::RecvError::Lagged(_)) => {}
+                    Err(broadcast::error::RecvError::Closed) => {
+                        break Stop::Failed(qmp.closed().await);
+                    }
+                },
+                () = shared.failure() => break self.why_failed(shared).await,
+            }
+        };
+        match shared.withdraw() {
+            Some(at) => Ok(copied(at, true)),
+            None => Err(failed),
+        }
+    }
+
+    /// Phase [`Phase::PostCopy`] from the hand-over on: the VM belongs to the destination unless that says that
+    /// it did not take it, and the rest of its memory is here.
+    pub(super) async fn follow_up(mut self, copied: Copied) -> Result<Summary, Error> {
+        let remarks = self
+            .reports
+            .take()
+            .map(|reports| reports.finish())
+            .unwrap_or_default();
+        let running = match self.taken(&copied.shared).await {
+            Some(Ok(())) => Instant::now(),
+            Some(Err(reason)) => return Err(self.undo(Stop::Failed(reason)).await),
+            None => return Err(self.in_doubt(&copied).await),
+        };
+        tracing::info!("the VM runs at its destination; the rest of its memory follows");
+        let pages = self.progress.get(Counter::PostCopyPages);
+        if let Err(cause) = self.rest(&copied.shared).await {
+            return Err(self.broken(&copied, cause));
+        }
+        let whole = Instant::now();
+        let mut summary = self.ended(&copied, running, remarks).await;
+        summary.post_copy = Some(PostCopy {
+            total_ms: whole.saturating_duration_since(running).as_secs_f64() * 1e3,
+            pages,
+            requested_pages: self.progress.get(Counter::RequestedPages),
+        });
+        Ok(summary)
+    }
+
+    /// Waits for the destination's answer to the hand-over; `None` when the link ends first. As long as it may
+    /// come back there is nothing better to do: neither side can go back.
+    async fn taken(&self, shared: &Shared) -> Option<Result<(), String>> {
+        let answered = shared.answered();
+        tokio::pin!(answered);
+        loop {
+            match timeout(POLL, &mut answered).await {
+                Ok(answer) => return answer,
+                Err(_) => self.show(shared, None),
+            }
+        }
+    }
+
+    fn show(&self, shared: &Shared, said: Option<&Said>) {
+        let away = shared.link_away().map_or(0, |away| away.as_millis());
+        let away = u64::try_from(away).unwrap_or(u64::MAX);
+        self.progress.set(Counter::LinkAwayMs, away);
+        if let Some(ram) = said.and_then(|said| said.ram) {
+            self.progress
+                .set(Counter::RemainingBytes, ram.remaining.saturating_add(1));
+        }
+    }
+
+    /// Waits until QEMU has sent the rest and the destination's has it.
+    async fn rest(&self, shared: &Arc<Shared>) -> Result<(), String> {
+        let qmp = self.request.vm.qmp();
+        let mut poll = interval(POLL);
+        poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut events = qmp.events();
+        let mut failed: Option<Instant> = None;
+        loop {
+            tokio::select! {
+                // An event is only a reason to look at once.
+                event = events.recv() => if event.is_err() && qmp.is_closed() {
+                    return Err(qmp.closed().await);
+                },
+                () = shared.failure(), if failed.is_none() => failed = Some(Instant::now()),
+                _ = poll.tick() => {}
+            }
+            let said = qmp
+                .query_migrate()
+                .await
+                .map_err(|error| error.to_string())?;
+            self.show(shared, Some(&said));
+            match said.status.as_deref() {
+                Some("completed") => return Ok(()),
+                // It waits for somebody to resume it.
+                Some("postcopy-paused" | "failed" | "cancelled") => {
+                    let cause = shared.take_failure();
+                    return Err(match (cause, said.error_desc) {
+                        (Some(cause), _) => cause.to_string(),
+                        (None, Some(said)) => format!("QEMU: {said}"),
+                        (None, None) => "QEMU's stream broke".to_owned(),
+                    });
+                }
+                // QEMU before 8.0 may wait for the end of its return path for ever.
+                _ if failed.is_some_and(|since| since.elapsed() > PATIENCE) => {
+                    let cause = shared.take_failure();
+                    return Err(cause.map_or_else(String::new, |cause| cause.to_string()));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn broken(&mut self, copied: &Copied, cause: String) -> Error {
+        copied.shared.stop(RelayError::Stopped);
+        self.progress.enter(Phase::Unresolved);
+        Error::Broken {
+            vm: self.request.vm.name().to_owned(),
+            from: self.request.from.clone(),
+            to: self.request.destination.host.clone(),
+            cause,
+        }
+    }
+
+    /// The link ended before the destination answered.
+    async fn in_doubt(&mut self, copied: &Copied) -> Error {
+        match timeout(PATIENCE, self.ask_what_became()).await {
+            Ok(Some(true)) => self.broken(
+                copied,
+                "the link ended while the VM was handed over".to_owned(),
+            ),
+            Ok(Some(false)) => {
+                let reason = "the other host did not take the VM over".to_owned();
+                self.undo(Stop::Failed(reason)).await
+            }
+            Ok(None) | Err(_) => self.give_up(copied),
+        }
+    }
+}
