@@ -181,7 +181,8 @@ impl Channel {
                     continue;
                 }
             }
-            sealed.start = 0;
+            // Nothing is left to be decrypted, also where a signal interrupts the read.
+            (sealed.start, sealed.end) = (0, 0);
             sealed.end = (&self.socket).read(&mut sealed.raw)?;
             if sealed.end == 0 {
                 return Ok(0);

@@ -8,7 +8,7 @@ use loom::thread::{self, JoinHandle};
 use transhume_protocol::link::{HintRun, SectionKind};
 use transhume_protocol::qemu::Block;
 
-use super::{reads, reply};
+use super::{postcopy, reads, reply};
 use crate::link::model_sync::{self as sync, model};
 use crate::pages::hints::Place;
 use crate::pages::{PAGE_SIZE, PageKey};
@@ -83,7 +83,7 @@ fn placement() -> Arc<Placement> {
     // Nobody listens to what is sent.
     drop(queue);
     let output = std::sync::Arc::new(Output::new());
-    let placement = Placement::new(output, replies, 1, None).with_ahead(1);
+    let placement = Placement::new(output, replies, 1, None, false).with_ahead(1);
     let blocks = vec![Block {
         name: "pc.ram".to_owned(),
         length: 2 * PAGE_SIZE as u64,
