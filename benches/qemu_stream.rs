@@ -1,4 +1,4 @@
-//! How fast QEMU's stream is taken apart and put together again, in memory.
+//! How fast QEMU's stream is taken apart and put together again, in memory, and packets of its channels.
 #![allow(
     missing_docs,
     clippy::expect_used,
@@ -7,6 +7,7 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
+use transhume_protocol::qemu::multifd::{MAX_PACKET_PAGES, PACKET_LEN, Packet, encode_packet};
 use transhume_protocol::qemu::{
     Block, Configuration, Decoder, Encoder, Kind, PAGE_SIZE, Page, start_stream,
 };
@@ -91,6 +92,32 @@ fn again(stream: &[u8], out: &mut Vec<u8>, copy_pages: bool) -> usize {
     })
 }
 
+/// As many pages in packets, without their contents.
+fn packets() -> Vec<[u8; PACKET_LEN]> {
+    let offsets: Vec<u64> = (0..PAGES).map(|page| page * PAGE_SIZE as u64).collect();
+    offsets
+        .chunks(MAX_PACKET_PAGES)
+        .map(|pages| encode_packet(false, 0, "pc.ram", pages, &[]))
+        .collect()
+}
+
+fn channels(criterion: &mut Criterion) {
+    let (packets, blocks) = (packets(), blocks());
+    let mut group = criterion.benchmark_group("qemu channel");
+    group.throughput(Throughput::Elements(PAGES));
+    group.bench_function("decode packets", |bencher| {
+        bencher.iter(|| {
+            for packet in &packets {
+                let packet = Packet::decode(packet, &blocks).expect("it was encoded");
+                for page in packet.pages() {
+                    black_box(page);
+                }
+            }
+        });
+    });
+    group.finish();
+}
+
 fn bench(criterion: &mut Criterion) {
     let mut out = Vec::with_capacity(2 * PIECE);
     for (name, zero_every) in [("pages", PAGES + 1), ("half of them zero", 2)] {
@@ -120,5 +147,5 @@ fn bench(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, bench);
+criterion_group!(benches, bench, channels);
 criterion_main!(benches);

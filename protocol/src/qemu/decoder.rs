@@ -58,6 +58,9 @@ pub enum Kind<'a> {
     },
     /// The end mark of the records of a START, PART or END.
     EndOfSection,
+    /// What the channels of [`super::multifd`] hold before their next SYNC belongs before this, and what they
+    /// hold after it behind.
+    Flush,
     /// A section's footer.
     Footer {
         /// The section.
@@ -107,6 +110,8 @@ pub struct Decoder {
     last: Option<u16>,
     /// Its length in bytes.
     last_length: u64,
+    /// Whether pages may come in channels beside the stream.
+    channels: bool,
 }
 
 impl Default for Decoder {
@@ -124,7 +129,15 @@ impl Decoder {
             blocks: Vec::new(),
             last: None,
             last_length: 0,
+            channels: false,
         }
+    }
+
+    /// The same for a stream with channels beside it (see [`super::multifd`]), else refused where they show.
+    pub const fn with_channels() -> Self {
+        let mut decoder = Self::new();
+        decoder.channels = true;
+        decoder
     }
 
     /// The guest's RAM blocks; empty before [`Kind::RamBlocks`].
@@ -348,6 +361,7 @@ impl Decoder {
                 self.expected = Expected::Footer;
                 Ok(Kind::EndOfSection)
             }
+            flag::MULTIFD_FLUSH if word == flag::MULTIFD_FLUSH && self.channels => Ok(Kind::Flush),
             flag::MEM_SIZE if flags == flag::MEM_SIZE => {
                 if !self.blocks.is_empty() {
                     return Err(Error::SecondTable.into());

@@ -156,6 +156,52 @@ pub enum Error {
         /// Length of its payload.
         length: u16,
     },
+    /// A channel's magic number is missing.
+    #[error(
+        "a channel has {0:#010x} where a packet should begin: it is not one of QEMU's, or damaged"
+    )]
+    NotAChannel(u32),
+    /// A channel's version is not 1.
+    #[error("a channel has version {0}, but only version 1 is known")]
+    ChannelVersion(u32),
+    /// Pages are compressed.
+    #[error(
+        "the source compresses the pages of its channels: set the migration parameter `multifd-compression` to `none`"
+    )]
+    CompressedChannel,
+    /// A device's state in a channel.
+    #[error(
+        "a device sends its state through a channel (VFIO devices can): turn the device's property \
+         `x-migration-multifd-transfer` off"
+    )]
+    DeviceInChannel,
+    /// Flags that no packet has.
+    #[error("a packet has the flags {0:#x}, which are not known: the channel is damaged")]
+    PacketFlags(u32),
+    /// More pages than a packet has room for.
+    #[error(
+        "a packet has {pages} pages and {zero} zero pages in room for {room}: the channel is damaged, or the \
+         guest's pages are not of 4 KiB"
+    )]
+    PacketPages {
+        /// Pages that follow it.
+        pages: u32,
+        /// Zero pages.
+        zero: u32,
+        /// What it has room for.
+        room: u32,
+    },
+    /// The length of the pages is not theirs.
+    #[error("a packet has {pages} pages in {length} bytes: the channel is damaged")]
+    PacketLength {
+        /// Pages that follow it.
+        pages: u32,
+        /// Their bytes.
+        length: u32,
+    },
+    /// A field lies beyond the end.
+    #[error("a packet ends before its fields do")]
+    PacketEnd,
     /// The destination sends the bitmap of received pages.
     #[error("the destination resumes a broken post-copy, which is not supported")]
     ReceivedBitmap,

@@ -1,9 +1,9 @@
 //! QEMU's migration stream and its return path.
 //!
 //! Known: the stream of QEMU 7.2 to 10.0 on x86 for machine types from 2.4 on (older ones send neither
-//! configuration nor footers), version 3, plain RAM records. Refused with the name of what to turn
-//! off: capabilities that change the records. One leaves no trace in the stream of QEMU 7.2, so whoever
-//! starts the migration must see that it is off: multifd.
+//! configuration nor footers), version 3, plain RAM records, and the channels of [`multifd`]. Refused with the
+//! name of what to turn off: capabilities that change the records. Multifd leaves no trace in the stream of QEMU
+//! 7.2, so whoever starts the migration must see that it is off where nobody reads the channels.
 //!
 //! ```text
 //! magic u32 | version u32 | 7 configuration
@@ -25,6 +25,7 @@ mod decoder;
 mod discard;
 mod encoder;
 mod error;
+pub mod multifd;
 mod reader;
 pub mod return_path;
 

@@ -290,7 +290,8 @@ impl StreamReader {
                     // The end of the set-up section, which goes as it is.
                     self.batch.builder.raw(bytes);
                 }
-                Kind::EndOfSection => {}
+                // Refused by a decoder that was not made for channels.
+                Kind::EndOfSection | Kind::Flush => {}
                 Kind::Footer { .. } => {
                     if self.sent.is_empty() {
                         self.batch.builder.raw(bytes);
