@@ -11,6 +11,8 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 const MAX_TEXT: u64 = 1 << 20;
+/// Each has a thread here and one in QEMU.
+const MAX_CHANNELS: u8 = 8;
 
 /// What an operator says about a host.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -33,6 +35,9 @@ pub struct Config {
     /// The QEMU for VMs whose definition names none.
     #[serde(default = "default_qemu")]
     pub qemu: PathBuf,
+    /// Through how many channels (`multifd`) QEMU hands a VM's memory over; 1 for its stream alone.
+    #[serde(default = "default_qemu_channels")]
+    pub qemu_channels: u8,
     /// Certificates for the link between hosts.
     pub tls: Option<Tls>,
     /// The link is not encrypted, and nobody proves who they are: for a network of the hosts' own.
@@ -74,6 +79,10 @@ fn default_state_directory() -> PathBuf {
     "/var/lib/transhume".into()
 }
 
+fn default_qemu_channels() -> u8 {
+    1
+}
+
 fn default_qemu() -> PathBuf {
     "/usr/bin/qemu-system-x86_64".into()
 }
@@ -106,6 +115,12 @@ impl Config {
             return Err(format!(
                 "`host` is {:?}; a name has at most 63 of a-z, 0-9 and -, and does not start with -",
                 config.host
+            ));
+        }
+        let channels = config.qemu_channels;
+        if !(1..=MAX_CHANNELS).contains(&channels) {
+            return Err(format!(
+                "`qemu-channels` is {channels}; write a number from 1 to {MAX_CHANNELS}"
             ));
         }
         let tls = config.tls.iter().flat_map(|tls| {
@@ -186,12 +201,13 @@ mod tests {
     fn reads_every_field() {
         let config = Config::parse(
             "host = \"hosta\"\nlisten = \"127.0.0.1:7000\"\nrun-directory = \"/run/t\"\n\
-             state-directory = \"/var/t\"\nqemu = \"/opt/qemu\"\n[hosts.hostb]\naddress = \"10.0.0.2:7465\"\n\
+             state-directory = \"/var/t\"\nqemu = \"/opt/qemu\"\nqemu-channels = 2\n[hosts.hostb]\naddress = \"10.0.0.2:7465\"\n\
              [tls]\nauthority = \"/a\"\ncertificate = \"/c\"\nkey = \"/k\"",
         );
         let config = config.expect("a configuration");
         assert_eq!(config.hosts["hostb"].address, "10.0.0.2:7465");
         assert_eq!(config.control_socket(), Path::new("/run/t/control.sock"));
+        assert_eq!(config.qemu_channels, 2);
         assert_eq!(config.launch_settings().qemu, Path::new("/opt/qemu"));
         assert!(matches!(config.security(), Security::Tls { host, .. } if host == "hosta"));
     }
@@ -218,6 +234,10 @@ mod tests {
                 "absolute",
             ),
             ("host = \"a\"\nlisten = \"7465\"", "socket address"),
+            (
+                "host = \"a\"\nplain-link = true\nqemu-channels = 9",
+                "from 1 to 8",
+            ),
             ("host = \"a\"\nport = 1", "unknown field `port`"),
             ("host = \"a\"\nrun-directory = \"run\"", "absolute"),
             (

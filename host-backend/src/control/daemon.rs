@@ -455,6 +455,7 @@ impl Daemon {
             },
             link_patience,
             goal,
+            qemu_channels: self.config.qemu_channels,
             dry_run,
         };
         let span = tracing::info_span!("migration", vm = name, job = job.id(), to);

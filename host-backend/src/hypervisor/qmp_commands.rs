@@ -2,6 +2,7 @@
 
 use super::Result;
 use super::qmp::{Machine, Qmp, Status};
+use super::stream::Door;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::os::fd::OwnedFd;
@@ -126,6 +127,14 @@ impl Qmp {
     pub async fn migrate(&self, socket: OwnedFd) -> Result<()> {
         self.give(STREAM, socket).await?;
         self.execute("migrate", json!({ "uri": format!("fd:{STREAM}") }))
+            .await
+            .map(drop)
+    }
+
+    /// The same into sockets that QEMU opens itself: the stream's, and with `multifd` its channels'.
+    pub async fn migrate_to(&self, door: &Door) -> Result<()> {
+        let uri = format!("unix:{}", door.path().display());
+        self.execute("migrate", json!({ "uri": uri }))
             .await
             .map(drop)
     }

@@ -1,13 +1,23 @@
-//! The socket through which QEMU's migration stream goes.
+//! The sockets through which QEMU's migration stream goes.
 
+use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
+use tokio::net::UnixListener;
+use tokio::time::timeout;
 
 /// Bytes that either end may be ahead of the other. With the kernel's default, some 200 KiB, QEMU and
 /// the relay wake each other for every second write, which took a fifth of the time of both.
 const AHEAD: usize = 2 << 20;
+/// How long QEMU may take to open a socket that it was told of.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The socket's name in the VM's run directory.
+const NAME: &str = "stream.sock";
 
 /// The same where what QEMU writes next matters more than how much it writes: a guest waits for it.
 const AHEAD_OF_GUEST: usize = 64 << 10;
@@ -25,7 +35,7 @@ pub fn narrow(theirs: &OwnedFd) {
 ///
 /// # Errors
 /// When there are no more descriptors.
-pub fn pair() -> std::io::Result<(UnixStream, OwnedFd)> {
+pub fn pair() -> io::Result<(UnixStream, OwnedFd)> {
     let (ours, theirs) = UnixStream::pair()?;
     for socket in [&ours, &theirs] {
         // Beyond net.core.wmem_max only with CAP_NET_ADMIN; with less it is slower.
@@ -34,4 +44,149 @@ pub fn pair() -> std::io::Result<(UnixStream, OwnedFd)> {
         }
     }
     Ok((ours, theirs.into()))
+}
+
+/// Where a QEMU opens a stream and its channels, which it can by an address alone. Only its own process is
+/// let in, and the address is gone when this is dropped.
+#[derive(Debug)]
+pub struct Door {
+    listener: UnixListener,
+    path: PathBuf,
+    process: u32,
+}
+
+impl Door {
+    /// A door for the QEMU of that process id in the run directory `folder`. `None` if that QEMU sees another
+    /// folder by that name or none, or is another user's: it could not open the door.
+    ///
+    /// # Errors
+    /// When the socket cannot be made.
+    pub fn open(folder: &Path, process: u32) -> io::Result<Option<Self>> {
+        if !sees(process, folder) {
+            return Ok(None);
+        }
+        let path = folder.join(NAME);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path)?;
+        let door = Self {
+            listener,
+            path,
+            process,
+        };
+        // Until then its folder keeps others out, and `accept` does anyway.
+        std::fs::set_permissions(&door.path, std::fs::Permissions::from_mode(0o600))?;
+        Ok(Some(door))
+    }
+
+    /// The address.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The next socket that QEMU opens.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::TimedOut`] if it opens none for ten seconds.
+    pub async fn accept(&self) -> io::Result<UnixStream> {
+        let accept = async {
+            loop {
+                let (socket, _) = self.listener.accept().await?;
+                let from = socket.peer_cred()?.pid();
+                if from.and_then(|id| u32::try_from(id).ok()) == Some(self.process) {
+                    let socket = socket.into_std()?;
+                    socket.set_nonblocking(false)?;
+                    return Ok(socket);
+                }
+                tracing::warn!(?from, path = %self.path.display(), "not QEMU: shut out");
+            }
+        };
+        match timeout(PATIENCE, accept).await {
+            Ok(socket) => socket,
+            Err(_) => Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("QEMU did not open {}", self.path.display()),
+            )),
+        }
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        // At worst the next migration removes it.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Whether a process is of our user and finds the same folder by that path.
+fn sees(process: u32, folder: &Path) -> bool {
+    let root = PathBuf::from(format!("/proc/{process}/root"));
+    let theirs = folder
+        .strip_prefix("/")
+        .ok()
+        .and_then(|below| std::fs::metadata(root.join(below)).ok());
+    let owner = std::fs::metadata(format!("/proc/{process}")).map(|process| process.uid());
+    let us = nix::unistd::geteuid().as_raw();
+    match (theirs, std::fs::metadata(folder), owner) {
+        (Some(theirs), Ok(ours), Ok(owner)) => {
+            owner == us && (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino())
+        }
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    #[tokio::test]
+    async fn the_door_is_for_one_process_and_leaves_nothing() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let door = Door::open(folder.path(), std::process::id()).expect("a socket");
+        let door = door.expect("we see our own folder");
+        let path = door.path().to_owned();
+        let mode = std::fs::metadata(&path).expect("it is there").mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let mut qemu = UnixStream::connect(&path).expect("it listens");
+        let mut ours = door.accept().await.expect("it is us");
+        qemu.write_all(b"QEVM").expect("it is open");
+        let mut read = [0; 4];
+        ours.read_exact(&mut read)
+            .expect("it blocks until they came");
+        assert_eq!(&read, b"QEVM");
+        drop(door);
+        assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn another_process_is_shut_out() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut other = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .expect("a process");
+        let door = Door::open(folder.path(), other.id()).expect("a socket");
+        let door = door.expect("it sees our folder");
+        let mut stranger = UnixStream::connect(door.path()).expect("it listens");
+        let left = tokio::select! {
+            _ = door.accept() => None,
+            left = tokio::task::spawn_blocking(move || stranger.read(&mut [0])) => Some(left),
+        };
+        let left = left.expect("nobody was let in").expect("a thread");
+        assert_eq!(left.expect("it was closed"), 0);
+        other.kill().expect("it runs");
+        other.wait().expect("it ended");
+    }
+
+    #[tokio::test]
+    async fn no_door_for_one_who_cannot_see_it() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let nobody = Door::open(folder.path(), u32::MAX).expect("nothing was made");
+        assert!(nobody.is_none());
+        let nowhere = Door::open(&folder.path().join("none"), std::process::id());
+        assert!(nowhere.expect("nothing was made").is_none());
+    }
 }

@@ -47,6 +47,17 @@ impl Bitmap {
         there
     }
 
+    /// Takes out at least all numbers from `from` on and below `to`, and none that is more than 63 away from them.
+    pub fn clear(&mut self, from: u64, to: u64) {
+        let to = to.min(self.bits);
+        if from >= to {
+            return;
+        }
+        // Below the bound, so both are places of words.
+        let place = |bit: u64| usize::try_from(bit / 64).unwrap_or(0);
+        self.words[place(from)..=place(to - 1)].fill(0);
+    }
+
     /// The first number from `from` on and below `to` that is not in the set.
     pub fn first_absent(&self, from: u64, to: u64) -> Option<u64> {
         let to = to.min(self.bits);
@@ -100,5 +111,19 @@ mod tests {
                 prop_assert_eq!(bitmap.first_absent(from, to), absent);
             }
         }
+    }
+
+    #[test]
+    fn clears_a_range_and_little_more() {
+        let mut bitmap = Bitmap::new(1000);
+        (0..1000).for_each(|bit| {
+            bitmap.insert(bit);
+        });
+        bitmap.clear(200, 400);
+        bitmap.clear(u64::MAX, 0);
+        assert!((200..400).all(|bit| !bitmap.contains(bit)));
+        assert!((0..137).chain(463..1000).all(|bit| bitmap.contains(bit)));
+        bitmap.clear(0, u64::MAX);
+        assert!((0..1000).all(|bit| !bitmap.contains(bit)));
     }
 }

@@ -147,6 +147,12 @@ pub(super) enum RelayError {
     /// The stream goes over to post-copy though nobody said so.
     #[error("this host's QEMU went over to post-copy by itself; does anything else drive it?")]
     Unasked,
+    /// QEMU's channels hold pages whose order nobody can know.
+    #[error(
+        "this host's QEMU sent pages through several channels without telling their order; \
+         `qemu-channels = 1` in transhumed.toml does without"
+    )]
+    Disordered,
     /// The other side gave up.
     #[error("the other host gave up: {0}")]
     Aborted(String),

@@ -221,7 +221,7 @@ pub fn encode_packet(
         u32::from(sync) * SYNC,
         u32::try_from(most).unwrap_or(0),
         count(pages),
-        count(pages) * (FLAGS as u32 + 1),
+        count(pages) * u32::try_from(FLAGS + 1).unwrap_or(0),
     ];
     for (place, field) in out.as_chunks_mut::<4>().0.iter_mut().zip(fields) {
         *place = field.to_be_bytes();

@@ -1,7 +1,7 @@
 //! Drives one migration through its phases.
 
+use std::num::NonZeroU8;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -20,12 +20,13 @@ use super::postcopy::Start;
 use super::report::Reports;
 use super::request::{Journal, Outcome, Request};
 use super::settings::{self, Before};
-use super::shared::Shared;
+use super::shared::{Shared, Sockets};
 use super::switchover::Switchover;
 use super::transmit::Packer;
 use crate::guest::DiskName;
 use crate::hypervisor;
 use crate::hypervisor::qmp::Event;
+use crate::hypervisor::stream::Door;
 use crate::link::session::{Rejoin, Session};
 use crate::link::{self, Connection, START_PATIENCE};
 use crate::pages::digest::Digester;
@@ -164,6 +165,12 @@ fn connections() -> u8 {
     u8::try_from(cpus / 2).unwrap_or(u8::MAX).clamp(1, 4)
 }
 
+/// Whether the channels of a QEMU of that version are known to be in an order that can be told; see
+/// `docs/decisions/0013-multifd.md`.
+fn tells_order(version: [u32; 3]) -> bool {
+    !([8, 1, 0]..[10, 0, 0]).contains(&version)
+}
+
 /// The VM is paused here and whole at the destination, or handed over with part of its memory still here.
 pub(super) struct Copied {
     pub(super) shared: Arc<Shared>,
@@ -228,14 +235,17 @@ impl Migration {
         let switchover_ack = ready.switchover_ack;
         let rate = Arc::new(LinkRate::default());
         let session = self.begin_session(ready, &rate)?;
+        let door = self.channels();
         let known = &self.facts.capabilities;
         let (qmp, goal) = (self.request.vm.qmp(), self.request.goal);
+        let channels = door.as_ref().map(|(_, channels)| *channels);
         let before = settings::set_up(
             qmp,
             known,
             switchover_ack,
             goal.may_throttle,
             self.is_post_copy(),
+            channels,
         )
         .await?;
         self.before = Some(before);
@@ -247,7 +257,7 @@ impl Migration {
 
         self.enter(Phase::PreCopy)?;
         let events = self.request.vm.qmp().events();
-        let (qemu, theirs) = self.connect_qemu().await?;
+        let (qemu, theirs) = self.connect_qemu(door).await?;
         let shared = Arc::new(Shared::new(
             flow,
             hints,
@@ -257,14 +267,13 @@ impl Migration {
             rate,
         ));
         self.shared = Some(Arc::clone(&shared));
-        if self.is_post_copy() {
-            shared.keep(theirs);
-        } else {
+        match theirs {
+            Some(theirs) if self.is_post_copy() => shared.keep(theirs),
             // QEMU's alone: the stream ends when it closes its socket.
-            drop(theirs);
+            theirs => drop(theirs),
         }
         let digester = Digester::new(&self.facts.offer.digest_key);
-        shared.start(digester)?;
+        shared.start(&digester)?;
         self.watch(&shared, events, cancel).await
     }
 
@@ -379,13 +388,47 @@ impl Migration {
         Ok(session)
     }
 
-    /// Lets QEMU migrate into a socket of ours; the other one returned is its own.
-    async fn connect_qemu(&self) -> Result<(UnixStream, OwnedFd), Stop> {
+    /// Where QEMU is to open its channels, and how many, if it is to have some.
+    fn channels(&self) -> Option<(Door, NonZeroU8)> {
+        let known = &self.facts.capabilities;
+        let known = known.iter().any(|(name, _)| name == "multifd");
+        if !known || self.is_post_copy() || !tells_order(self.facts.offer.qemu) {
+            return None;
+        }
+        let channels =
+            NonZeroU8::new(self.request.qemu_channels).filter(|channels| channels.get() > 1)?;
         let vm = &self.request.vm;
-        let (ours, theirs) = hypervisor::stream::pair()?;
-        let copy = theirs.try_clone()?;
-        vm.qmp().migrate(theirs).await?;
-        Ok((ours, copy))
+        match Door::open(vm.files().folder(), vm.qmp().pid()?) {
+            Ok(door) => Some((door?, channels)),
+            Err(error) => {
+                tracing::warn!(%error, "QEMU gets no channels");
+                None
+            }
+        }
+    }
+
+    /// Lets QEMU migrate into sockets of ours, and returns them, and QEMU's end where it was ours to make.
+    async fn connect_qemu(
+        &self,
+        door: Option<(Door, NonZeroU8)>,
+    ) -> Result<(Sockets, Option<OwnedFd>), Stop> {
+        let qmp = self.request.vm.qmp();
+        let Some((door, channels)) = door else {
+            let (stream, theirs) = hypervisor::stream::pair()?;
+            let copy = theirs.try_clone()?;
+            qmp.migrate(theirs).await?;
+            let channels = Vec::new();
+            return Ok((Sockets { stream, channels }, Some(copy)));
+        };
+        qmp.migrate_to(&door).await?;
+        // QEMU opens the channels when it has the stream.
+        let stream = door.accept().await?;
+        let mut sockets = Vec::new();
+        for _ in 0..channels.get() {
+            sockets.push(door.accept().await?);
+        }
+        let channels = sockets;
+        Ok((Sockets { stream, channels }, None))
     }
 
     /// Watches until QEMU says that it is done, or the VM was handed over.
@@ -490,6 +533,7 @@ impl Migration {
                 | RelayError::Stream(_)
                 | RelayError::Aborted(_)
                 | RelayError::Misplaced(_)
+                | RelayError::Disordered
                 | RelayError::Decompress(_)),
             ) => error.into(),
             other => {

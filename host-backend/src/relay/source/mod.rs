@@ -6,6 +6,8 @@
 mod agreement;
 mod answers;
 mod buffers;
+mod channel;
+mod collect;
 mod compression;
 mod ending;
 mod facts;
@@ -14,9 +16,13 @@ mod flow;
 mod flow_models;
 mod goal;
 mod hints;
+mod ledger;
 mod link_rate;
 mod migration;
 mod postcopy;
+mod rendezvous;
+#[cfg(test)]
+mod rendezvous_models;
 mod report;
 mod request;
 mod settings;

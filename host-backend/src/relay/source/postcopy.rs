@@ -73,50 +73,53 @@ impl StreamReader {
         bytes: &[u8],
         buffer: &Buffer,
     ) -> Result<(), RelayError> {
-        match (command.kind, self.switch) {
+        match (command.kind, self.collector.switch) {
             (CommandKind::PostcopyRamDiscard, _) => {
                 self.leave_pre_copy(buffer)?;
                 self.discard(command)?;
             }
             (CommandKind::Packaged, _) => {
                 self.leave_pre_copy(buffer)?;
-                self.batch.builder.package();
-                self.batch.builder.raw(bytes);
-                self.switch = Switch::Package(command.package_len().unwrap_or_default());
+                self.collector.records().package();
+                self.collector.records().raw(bytes);
+                self.collector.switch = Switch::Package(command.package_len().unwrap_or_default());
             }
             (CommandKind::Ping, Switch::Package(0)) => {
-                self.batch.builder.raw(bytes);
+                self.collector.records().raw(bytes);
                 self.hand_over(buffer)?;
             }
-            _ => self.batch.builder.raw(bytes),
+            _ => self.collector.records().raw(bytes),
         }
         Ok(())
     }
 
     /// The VM is paused: what the destination was only referred to goes to it before it forgets anything.
     fn leave_pre_copy(&mut self, buffer: &Buffer) -> Result<(), RelayError> {
-        if self.switch.has_begun() {
+        if self.collector.switch.has_begun() {
             return Ok(());
         }
-        if !self.shared.is_hand_open() {
+        if !self.collector.shared().is_hand_open() {
             return Err(RelayError::Unasked);
         }
-        self.settle(buffer)?;
-        self.switch = Switch::Discards;
-        self.steer = None;
-        self.unsent = 0;
-        self.shared.set_memory_sent();
+        self.collector.dispatch_copy(buffer)?;
+        self.settle()?;
+        self.collector.switch = Switch::Discards;
+        self.collector.reading.ledger().leave_pre_copy();
+        self.collector.shared().set_memory_sent();
         Ok(())
     }
 
     fn discard(&mut self, command: &Command<'_>) -> Result<(), RelayError> {
         let Discard { block, ranges } = Discard::read(command, self.decoder.blocks())?;
         for (page, count) in ranges {
-            self.shared.progress.add(Counter::PostCopyPages, count);
+            self.collector
+                .shared()
+                .progress
+                .add(Counter::PostCopyPages, count);
             let mut done = 0;
             while done < count {
                 let some = u32::try_from(count - done).unwrap_or(u32::MAX);
-                self.batch.builder.discard(block, page + done, some);
+                self.collector.records().discard(block, page + done, some);
                 done += u64::from(some);
             }
         }
@@ -125,13 +128,16 @@ impl StreamReader {
 
     /// QEMU has written the whole package and cannot run the VM any more.
     fn hand_over(&mut self, buffer: &Buffer) -> Result<(), RelayError> {
-        self.flush_copy(buffer)?;
+        self.collector.dispatch_copy(buffer)?;
         // The commit overtakes what waits.
-        self.shared.flow.drain()?;
+        self.collector.shared().flow.drain()?;
         let commit = encode_control(&Control::Commit)?;
-        self.shared.hand_over()?;
-        self.shared.flow.push_urgent(Next::Control(commit));
-        self.switch = Switch::Done;
+        self.collector.shared().hand_over()?;
+        self.collector
+            .shared()
+            .flow
+            .push_urgent(Next::Control(commit));
+        self.collector.switch = Switch::Done;
         Ok(())
     }
 }

@@ -45,6 +45,8 @@ pub struct Request {
     pub link_patience: Duration,
     /// What is to be reached.
     pub goal: Goal,
+    /// Through how many channels QEMU hands memory over; 1 for its stream alone.
+    pub qemu_channels: u8,
     /// Only look whether it would work.
     pub dry_run: bool,
 }

@@ -1,5 +1,7 @@
 //! How QEMU's migration is set while the relay drives it, and as it was before.
 
+use std::num::NonZeroU8;
+
 use serde_json::{Value, json};
 
 use super::switchover::FIRST_LIMIT_MS;
@@ -9,8 +11,8 @@ use crate::hypervisor::{Qmp, Result};
 const UNLIMITED: u64 = 1 << 40;
 /// Capabilities that would change the stream into one that the relay does not read.
 const OFF: [&str; 7] = [
-    "multifd",
     "mapped-ram",
+    "zero-copy-send",
     "xbzrle",
     "compress",
     "x-ignore-shared",
@@ -18,7 +20,13 @@ const OFF: [&str; 7] = [
     "rdma-pin-all",
 ];
 /// Parameters that are changed.
-const CHANGED: [&str; 2] = ["max-bandwidth", "downtime-limit"];
+const CHANGED: [&str; 5] = [
+    "max-bandwidth",
+    "downtime-limit",
+    "multifd-channels",
+    "multifd-compression",
+    "zero-page-detection",
+];
 
 /// What was set before.
 #[derive(Debug)]
@@ -27,13 +35,15 @@ pub(super) struct Before {
     parameters: Value,
 }
 
-/// Sets QEMU up for the relay. `known`: the capabilities that it has, and their states.
+/// Sets QEMU up for the relay. `known`: the capabilities that it has, and their states; `channels`: how many it is
+/// to use beside the stream, if any.
 pub(super) async fn set_up(
     qmp: &Qmp,
     known: &[(String, bool)],
     switchover_ack: bool,
     may_throttle: bool,
     post_copy: bool,
+    channels: Option<NonZeroU8>,
 ) -> Result<Before> {
     // With a return path QEMU learns of an error at the destination, and the VM runs on here.
     let wanted = OFF.map(|name| (name, false)).into_iter().chain([
@@ -44,6 +54,7 @@ pub(super) async fn set_up(
         ("postcopy-ram", post_copy),
         // So that the hand-over is noted before it cannot be undone.
         ("pause-before-switchover", post_copy),
+        ("multifd", channels.is_some()),
     ]);
     let state = |wanted: &str| known.iter().find(|(name, _)| name == wanted);
     let set: Vec<_> = wanted.filter(|(name, _)| state(name).is_some()).collect();
@@ -60,11 +71,22 @@ pub(super) async fn set_up(
             .into(),
     };
     qmp.migrate_set_capabilities(&set).await?;
-    qmp.migrate_set_parameters(json!({
+    let mut parameters = json!({
         "max-bandwidth": UNLIMITED,
         "downtime-limit": FIRST_LIMIT_MS,
-    }))
-    .await?;
+    });
+    if let Some(channels) = channels {
+        parameters["multifd-channels"] = channels.get().into();
+        parameters["multifd-compression"] = "none".into();
+        // QEMU 9.0 and later; with machine types of before it looks for zero pages in one thread otherwise.
+        if all.get("zero-page-detection").is_some() {
+            parameters["zero-page-detection"] = "multifd".into();
+        }
+    }
+    if let Err(error) = qmp.migrate_set_parameters(parameters).await {
+        before.restore(qmp).await;
+        return Err(error);
+    }
     Ok(before)
 }
 

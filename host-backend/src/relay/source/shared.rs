@@ -10,9 +10,12 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use super::answers::Answers;
+use super::channel::ChannelReader;
+use super::collect::{Collector, Reading};
 use super::flow::Flow;
 use super::hints::Hints;
 use super::link_rate::LinkRate;
+use super::rendezvous::Rendezvous;
 use super::stream::StreamReader;
 use super::transmit::{Packer, Transmitter};
 use crate::hypervisor::stream;
@@ -51,12 +54,21 @@ struct State {
     switchover: Option<Vec<u8>>,
 }
 
+/// The sockets into which QEMU migrates.
+pub(super) struct Sockets {
+    pub(super) stream: UnixStream,
+    /// Those of its channels, if it has some.
+    pub(super) channels: Vec<UnixStream>,
+}
+
 /// See the module.
 pub(super) struct Shared {
     pub(super) flow: Arc<Flow>,
     pub(super) hints: Arc<Hints>,
     pub(super) progress: Arc<Progress>,
-    qemu: UnixStream,
+    qemu: Sockets,
+    /// Where the readers of stream and channels meet.
+    rendezvous: Option<Arc<Rendezvous>>,
     /// Held while a message is written: messages must not mix.
     telling: Mutex<()>,
     session: Session<Packer>,
@@ -70,15 +82,17 @@ impl Shared {
         flow: Arc<Flow>,
         hints: Arc<Hints>,
         progress: Arc<Progress>,
-        qemu: UnixStream,
+        qemu: Sockets,
         session: Session<Packer>,
         rate: Arc<LinkRate>,
     ) -> Self {
+        let channels = qemu.channels.len();
         Self {
             flow,
             hints,
             progress,
             qemu,
+            rendezvous: (channels > 0).then(|| Arc::new(Rendezvous::new(channels))),
             telling: Mutex::new(()),
             session,
             rate,
@@ -92,11 +106,27 @@ impl Shared {
     }
 
     /// Starts the threads on a stream and a link.
-    pub(super) fn start(self: &Arc<Self>, digester: Digester) -> Result<(), RelayError> {
-        let socket = || self.qemu.try_clone().map_err(RelayError::Socket);
-        let reader = StreamReader::new(socket()?, Arc::clone(self), digester);
+    pub(super) fn start(self: &Arc<Self>, digester: &Digester) -> Result<(), RelayError> {
+        let reading = Arc::new(Reading::new(Arc::clone(self)));
+        let socket = |socket: &UnixStream| socket.try_clone().map_err(RelayError::Socket);
+        let collector = || {
+            let reading = Arc::clone(&reading);
+            Collector::new(reading, digester.clone(), self.rendezvous.is_some())
+        };
+        let stream = socket(&self.qemu.stream)?;
+        let reader = StreamReader::new(stream, collector(), self.rendezvous.clone());
         let transmitter = Transmitter::new(self.session.clone(), Arc::clone(self));
         let answers = Answers::new(self.session.clone(), Arc::clone(self));
+        for (channel, rendezvous) in self
+            .qemu
+            .channels
+            .iter()
+            .zip(self.rendezvous.iter().cycle())
+        {
+            let rendezvous = Arc::clone(rendezvous);
+            let channel = ChannelReader::new(socket(channel)?, collector(), rendezvous);
+            self.spawn("relay-channel", move || channel.run())?;
+        }
         self.spawn("relay-stream", move || reader.run())?;
         self.spawn("relay-link-out", move || transmitter.run())?;
         self.spawn("relay-link-in", move || answers.run())
@@ -111,7 +141,7 @@ impl Shared {
         threads::spawn(name, run, move |error| shared.stop(error))
     }
 
-    /// Ends the relay. QEMU's socket closes, so that its migration fails if it was not complete.
+    /// Ends the relay. QEMU's sockets close, so that its migration fails if it was not complete.
     pub(super) fn stop(&self, error: RelayError) {
         let mut state = self.lock();
         if state.failure.is_none() {
@@ -124,8 +154,13 @@ impl Shared {
         self.lock().theirs = None;
         self.flow.stop();
         self.session.close();
-        // Fails only when QEMU has closed it already.
-        let _ = self.qemu.shutdown(Shutdown::Both);
+        if let Some(rendezvous) = &self.rendezvous {
+            rendezvous.close();
+        }
+        for socket in self.qemu.channels.iter().chain([&self.qemu.stream]) {
+            // Fails only when QEMU has closed it already.
+            let _ = socket.shutdown(Shutdown::Both);
+        }
         self.changed.notify_waiters();
     }
 
@@ -245,7 +280,9 @@ impl Shared {
     /// Writes a whole message to QEMU's return path.
     pub(super) fn tell_qemu(&self, message: &[u8]) -> Result<(), RelayError> {
         let _whole = self.telling.lock().unwrap_or_else(PoisonError::into_inner);
-        (&self.qemu).write_all(message).map_err(RelayError::Socket)
+        (&self.qemu.stream)
+            .write_all(message)
+            .map_err(RelayError::Socket)
     }
 
     /// Lets QEMU switch over, if the destination said that it may.
