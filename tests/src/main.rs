@@ -92,6 +92,9 @@ struct Choice {
     /// Channels of stock QEMU's multifd
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=16))]
     channels: u8,
+    /// relay: through how many channels QEMU hands memory to Transhume (one stream)
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=8))]
+    qemu_channels: Option<u8>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -225,7 +228,8 @@ fn relay(
     choice: &Choice,
 ) -> Result<(String, Value)> {
     let data = if quick { 1024 } else { 3 * 1024 };
-    let setup = bench::relay::Setup::prepare(layout, packages, choice.qemu(), data)?;
+    let (qemu, told) = (choice.qemu(), choice.qemu_channels);
+    let setup = bench::relay::Setup::prepare(layout, packages, qemu, data, told)?;
     let channels = choice.channels;
     let side = |mover: Mover| match mover {
         Mover::Plain => bench::relay::Side::Stock(Stock::Plain),

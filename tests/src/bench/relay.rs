@@ -47,6 +47,8 @@ pub struct Setup {
     machine: Machine,
     /// MiB of data in it.
     data: u64,
+    /// What Transhume's hosts are told of their QEMU's channels.
+    qemu_channels: Option<u8>,
     qemu: PathBuf,
     programs: PathBuf,
 }
@@ -60,13 +62,21 @@ pub struct Comparison {
 }
 
 impl Setup {
-    /// A guest with so many MiB of data, and little memory beside it.
-    pub fn prepare(layout: &Layout, packages: &Packages, version: Qemu, data: u64) -> Result<Self> {
+    /// A guest with so many MiB of data, and little memory beside it. `qemu_channels`: what Transhume's hosts are
+    /// told, if anything.
+    pub fn prepare(
+        layout: &Layout,
+        packages: &Packages,
+        version: Qemu,
+        data: u64,
+        qemu_channels: Option<u8>,
+    ) -> Result<Self> {
         let memory = data + GUESTS_OWN;
         let parameters = format!("content=random data={data}M zero=0");
         Ok(Self {
             machine: micro::machine(build::micro_guest(layout)?, memory, parameters, Vec::new()),
             data,
+            qemu_channels,
             qemu: packages.qemu(version)?,
             programs: build::host_programs(layout)?,
         })
@@ -109,7 +119,8 @@ fn credentials(hosts: &Hosts, programs: &Path) -> Result<Credentials> {
 
 /// Runs every side so many times, in turn.
 pub fn compare(setup: &Setup, sides: &[Side], rounds: usize) -> Result<Comparison> {
-    let hosts = Hosts::new(None)?;
+    let mut hosts = Hosts::new(None)?;
+    hosts.a.qemu_channels = setup.qemu_channels;
     let credentials = credentials(&hosts, &setup.programs)?;
     let bed = Bed {
         hosts: &hosts,

@@ -133,6 +133,9 @@ impl Daemon {
 
     fn configuration(host: &Host, qemu: &Path, link: &str, rules: &str) -> String {
         let mut text = String::new();
+        if let Some(channels) = host.qemu_channels {
+            let _ = writeln!(text, "qemu-channels = {channels}");
+        }
         let _ = write!(
             text,
             "host = \"{}\"\nlisten = \"{}:{PORT}\"\nrun-directory = \"{}\"\nstate-directory = \"{}\"\nqemu = \"{}\"\n{link}\n{rules}",
@@ -212,6 +215,16 @@ impl Daemon {
             .lines()
             .find_map(|line| line.strip_prefix("VmHWM:"))?;
         Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+    }
+
+    /// How many threads of that name it has.
+    pub fn threads(&self, name: &str) -> usize {
+        let folder = format!("/proc/{}/task", self.process.id());
+        let threads = fs::read_dir(folder).into_iter().flatten().flatten();
+        let names = threads.map(|thread| fs::read_to_string(thread.path().join("comm")));
+        names
+            .filter(|found| found.as_deref().is_ok_and(|found| found.trim_end() == name))
+            .count()
     }
 
     /// Its process id.

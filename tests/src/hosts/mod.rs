@@ -43,6 +43,8 @@ pub struct Host {
     pub folder: PathBuf,
     /// What its configuration says of the other host and of VMs that come, if not that all may move.
     pub rules: Option<String>,
+    /// Through how many channels its QEMUs hand memory over, if its configuration says.
+    pub qemu_channels: Option<u8>,
     namespace: String,
 }
 
@@ -135,6 +137,7 @@ impl Hosts {
                 address,
                 folder,
                 rules: None,
+                qemu_channels: None,
                 namespace: format!("{unique}-{name}"),
             })
         };

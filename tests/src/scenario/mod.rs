@@ -4,6 +4,7 @@
 mod any_moment;
 mod bed;
 mod broken_start;
+mod channels;
 mod converge;
 mod die;
 mod false_source;
@@ -44,6 +45,7 @@ pub fn all() -> Vec<Scenario> {
     [
         guest::scenarios(),
         migrate::scenarios(),
+        channels::scenarios(),
         converge::scenarios(),
         postcopy::scenarios(),
         lie::scenarios(),

@@ -63,6 +63,20 @@ impl<'a> Pair<'a> {
         Self::linked(bed, qemus, Hosts::new(rate)?)
     }
 
+    /// The same with QEMUs that hand memory over through so many channels.
+    pub(super) fn with_channels(
+        bed: &'a Bed,
+        qemus: Qemus,
+        rate: Rate,
+        channels: u8,
+    ) -> Result<Self> {
+        let mut hosts = Hosts::new(rate)?;
+        for host in [&mut hosts.a, &mut hosts.b] {
+            host.qemu_channels = Some(channels);
+        }
+        Self::linked(bed, qemus, hosts)
+    }
+
     /// The same without encryption, to speak to a daemon as another host would.
     pub(super) fn plain(bed: &'a Bed, qemus: Qemus, rate: Rate) -> Result<Self> {
         let mut hosts = Hosts::new(rate)?;
