@@ -120,7 +120,7 @@ web1 runs on hostb now; it left hosta in 5.82 s.
         });
     }
     let line =
-        "  post-copy         2.50 s  (4.00 MiB followed, 64.0 KiB of it asked for by the guest)\n";
+        "  post-copy          2.50 s  (4.00 MiB followed, 64.0 KiB of it asked for by the guest)\n";
     let text = super::job(&job);
     assert!(text.contains(line), "{text}");
 }
