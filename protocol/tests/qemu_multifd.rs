@@ -120,7 +120,7 @@ fn damage_is_named() {
         changed(12, &[0xff, 0xff, 0xff, 0xff, 0, 0, 0, 127]),
         pages(127, 2, u32::MAX)
     );
-    let length = PAGE_SIZE as u32 * 3;
+    let length = u32::try_from(PAGE_SIZE * 3).expect("three pages");
     assert_eq!(
         changed(19, &[2]),
         Err(Error::PacketLength { pages: 2, length })
