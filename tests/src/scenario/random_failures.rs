@@ -5,7 +5,7 @@ use super::any_moment::{Moment, OLD, Watch, settle, state};
 use super::die::sigkill;
 use super::micro::{Life, Micro, NAME, Qemus, raw_disk};
 use super::pair::{At, NEWEST, Pair};
-use super::transhume::Answer;
+use super::transhume::{Answer, ask};
 use super::{Bed, Scenario};
 use crate::command::Run;
 use crate::error::check;
@@ -79,10 +79,12 @@ enum Failure {
     FullDisk(Role),
     /// The destination's disk cannot be read.
     BadDisk,
+    /// `transhume job cancel`.
+    Cancel,
 }
 
 fn draw(dice: &mut Dice) -> (Failure, Moment, u64) {
-    let failure = match dice.below(12) {
+    let failure = match dice.below(14) {
         0 | 1 => Failure::Daemon(Role::Source),
         2 | 3 => Failure::Daemon(Role::Destination),
         4 => Failure::Qemu(Role::Source),
@@ -91,7 +93,8 @@ fn draw(dice: &mut Dice) -> (Failure, Moment, u64) {
         8 => Failure::Cut(100 + dice.below(1500)),
         9 => Failure::Away,
         10 => Failure::FullDisk(dice.one(&[Role::Source, Role::Destination])),
-        _ => Failure::BadDisk,
+        11 => Failure::BadDisk,
+        _ => Failure::Cancel,
     };
     let moment = match dice.below(6) {
         0 => Moment::After(dice.below(300)),
@@ -258,6 +261,15 @@ impl<'a> Scene<'a> {
                 self.pair.fill_state(self.host(role))?;
             }
             Failure::BadDisk => self.disk.cut()?,
+            Failure::Cancel => {
+                let daemon = self.pair.daemon(self.at);
+                let jobs = ask(daemon, &["job", "list"])?.expect(0)?;
+                let last = jobs.value.as_array().and_then(|jobs| jobs.last());
+                if let Some(job) = last {
+                    // It may have ended, or be too late.
+                    ask(daemon, &["job", "cancel", &job["id"].to_string()])?;
+                }
+            }
         }
         Ok(())
     }
@@ -268,7 +280,7 @@ impl<'a> Scene<'a> {
             Failure::Away => self.pair.hosts.set_link(true),
             Failure::FullDisk(role) => self.pair.empty_state(self.host(role)),
             Failure::BadDisk => self.disk.mend(),
-            Failure::Qemu(_) | Failure::Frozen(_) | Failure::Cut(_) => Ok(()),
+            Failure::Qemu(_) | Failure::Frozen(_) | Failure::Cut(_) | Failure::Cancel => Ok(()),
         }
     }
 
@@ -352,7 +364,7 @@ fn many(bed: &Bed, qemus: Qemus) -> Result<()> {
     scene.pair.moves(at, &mut scene.life)?;
     drop(scene.life);
     let there = at.other();
-    super::transhume::ask(scene.pair.daemon(there), &["vm", "stop", NAME, "--force"])?.expect(0)?;
+    ask(scene.pair.daemon(there), &["vm", "stop", NAME, "--force"])?.expect(0)?;
     scene.pair.nothing_left(at)?;
     // The log of a VM that was stopped stays.
     check(scene.pair.qemus(there).is_empty(), || {
