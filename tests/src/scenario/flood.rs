@@ -18,7 +18,8 @@ use transhume_protocol::link::{
     Control, Cover, FrameHeader, FrameKind, LinkError, Numbering, Preamble, encode_control,
 };
 
-/// What the migration beside takes, in Mbit/s: longer than all that is tried.
+/// What the link carries meanwhile, in Mbit/s: less than the guest writes, so that the migration beside does not end
+/// before all is tried.
 const SLOW: u32 = 24;
 /// Connections at once, many times what a daemon lets wait.
 const CROWD: usize = 300;
@@ -201,8 +202,8 @@ fn endless_life(pair: &Pair<'_>, job: u64) -> Result<()> {
 fn floods(bed: &Bed) -> Result<()> {
     let pair = Pair::plain(bed, NEWEST, Some(SLOW))?;
     let micro = Micro {
-        memory: 448,
-        parameters: "cache=32M data=320M zero=8M rate=1M".into(),
+        memory: 224,
+        parameters: "cache=32M data=96M zero=8M rate=8M".into(),
         ..Micro::new(bed)?
     };
     let mut life = pair.boot(&micro)?;
