@@ -30,12 +30,12 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "for map_err")]
-fn wrong(error: LinkError) -> Error {
+pub(super) fn wrong(error: LinkError) -> Error {
     Error::Check(format!("The link's protocol: {error}"))
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "for map_err")]
-fn lost(error: std::io::Error) -> Error {
+pub(super) fn lost(error: std::io::Error) -> Error {
     Error::Check(format!("The link to hostb: {error}"))
 }
 

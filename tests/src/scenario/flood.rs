@@ -2,7 +2,7 @@
 //! another VM goes on beside them, and the daemon stays small.
 
 use super::any_moment::{Moment, Watch};
-use super::false_source::{Link, offer};
+use super::false_source::{Link, lost, offer, wrong};
 use super::micro::{Micro, NAME};
 use super::pair::{At, NEWEST, Pair};
 use super::strangers::{frame, numbered};
@@ -15,7 +15,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 use transhume_protocol::link::{
-    Control, Cover, FrameHeader, FrameKind, LinkError, Numbering, Preamble, encode_control,
+    Control, Cover, FrameHeader, FrameKind, Numbering, Preamble, encode_control,
 };
 
 /// What the link carries meanwhile, in Mbit/s: less than the guest writes, so that the migration beside does not end
@@ -34,16 +34,6 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         limit: Duration::from_secs(240),
         run: floods,
     }]
-}
-
-#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
-fn wrong(error: LinkError) -> Error {
-    Error::Check(format!("The link's protocol: {error}"))
-}
-
-#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
-fn lost(error: std::io::Error) -> Error {
-    Error::Check(format!("The link to hostb: {error}"))
 }
 
 /// A connection on which nothing but this is said.

@@ -10,6 +10,7 @@ use crate::hosts::daemon::Daemon;
 use crate::hosts::{HOST_A, HOST_B, Host, Hosts, Link, Rate};
 use crate::packages::Qemu;
 use crate::{Error, Result};
+use serde_json::Value;
 use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
@@ -352,8 +353,21 @@ impl<'a> Pair<'a> {
 
     /// Waits until a migration copies memory, and returns its job's number.
     pub(super) fn in_pre_copy(&self, from: At) -> Result<String> {
+        self.job_when(from, "the migration to copy memory", |job| {
+            job["progress"]["phase"] == "pre-copy"
+                && job["progress"]["traffic"]["wire-bytes"].as_u64() > Some(256 << 10)
+        })
+    }
+
+    /// Waits until the last job, which must not end before, is as it should be; returns its number.
+    pub(super) fn job_when(
+        &self,
+        from: At,
+        what: &str,
+        is_so: impl Fn(&Value) -> bool,
+    ) -> Result<String> {
         let mut id = None;
-        self.wait("the migration to copy memory", || {
+        self.wait(what, || {
             let jobs = ask(self.daemon(from), &["job", "list"])?.expect(0)?;
             let last = jobs.value.as_array().and_then(|jobs| jobs.last());
             let Some(job) = last else { return Ok(false) };
@@ -361,8 +375,7 @@ impl<'a> Pair<'a> {
                 format!("The migration ended early: {job}")
             })?;
             id = job["id"].as_u64();
-            Ok(job["progress"]["phase"] == "pre-copy"
-                && job["progress"]["traffic"]["wire-bytes"].as_u64() > Some(256 << 10))
+            Ok(is_so(job))
         })?;
         id.map(|id| id.to_string())
             .ok_or_else(|| Error::Check("The job has no number".into()))

@@ -97,19 +97,7 @@ fn in_sequence(bed: &Bed, qemus: Qemus) -> Result<()> {
 
 /// The number of the job of a migration that is in that phase.
 fn job_in(pair: &Pair<'_>, from: At, phase: &str) -> Result<String> {
-    let mut id = None;
-    pair.wait(phase, || {
-        let jobs = ask(pair.daemon(from), &["job", "list"])?.expect(0)?;
-        let last = jobs.value.as_array().and_then(|jobs| jobs.last());
-        let Some(job) = last else { return Ok(false) };
-        check(job["state"] == "running", || {
-            format!("The migration ended early: {job}")
-        })?;
-        id = job["id"].as_u64();
-        Ok(job["progress"]["phase"] == phase)
-    })?;
-    id.map(|id| id.to_string())
-        .ok_or_else(|| Error::Check("The job has no number".into()))
+    pair.job_when(from, phase, |job| job["progress"]["phase"] == phase)
 }
 
 fn cancel(bed: &Bed) -> Result<()> {
