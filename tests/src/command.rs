@@ -152,23 +152,8 @@ impl Run {
     /// Runs it to its end, whatever that is.
     pub fn finish(mut self) -> Result<(String, Output)> {
         self.command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut process = self.spawn()?;
-        let mut out = process.child.stdout.take();
-        let mut err = process.child.stderr.take();
-        let (stdout, stderr) = std::thread::scope(|scope| {
-            let errors = scope.spawn(|| read_all(err.as_mut()));
-            (read_all(out.as_mut()), errors.join().unwrap_or_default())
-        });
-        let status = process.wait()?;
-        cleanup::still_time()?;
-        Ok((
-            process.line.clone(),
-            Output {
-                status,
-                stdout,
-                stderr,
-            },
-        ))
+        let process = self.spawn()?;
+        Ok((process.line.clone(), process.finish()?))
     }
 
     /// Runs it to its end with our own standard output and error; says whether it succeeded.
@@ -203,6 +188,24 @@ pub struct Process {
 }
 
 impl Process {
+    /// Reads what it says, where that is piped, until it ends.
+    pub(crate) fn finish(mut self) -> Result<Output> {
+        let mut out = self.child.stdout.take();
+        let mut err = self.child.stderr.take();
+        // At the same time: it waits when either is full.
+        let (stdout, stderr) = std::thread::scope(|scope| {
+            let errors = scope.spawn(|| read_all(err.as_mut()));
+            (read_all(out.as_mut()), errors.join().unwrap_or_default())
+        });
+        let status = self.wait()?;
+        cleanup::still_time()?;
+        Ok(Output {
+            status,
+            stdout,
+            stderr,
+        })
+    }
+
     /// Its process id.
     pub fn id(&self) -> i32 {
         self.child.id().cast_signed()

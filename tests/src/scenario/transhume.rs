@@ -1,14 +1,12 @@
 //! The command `transhume` in scenarios: run to its end, or left running.
 
-use crate::cleanup::still_time;
 use crate::command::Process;
 use crate::error::check;
 use crate::hosts::daemon::Daemon;
 use crate::{Error, Result};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use std::io::Read;
-use std::process::Stdio;
+use std::process::{Output, Stdio};
 
 /// How a command ended.
 #[derive(Debug)]
@@ -47,13 +45,14 @@ pub(super) fn ask(daemon: &Daemon, arguments: &[&str]) -> Result<Answer> {
 
 impl Running {
     /// Waits for its end.
-    pub(super) fn end(mut self) -> Result<Answer> {
-        // Neither fills a pipe: one object, and a few lines.
-        let status = self.process.wait()?;
-        still_time()?;
-        let child = self.process.child();
-        let out = text(child.stdout.take());
-        let said = text(child.stderr.take());
+    pub(super) fn end(self) -> Result<Answer> {
+        let Output {
+            status,
+            stdout,
+            stderr,
+        } = self.process.finish()?;
+        let out = String::from_utf8_lossy(&stdout);
+        let said = String::from_utf8_lossy(&stderr).into_owned();
         let mut lines = out.lines();
         let value = lines
             .next()
@@ -80,15 +79,6 @@ impl Running {
     pub(super) fn interrupt(&self) -> Result<()> {
         self.process.signal(Signal::SIGINT)
     }
-}
-
-fn text(pipe: Option<impl Read>) -> String {
-    let mut bytes = Vec::new();
-    if let Some(mut pipe) = pipe {
-        // What was read before an error is what there is to show.
-        let _ = pipe.read_to_end(&mut bytes);
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 impl std::fmt::Display for Answer {
