@@ -328,7 +328,11 @@ impl Daemon {
     }
 
     async fn stop(&self, name: &str, force: bool) -> Result<Response> {
-        self.refuse_while_moving(name)?;
+        // A VM whose memory cannot follow it may be given up.
+        let waits = |job: Arc<Job>| job.progress().waits_for().is_some();
+        if !(force && self.jobs.active(name).is_some_and(waits)) {
+            self.refuse_while_moving(name)?;
+        }
         let lost = match self.table.entry(name)? {
             Entry::Lost { record, reason } => Some((record, reason)),
             _ => None,
@@ -522,8 +526,21 @@ impl Daemon {
         };
         tokio::pin!(all);
         while tokio::time::timeout(FAREWELL, &mut all).await.is_err() {
-            let follows =
-                |job: &&Arc<Job>| job.is_running() && job.progress().phase() == Phase::PostCopy;
+            // One that waits goes on when transhumed is there again.
+            let follows = |job: &&Arc<Job>| {
+                let progress = job.progress();
+                job.is_running()
+                    && progress.phase() == Phase::PostCopy
+                    && progress.waits_for().is_none()
+            };
+            let waits = |job: &&Arc<Job>| job.is_running() && job.progress().waits_for().is_some();
+            if let Some(job) = running.iter().find(waits) {
+                tracing::warn!(
+                    job = job.id(),
+                    vm = job.vm(),
+                    "part of its memory is still here: it follows when transhumed runs again"
+                );
+            }
             let Some(job) = running.iter().find(follows) else {
                 tracing::warn!("a migration did not end in time");
                 return;

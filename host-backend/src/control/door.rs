@@ -52,4 +52,8 @@ impl destination::Host for Door {
     fn arrived(&self, vm: Arc<Vm>) {
         self.0.arrive(vm);
     }
+
+    fn vm(&self, name: &str) -> Option<Arc<Vm>> {
+        self.0.table.here(name).ok()
+    }
 }

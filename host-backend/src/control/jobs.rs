@@ -104,6 +104,9 @@ impl Job {
         JobInfo {
             progress: self.progress.snapshot(),
             offer: offer.clone(),
+            state: JobState::Running,
+            in_doubt: false,
+            error: None,
             ..self.started.clone()
         }
     }
@@ -204,6 +207,12 @@ impl Jobs {
                 tracing::warn!(job = id, %error, "an old job's file stays");
             }
         }
+    }
+
+    /// A job that had ended goes on: it is known now who has the VM, and part of its memory is still here.
+    pub(super) fn go_on(&self, job: &Job) {
+        job.ended.send_replace(None);
+        self.save(&job.now());
     }
 
     /// Notes what is about to be done in a job, before it is.

@@ -7,9 +7,8 @@ use super::daemon::Daemon;
 use super::jobs::{Ending, Job};
 use super::{Error, Result};
 use crate::hypervisor::Vm;
-use crate::relay;
 use crate::relay::progress::Phase;
-use crate::relay::source::{Destination, Journal, ask};
+use crate::relay::source::{Destination, Journal, Rest, ask};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,6 +18,8 @@ use tracing::Instrument;
 const INTERRUPTED_PATIENCE: Duration = Duration::from_secs(5);
 /// For how long a destination is told at most that its migration was cut off.
 const WITHDRAWAL: Duration = Duration::from_secs(60);
+/// How long the link may be away while the rest of a VM's memory follows, before QEMU has to resume it.
+const REST_PATIENCE: Duration = Duration::from_secs(30);
 /// How long one round of questions takes, and the pause behind it.
 const ROUND: Duration = Duration::from_secs(3);
 const PAUSE: Duration = Duration::from_secs(3);
@@ -165,7 +166,7 @@ impl Daemon {
     }
 
     /// Settles a job that is in doubt.
-    async fn settle(&self, job: &Job, taken: bool, says: &str) -> Result<()> {
+    async fn settle(self: &Arc<Self>, job: &Arc<Job>, taken: bool, says: &str) -> Result<()> {
         let _alone = self.settling.lock().await;
         let info = job.info();
         if !info.in_doubt {
@@ -174,8 +175,26 @@ impl Daemon {
         let JobInfo { id, vm, to, .. } = &info;
         // No other VM of that name can have come meanwhile: see `Jobs::refuse_in_doubt`.
         let here = self.table.here(vm).ok();
-        let ending = if taken && let Some(cut_off) = cut_off(&info, here.as_deref()).await? {
-            Ending::Settled(JobState::Unresolved, format!("{says}: {cut_off}"))
+        if taken
+            && let Some(here) = &here
+            && has_rest(&info, here).await?
+        {
+            tracing::warn!(
+                says,
+                "it was taken over, and the rest of its memory is to follow"
+            );
+            self.jobs.go_on(job);
+            self.send_rest(job, Arc::clone(here));
+            return Ok(());
+        }
+        let ending = if taken && here.is_none() && info.progress.phase == Phase::PostCopy {
+            Ending::Settled(
+                JobState::Unresolved,
+                format!(
+                    "{says}: {vm} was taken over by {to} in post-copy, and its QEMU here has ended; if part of its \
+                     memory had not moved yet, {vm} stands still there: see `transhume vm show {vm}` on {to}"
+                ),
+            )
         } else if taken {
             if let Some(here) = here {
                 here.discard().await?;
@@ -205,8 +224,52 @@ impl Daemon {
         Ok(())
     }
 
+    /// Sends the rest of a VM's memory after the one that was handed over, in the background.
+    fn send_rest(self: &Arc<Self>, job: &Arc<Job>, vm: Arc<Vm>) {
+        let info = job.info();
+        let number = info.offer.as_ref().and_then(Offered::number);
+        let (Some(destination), Some(number)) = (self.destination(&info), number) else {
+            let error = format!(
+                "part of {}'s memory is here, and {} is not in [hosts] of transhumed.toml any more; put it there, and \
+                 restart transhumed",
+                info.vm, info.to
+            );
+            return self.jobs.finish(job, Ending::InDoubt(error));
+        };
+        let rest = Rest {
+            vm: Arc::clone(&vm),
+            from: info.from.clone(),
+            destination,
+            number,
+            link_patience: REST_PATIENCE,
+        };
+        let span = tracing::info_span!("migration", vm = info.vm, job = info.id, to = info.to);
+        let (daemon, job) = (Arc::clone(self), Arc::clone(job));
+        let sending = async move {
+            let cause = "transhumed ended while it followed".to_owned();
+            let ending = match rest.send(cause, job.progress()).await {
+                Ok(()) => {
+                    if let Err(error) = vm.discard().await {
+                        tracing::warn!(%error, "QEMU of the VM that has moved cannot be ended");
+                    }
+                    job.progress().enter(Phase::Completed);
+                    let to = &info.to;
+                    daemon
+                        .table
+                        .depart(&info.vm, format!("it moved to {to} (job {})", info.id));
+                    let what = format!("{} runs on {to}, and all of its memory is there", info.vm);
+                    Ending::Settled(JobState::Completed, what)
+                }
+                Err(error) => Ending::Failed(JobState::Unresolved, error.to_string()),
+            };
+            tracing::info!(?ending, "ended");
+            daemon.jobs.finish(&job, ending);
+        };
+        tokio::spawn(sending.instrument(span));
+    }
+
     /// An operator says where the VM of a job runs.
-    pub(super) async fn resolve(&self, id: u64, runs_at: &str) -> Result<Response> {
+    pub(super) async fn resolve(self: &Arc<Self>, id: u64, runs_at: &str) -> Result<Response> {
         let job = self.jobs.get(id)?;
         let info = job.info();
         if !info.in_doubt {
@@ -233,22 +296,13 @@ impl Daemon {
     }
 }
 
-/// Why the QEMU of a VM must be kept here that was taken over in post-copy: memory that did not follow.
-async fn cut_off(info: &JobInfo, here: Option<&Vm>) -> Result<Option<String>> {
-    let Some(here) = here.filter(|_| info.progress.phase == Phase::PostCopy) else {
-        return Ok(None);
-    };
-    let said = here.qmp().query_migrate().await?;
-    if said.status.as_deref() == Some("completed") {
-        return Ok(None);
+/// Whether part of the memory of a VM that was taken over in post-copy is still in its QEMU here.
+async fn has_rest(info: &JobInfo, here: &Vm) -> Result<bool> {
+    if info.progress.phase != Phase::PostCopy {
+        return Ok(false);
     }
-    let error = relay::Error::Broken {
-        vm: info.vm.clone(),
-        from: info.from.clone(),
-        to: info.to.clone(),
-        cause: "transhumed or the link ended".to_owned(),
-    };
-    Ok(Some(error.to_string()))
+    let said = here.qmp().query_migrate().await?;
+    Ok(said.status.as_deref() != Some("completed"))
 }
 
 /// Sees to it that a VM whose migration was cut off goes on as before.

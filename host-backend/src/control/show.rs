@@ -265,6 +265,10 @@ pub(super) fn job(job: &JobInfo) -> String {
         (JobState::Planned, _, Some(plan), _) => plan.clone(),
         (JobState::Running, ..) => {
             let end = match job.progress.phase {
+                Phase::PostCopy if job.progress.waits_for.is_some() => format!(
+                    ". {vm} stands still there where it needs memory that is still here, and goes on by itself when \
+                     that can follow.\nIf it never can: `transhume vm stop {vm} --force` gives it up"
+                ),
                 Phase::PostCopy => String::new(),
                 _ => format!(", end it by `transhume job cancel {id}`"),
             };
@@ -380,6 +384,10 @@ fn moment(job: &JobInfo, rates: Option<(f64, f64)>) -> String {
         let left = job.progress.remaining_bytes.unwrap_or_default();
         let asked = bytes(job.progress.requested_pages * PAGE);
         let _ = write!(text, ", {} left, {asked} asked for", bytes(left));
+    }
+    if let Some(what) = &job.progress.waits_for {
+        let _ = write!(text, ", waits for {what}");
+        return text;
     }
     if job.progress.link_away_ms > 0 {
         let away = duration(to_float(job.progress.link_away_ms));

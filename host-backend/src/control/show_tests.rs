@@ -27,6 +27,7 @@ fn job(state: JobState) -> JobInfo {
             hinted_pages: 600,
             link_away_ms: 0,
             requested_pages: 0,
+            waits_for: None,
             forecast: None,
         },
         offer: None,

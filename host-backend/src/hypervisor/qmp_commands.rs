@@ -6,6 +6,7 @@ use super::stream::Door;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 /// The name under which QEMU gets the socket of a migration's stream.
 const STREAM: &str = "transhume-stream";
@@ -143,6 +144,29 @@ impl Qmp {
     pub async fn migrate_incoming(&self, socket: OwnedFd) -> Result<()> {
         self.give(STREAM, socket).await?;
         self.execute("migrate-incoming", json!({ "uri": format!("fd:{STREAM}") }))
+            .await
+            .map(drop)
+    }
+
+    /// Resumes a post-copy that broke (`postcopy-paused`), at the source, into a socket of ours.
+    pub async fn migrate_resume(&self, socket: OwnedFd) -> Result<()> {
+        self.give(STREAM, socket).await?;
+        let arguments = json!({ "uri": format!("fd:{STREAM}"), "resume": true });
+        self.execute("migrate", arguments).await.map(drop)
+    }
+
+    /// Breaks a post-copy's stream, so that it can be resumed.
+    pub async fn migrate_pause(&self) -> Result<()> {
+        self.execute_out_of_band("migrate-pause", Value::Null)
+            .await
+            .map(drop)
+    }
+
+    /// Has a QEMU whose post-copy broke, at the destination, listen for its new stream on a unix socket that it
+    /// makes. It does so also while its main loop waits for a page.
+    pub async fn migrate_recover(&self, path: &Path) -> Result<()> {
+        let arguments = json!({ "uri": format!("unix:{}", path.display()) });
+        self.execute_out_of_band("migrate-recover", arguments)
             .await
             .map(drop)
     }

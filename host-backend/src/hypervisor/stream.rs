@@ -37,13 +37,16 @@ pub fn narrow(theirs: &OwnedFd) {
 /// When there are no more descriptors.
 pub fn pair() -> io::Result<(UnixStream, OwnedFd)> {
     let (ours, theirs) = UnixStream::pair()?;
-    for socket in [&ours, &theirs] {
-        // Beyond net.core.wmem_max only with CAP_NET_ADMIN; with less it is slower.
-        if setsockopt(socket, sockopt::SndBufForce, &AHEAD).is_err() {
-            let _ = setsockopt(socket, sockopt::SndBuf, &AHEAD);
-        }
-    }
+    [&ours, &theirs].into_iter().for_each(widen);
     Ok((ours, theirs.into()))
+}
+
+/// Lets the end that writes to this socket be ahead.
+pub fn widen(socket: &UnixStream) {
+    // Beyond net.core.wmem_max only with CAP_NET_ADMIN; with less it is slower.
+    if setsockopt(socket, sockopt::SndBufForce, &AHEAD).is_err() {
+        let _ = setsockopt(socket, sockopt::SndBuf, &AHEAD);
+    }
 }
 
 /// Where a QEMU opens a stream and its channels, which it can by an address alone. Only its own process is

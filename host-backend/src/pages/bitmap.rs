@@ -75,6 +75,42 @@ impl Bitmap {
         None
     }
 
+    /// The set of numbers below `bits` whose words, low bytes first, are those of [`Self::write`]. What is too short
+    /// is filled up with nothing.
+    pub fn read(bits: u64, bytes: &[u8]) -> Self {
+        let mut bitmap = Self::new(bits);
+        for (word, bytes) in bitmap.words.iter_mut().zip(bytes.as_chunks().0) {
+            *word = u64::from_le_bytes(*bytes);
+        }
+        // What is out of bounds is never in the set.
+        if let (Some(last), rest @ 1..) = (bitmap.words.last_mut(), bits % 64) {
+            *last &= (1 << rest) - 1;
+        }
+        bitmap
+    }
+
+    /// Appends the words, low bytes first: bit `n % 8` of byte `n / 8` is the number `n`'s.
+    pub fn write(&self, out: &mut Vec<u8>) {
+        for word in &self.words {
+            out.extend_from_slice(&word.to_le_bytes());
+        }
+    }
+
+    /// Takes out all numbers that another set has.
+    pub fn subtract(&mut self, other: &Self) {
+        for (word, other) in self.words.iter_mut().zip(&other.words) {
+            *word &= !other;
+        }
+    }
+
+    /// How many numbers are in the set.
+    pub fn count(&self) -> u64 {
+        self.words
+            .iter()
+            .map(|word| u64::from(word.count_ones()))
+            .sum()
+    }
+
     /// The bound.
     pub fn len(&self) -> u64 {
         self.bits
@@ -111,6 +147,24 @@ mod tests {
                 prop_assert_eq!(bitmap.first_absent(from, to), absent);
             }
         }
+    }
+
+    #[test]
+    fn survives_as_bytes() {
+        let mut bitmap = Bitmap::new(70);
+        for bit in [0, 9, 69] {
+            bitmap.insert(bit);
+        }
+        let mut bytes = Vec::new();
+        bitmap.write(&mut bytes);
+        assert_eq!((bytes.len(), bytes[0], bytes[1], bytes[8]), (16, 1, 2, 32));
+        bytes[15] = 0xff;
+        let mut read = Bitmap::read(70, &bytes);
+        assert!((0..200).all(|bit| read.contains(bit) == bitmap.contains(bit)));
+        bitmap.remove(9);
+        read.subtract(&bitmap);
+        assert_eq!(read.count(), 1);
+        assert!(read.contains(9));
     }
 
     #[test]

@@ -74,17 +74,15 @@ pub enum Error {
         /// What to do.
         cure: String,
     },
-    /// The rest of the memory could not follow a VM in post-copy.
+    /// The rest of the memory cannot follow a VM in post-copy any more.
     #[error(
-        "post-copy was cut off: {cause}\n{vm} is on {to}, and stands still there where it needs memory that is \
-         still on {from}. Its QEMUs are kept on both hosts, and cannot be joined again yet: what its guest had \
-         not written to disk is lost. `transhume vm stop {vm} --force` on both hosts ends them; then start it again."
+        "post-copy cannot go on: {cause}\n{vm} was handed over to {to}, and part of its memory is lost. What its \
+         guest had not written to disk is lost as well. `transhume vm stop {vm} --force` on both hosts ends what \
+         is left of it; then start it again."
     )]
     Broken {
         /// The VM.
         vm: String,
-        /// The source.
-        from: String,
         /// The destination.
         to: String,
         /// What happened.

@@ -12,6 +12,7 @@ pub mod destination;
 mod error;
 pub mod progress;
 pub mod source;
+mod table;
 mod threads;
 
 pub use error::{Error, ErrorKind, Stays};

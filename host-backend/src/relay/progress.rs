@@ -104,6 +104,9 @@ pub struct Snapshot {
     /// Pages that the guest asked for before they had come, in post-copy.
     #[serde(default)]
     pub requested_pages: u64,
+    /// What it waits for and why, if it does not go on: a host whose post-copy was cut off.
+    #[serde(default)]
+    pub waits_for: Option<String>,
     /// What is expected, once that can be said.
     #[serde(default)]
     pub forecast: Option<Forecast>,
@@ -181,6 +184,7 @@ pub struct Progress {
     phase: Mutex<(Phase, Phases, Instant)>,
     counters: [AtomicU64; COUNTERS],
     forecast: Mutex<Option<Forecast>>,
+    waits_for: Mutex<Option<String>>,
 }
 
 /// The counters in [`Progress`].
@@ -224,6 +228,7 @@ impl Progress {
             phase: Mutex::new((Phase::Negotiate, Phases::default(), started)),
             counters: [const { AtomicU64::new(0) }; COUNTERS],
             forecast: Mutex::default(),
+            waits_for: Mutex::default(),
         }
     }
 
@@ -268,6 +273,20 @@ impl Progress {
         forecast.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Says what it waits for, or that it goes on.
+    pub fn wait_for(&self, what: Option<String>) {
+        *self
+            .waits_for
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = what;
+    }
+
+    /// What it waits for.
+    pub fn waits_for(&self) -> Option<String> {
+        let waits_for = self.waits_for.lock();
+        waits_for.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Adds to a counter.
     pub fn add(&self, counter: Counter, amount: u64) {
         self.counters[counter as usize].fetch_add(amount, Ordering::Relaxed);
@@ -310,6 +329,7 @@ impl Progress {
             hinted_pages: self.get(Counter::HintedPages),
             link_away_ms: self.get(Counter::LinkAwayMs),
             requested_pages: self.get(Counter::RequestedPages),
+            waits_for: self.waits_for(),
             forecast: self.forecast(),
         }
     }

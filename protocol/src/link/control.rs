@@ -114,6 +114,33 @@ pub enum Control {
         /// All frames up to this number have come.
         received: u64,
     },
+    /// Source, on a new connection: the VM of that migration was handed over in post-copy, and the rest of its
+    /// memory is to follow from here. What there is of an earlier session ends. Answered by
+    /// [`Control::Resumed`], [`Control::Whole`], by [`Control::Outcome`] when the VM is lost, or by
+    /// [`Control::Refused`] when it cannot be resumed now.
+    Resume {
+        /// The number of the offer.
+        job: u64,
+        /// The VM.
+        vm: String,
+        /// Connections that the source would use.
+        connections: u8,
+        /// How many seconds the link may be away.
+        patience: u16,
+    },
+    /// Destination: my QEMU waits for the stream that resumes. The session begins.
+    Resumed {
+        /// Whoever knows it may join the session.
+        token: [u8; 16],
+        /// Connections that the session has, at least 1.
+        connections: u8,
+        /// Number of QEMU's RAM section.
+        section: u32,
+        /// QEMU's RAM blocks by name, each with its length in bytes: their order is that of the first stream.
+        blocks: Vec<(String, u64)>,
+    },
+    /// Destination: all memory of the VM is here already.
+    Whole,
 }
 
 fn configuration() -> impl bincode::config::Config {

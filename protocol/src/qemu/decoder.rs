@@ -140,6 +140,16 @@ impl Decoder {
         decoder
     }
 
+    /// A decoder at the first byte of the stream of a post-copy that is resumed: it has neither header nor
+    /// table of blocks, which are those of the stream before. Its first section or command comes next.
+    pub fn resumed(section: u32, blocks: Vec<Block>) -> Self {
+        let mut decoder = Self::new();
+        decoder.expected = Expected::Section;
+        decoder.ram = Ram::Started(section);
+        decoder.blocks = blocks;
+        decoder
+    }
+
     /// The guest's RAM blocks; empty before [`Kind::RamBlocks`].
     pub fn blocks(&self) -> &[Block] {
         &self.blocks

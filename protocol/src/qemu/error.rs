@@ -202,7 +202,9 @@ pub enum Error {
     /// A field lies beyond the end.
     #[error("a packet ends before its fields do")]
     PacketEnd,
-    /// The destination sends the bitmap of received pages.
-    #[error("the destination resumes a broken post-copy, which is not supported")]
-    ReceivedBitmap,
+    /// A bitmap of received pages that did not have to come, is too long or is cut off.
+    #[error(
+        "the destination sends a bitmap of received pages of {0} bytes that does not belong here"
+    )]
+    ReceivedBitmap(u64),
 }

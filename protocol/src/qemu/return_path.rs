@@ -16,8 +16,11 @@ mod kind {
     pub(super) const SWITCHOVER_ACK: u16 = 7;
 }
 
-/// Longest message, in bytes.
-pub const MAX_MESSAGE_LEN: usize = 4 + 8 + 4 + 1 + MAX_NAME_LEN;
+/// What follows the bits of a bitmap: `RAMBLOCK_RECV_BITMAP_ENDING` in QEMU's `migration/ram.c`.
+const BITMAP_END: u64 = 0x0123_4567_89ab_cdef;
+
+/// Longest message without its bitmap, in bytes.
+pub const MAX_MESSAGE_LEN: usize = 4 + 8 + 8 + 1 + MAX_NAME_LEN;
 
 /// A message of the destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +51,13 @@ pub enum Message<'a> {
         /// Length in bytes.
         length: u32,
     },
+    /// The pages of a block that have come, when a broken post-copy is resumed.
+    Received {
+        /// The block's name.
+        block: &'a str,
+        /// A bit a page, the first page's lowest in the first byte; a multiple of 8 bytes long.
+        bitmap: &'a [u8],
+    },
     /// The destination is ready to resume a broken post-copy.
     ResumeAck {
         /// Always 1.
@@ -59,25 +69,32 @@ pub enum Message<'a> {
 
 impl<'a> Message<'a> {
     /// Decodes the message at the start of `input`: it and the bytes that it used, or `None` when more
-    /// bytes are needed, which is never so with [`MAX_MESSAGE_LEN`] of them.
+    /// bytes are needed, which is never so with [`MAX_MESSAGE_LEN`] of them. [`Self::Received`] is refused.
     ///
-    /// The bitmap of received pages, which a broken post-copy begins anew with, is refused: most of it
-    /// lies outside of the message's length.
+    /// # Errors
+    /// What is wrong with it.
     pub fn decode(input: &'a [u8]) -> Result<Option<(Self, usize)>, Error> {
+        Self::decode_resumed(input, 0)
+    }
+
+    /// The same while a broken post-copy is resumed: bitmaps of up to `most` bytes may come, and with so many
+    /// bytes more than [`MAX_MESSAGE_LEN`] no more are needed.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn decode_resumed(input: &'a [u8], most: usize) -> Result<Option<(Self, usize)>, Error> {
         let mut reader = Reader::new(input);
-        match Self::read(&mut reader) {
+        match Self::read(&mut reader, most) {
             Ok(message) => Ok(Some((message, reader.used()))),
             Err(Stop::More) => Ok(None),
             Err(Stop::Failed(error)) => Err(error),
         }
     }
 
-    fn read(reader: &mut Reader<'a>) -> Result<Self, Stop> {
+    fn read(reader: &mut Reader<'a>, most: usize) -> Result<Self, Stop> {
         let kind = reader.u16()?;
-        match kind {
-            kind::SHUT..=kind::REQUEST_PAGES | kind::RESUME_ACK | kind::SWITCHOVER_ACK => {}
-            kind::RECEIVED_BITMAP => return Err(Error::ReceivedBitmap.into()),
-            other => return Err(Error::UnknownMessage(other).into()),
+        if !(kind::SHUT..=kind::SWITCHOVER_ACK).contains(&kind) {
+            return Err(Error::UnknownMessage(kind).into());
         }
         let length = reader.u16()?;
         let wrong = || Stop::from(Error::MessageLength { kind, length });
@@ -104,6 +121,21 @@ impl<'a> Message<'a> {
                 offset: reader.u64()?,
                 length: reader.u32()?,
             }),
+            (kind::RECEIVED_BITMAP, 2..=256) => {
+                if u16::from(reader.peek()?) != length - 1 {
+                    return Err(wrong());
+                }
+                let block = reader.name("RAM block")?;
+                // The rest is not counted in the length.
+                let bytes = reader.u64()?;
+                let bitmap = usize::try_from(bytes).ok();
+                let bitmap = bitmap.filter(|bytes| *bytes <= most && bytes.is_multiple_of(8));
+                let bitmap = reader.bytes(bitmap.ok_or(Error::ReceivedBitmap(bytes))?)?;
+                if reader.u64()? != BITMAP_END {
+                    return Err(Error::ReceivedBitmap(bytes).into());
+                }
+                Ok(Self::Received { block, bitmap })
+            }
             (kind::RESUME_ACK, 4) => Ok(Self::ResumeAck {
                 value: reader.u32()?,
             }),
@@ -142,6 +174,14 @@ impl<'a> Message<'a> {
                 head(kind::REQUEST_PAGES, 12);
                 out.extend_from_slice(&offset.to_be_bytes());
                 out.extend_from_slice(&length.to_be_bytes());
+            }
+            Self::Received { block, bitmap } => {
+                let name = u16::try_from(block.len().min(MAX_NAME_LEN)).unwrap_or(u16::MAX);
+                head(kind::RECEIVED_BITMAP, 1 + name);
+                put_name(block, out);
+                out.extend_from_slice(&(bitmap.len() as u64).to_be_bytes());
+                out.extend_from_slice(bitmap);
+                out.extend_from_slice(&BITMAP_END.to_be_bytes());
             }
             Self::ResumeAck { value } => {
                 head(kind::RESUME_ACK, 4);
@@ -209,9 +249,31 @@ mod tests {
     }
 
     #[test]
-    fn the_received_bitmap_is_refused() {
-        let message = [0, 5, 0, 7, 6, b'p', b'c', b'.', b'r', b'a', b'm'];
-        assert_eq!(Message::decode(&message), Err(Error::ReceivedBitmap));
+    fn a_bitmap_is_taken_when_it_may_come() {
+        let bitmap = [0xff, 1, 0, 0, 0, 0, 0, 0x80];
+        let message = Message::Received {
+            block: "pc.ram",
+            bitmap: &bitmap,
+        };
+        let mut bytes = encoded(&message);
+        let whole = bytes.len();
+        for cut in 0..whole {
+            assert_eq!(Message::decode_resumed(&bytes[..cut], 8), Ok(None));
+        }
+        assert_eq!(
+            Message::decode_resumed(&bytes, 8),
+            Ok(Some((message, whole)))
+        );
+        let refused = Err(Error::ReceivedBitmap(8));
+        assert_eq!(Message::decode(&bytes), refused);
+        // Its end, then its length.
+        bytes[whole - 1] += 1;
+        assert_eq!(Message::decode_resumed(&bytes, 8), refused);
+        bytes[18] = 7;
+        assert_eq!(
+            Message::decode_resumed(&bytes, 8),
+            Err(Error::ReceivedBitmap(7))
+        );
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! Post-copy: the guest runs at its destination while part of its memory is still at the source.
 
+use super::die::sigkill;
 use super::micro::{Micro, NAME, Qemus};
 use super::pair::{At, NEWEST, Pair};
 use super::transhume::{Answer, ask};
 use super::{Bed, Scenario};
 use crate::bench::{Profile, Setup};
+use crate::command::Run;
 use crate::error::check;
 use crate::hosts::daemon::Daemon;
 use crate::hosts::{HOST_B, Hosts};
@@ -13,7 +15,7 @@ use crate::qemu::serial::{Console, Side};
 use crate::{Error, Result};
 use std::time::Duration;
 
-const LIMIT: Duration = Duration::from_secs(240);
+const LIMIT: Duration = Duration::from_secs(400);
 const POST: [&str; 2] = ["--mode", "post"];
 /// Bounds an answer of the Linux guest.
 const ANSWER: Duration = Duration::from_secs(60);
@@ -41,16 +43,28 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             run: link_breaks,
         },
         Scenario {
-            name: "post-copy-source-daemon-dies",
-            about: "a daemon that dies after the hand-over: the guest runs nowhere twice, and the job says so",
+            name: "post-copy-daemon-dies",
+            about: "either daemon dies after the hand-over; when it is there again, the rest follows",
             limit: LIMIT,
-            run: |bed| daemon_dies(bed, At::A),
+            run: |bed| daemon_dies(bed, NEWEST),
         },
         Scenario {
-            name: "post-copy-destination-daemon-dies",
-            about: "the same at the destination",
+            name: "post-copy-daemon-dies-7.2",
+            about: "the same with QEMU 7.2",
             limit: LIMIT,
-            run: |bed| daemon_dies(bed, At::B),
+            run: |bed| daemon_dies(bed, (Qemu::V7_2, Qemu::V7_2)),
+        },
+        Scenario {
+            name: "post-copy-link-away",
+            about: "five times half a minute without a link after the hand-over, and the rest follows",
+            limit: LIMIT,
+            run: link_away,
+        },
+        Scenario {
+            name: "post-copy-lost",
+            about: "the QEMU that has the rest of the memory ends: the job says what is lost",
+            limit: LIMIT,
+            run: lost,
         },
         Scenario {
             name: "post-copy-linux",
@@ -147,46 +161,135 @@ fn link_breaks(bed: &Bed) -> Result<()> {
     pair.arrived(At::B, &mut life).map_err(shown)
 }
 
-/// What is at either host cannot be joined again yet: both QEMUs are kept, and neither runs on as if it were
-/// whole.
-fn daemon_dies(bed: &Bed, at: At) -> Result<()> {
-    let mut pair = Pair::new(bed, NEWEST, Some(SLOW))?;
-    let life = pair.boot(&writes(bed)?)?;
-    let command = pair.begin_migration(At::A, &[POST[0], POST[1], "--link-patience", "3"])?;
-    let job = job_in(&pair, At::A, "post-copy").map_err(|error| pair.with_logs(error))?;
+/// The job's migration is past the hand-over, and the guest has asked for a page.
+fn in_post_copy(pair: &Pair<'_>) -> Result<String> {
+    let job = job_in(pair, At::A, "post-copy")?;
     pair.wait("the guest to run there and to ask for a page", || {
         let job = ask(&pair.a, &["job", "show", &job])?.expect(0)?;
         Ok(job.number("/progress/requested-pages")? > 0)
     })?;
-    match at {
-        At::A => pair.a.kill(),
-        At::B => pair.b.kill(),
-    }
-    let words: &[&str] = match at {
-        At::A => &["transhumed", "job show"],
-        At::B => &["post-copy was cut off", "stands still"],
-    };
-    let ended = command.end()?.refused(5, words);
-    ended.map_err(|error| pair.with_logs(error))?;
-    pair.restart(at)?;
-    pair.wait("the job to say what became of it", || {
-        let job = ask(&pair.a, &["job", "show", &job])?.expect(0)?;
-        Ok(job.word("/state")? == "unresolved" && job.message().contains("post-copy was cut off"))
-    })?;
+    Ok(job)
+}
+
+/// A daemon that dies after the hand-over goes on when it is there again.
+fn daemon_dies(bed: &Bed, qemus: Qemus) -> Result<()> {
     for at in [At::A, At::B] {
-        check(pair.qemus(at).len() == 1, || {
-            format!("{} has not kept its QEMU", at.name())
-        })?;
+        let mut pair = Pair::new(bed, qemus, Some(SLOW))?;
+        let mut life = pair.boot(&writes(bed)?)?;
+        let begin = [POST[0], POST[1], "--link-patience", "3"];
+        let command = pair.begin_migration(At::A, &begin)?;
+        let job = in_post_copy(&pair).map_err(|error| pair.with_logs(error))?;
+        match at {
+            At::A => pair.a.kill(),
+            At::B => pair.b.kill(),
+        }
+        if matches!(at, At::A) {
+            command.end()?.refused(5, &["transhumed", "job show"])?;
+            pair.restart(at)?;
+        } else {
+            pair.wait("the job to say what it waits for", || {
+                let job = ask(&pair.a, &["job", "show", &job])?.expect(0)?;
+                Ok(job
+                    .word("/progress/waits-for")
+                    .is_ok_and(|what| what.contains("hostb")))
+            })
+            .map_err(|error| pair.with_logs(error))?;
+            pair.restart(at)?;
+            let answer = command.end()?.expect(0);
+            let answer = answer.map_err(|error| pair.with_logs(error))?;
+            followed(&answer)?;
+        }
+        completed(&pair, &job).map_err(|error| pair.with_logs(error))?;
+        pair.arrived(At::B, &mut life)
+            .and_then(|()| pair.nothing_left(At::A))
+            .map_err(|error| pair.with_logs(error))?;
+        // And as usual afterwards.
+        pair.hosts.shape(None)?;
+        pair.moves(At::B, &mut life)?;
     }
-    let resumed = ask(&pair.a, &["vm", "resume", NAME])?;
-    check(resumed.code != 0, || {
-        format!("The guest was let run where it left: {resumed}")
-    })?;
-    for at in [At::A, At::B] {
-        ask(pair.daemon(at), &["vm", "stop", NAME, "--force"])?.expect(0)?;
-    }
-    drop(life);
     Ok(())
+}
+
+fn completed(pair: &Pair<'_>, job: &str) -> Result<()> {
+    pair.wait("the rest of the memory to follow", || {
+        let job = ask(&pair.a, &["job", "show", job])?.expect(0)?;
+        check(job.word("/state")? != "failed", || format!("Odd: {job}"))?;
+        Ok(job.word("/state")? == "completed")
+    })
+}
+
+/// The link is away for half a minute, again and again, and QEMU's post-copy is resumed each time. Once neither
+/// daemon gets a descriptor when it is back.
+fn link_away(bed: &Bed) -> Result<()> {
+    let pair = Pair::new(bed, NEWEST, Some(SLOW))?;
+    let mut life = pair.boot(&writes(bed)?)?;
+    let shown = |error| pair.with_logs(error);
+    let begin = [POST[0], POST[1], "--link-patience", "3"];
+    let command = pair.begin_migration(At::A, &begin)?;
+    let job = in_post_copy(&pair).map_err(shown)?;
+    for round in 0..5 {
+        pair.hosts.break_link()?;
+        std::thread::sleep(Duration::from_secs(28));
+        let said = ask(&pair.a, &["job", "show", &job])?.expect(0)?;
+        said.word("/progress/waits-for").map_err(shown)?;
+        if round == 1 {
+            for at in [At::A, At::B] {
+                descriptors(pair.daemon(at), "8:")?;
+            }
+        }
+        std::thread::sleep(Duration::from_secs(2));
+        pair.hosts.set_link(true)?;
+        if round == 1 {
+            std::thread::sleep(Duration::from_secs(3));
+            for at in [At::A, At::B] {
+                descriptors(pair.daemon(at), "1024:")?;
+            }
+        }
+        pair.wait("the rest to follow again", || {
+            let said = ask(&pair.a, &["job", "show", &job])?.expect(0)?;
+            Ok(said.word("/progress/waits-for").is_err())
+        })
+        .map_err(shown)?;
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    let answer = command.end()?.expect(0).map_err(shown)?;
+    followed(&answer)?;
+    let remarks = answer.value["summary"]["remarks"].to_string();
+    check(remarks.contains("was cut off, and went on"), || {
+        format!("No word on it: {answer}")
+    })?;
+    pair.arrived(At::B, &mut life).map_err(shown)
+}
+
+/// Bounds the descriptors that a daemon may have from now on.
+fn descriptors(daemon: &Daemon, most: &str) -> Result<()> {
+    Run::new("prlimit")
+        .args(["--pid", &daemon.id().to_string()])
+        .arg(format!("--nofile={most}"))
+        .cure("It needs util-linux")
+        .output()
+        .map(drop)
+}
+
+/// When the QEMU that has the rest ends, the job says that it is lost, and all can be cleared away.
+fn lost(bed: &Bed) -> Result<()> {
+    let pair = Pair::new(bed, NEWEST, Some(SLOW))?;
+    let life = pair.boot(&writes(bed)?)?;
+    let command = pair.begin_migration(At::A, &POST)?;
+    in_post_copy(&pair).map_err(|error| pair.with_logs(error))?;
+    for process in pair.qemus(At::A) {
+        sigkill(process)?;
+    }
+    let ended = command.end()?;
+    let ended = ended.refused(
+        5,
+        &["cannot go on", "part of its memory is lost", "vm stop"],
+    );
+    ended.map_err(|error| pair.with_logs(error))?;
+    drop(life);
+    ask(&pair.b, &["vm", "stop", NAME, "--force"])?.expect(0)?;
+    pair.nothing_left(At::A)?;
+    check(pair.qemus(At::B).is_empty(), || "A QEMU is left".into())
 }
 
 fn linux(bed: &Bed) -> Result<()> {

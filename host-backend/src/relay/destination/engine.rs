@@ -11,6 +11,7 @@ use tokio::sync::Notify;
 use transhume_protocol::link::Control;
 
 use super::disks::{self, DiskReader};
+use super::forgotten::Forgotten;
 use super::output::{Output, Writer};
 use super::placement::Placement;
 use super::postcopy::Answers;
@@ -18,6 +19,7 @@ use super::receive::Intake;
 use super::reply::{self, Reply};
 use crate::hypervisor::memory::GuestMemory;
 use crate::link::session::{Ready, Session};
+use crate::pages::bitmap::Bitmap;
 use crate::pages::digest::Digester;
 use crate::relay::error::RelayError;
 use crate::relay::threads;
@@ -25,6 +27,8 @@ use crate::volume;
 
 /// Bytes read from QEMU's return path at once.
 const RETURN_PATH_LEN: usize = 4096;
+/// Bytes of it that go on at once.
+const RETURN_PATH_MOST: usize = 64 << 10;
 /// How often the end of the link is looked at.
 const GLANCE: Duration = Duration::from_millis(10);
 
@@ -45,8 +49,18 @@ pub(super) struct Target {
     pub(super) memory: Option<GuestMemory>,
     /// Its length by the definition.
     pub(super) memory_bytes: u64,
-    /// The VM may come in post-copy.
-    pub(super) post_copy: bool,
+    /// How the VM comes.
+    pub(super) way: Way,
+}
+
+/// How a VM comes.
+pub(super) enum Way {
+    /// It runs here when all of it is here.
+    PreCopy,
+    /// It may run here before.
+    PostCopy,
+    /// It does, and its stream broke.
+    Resumed(Forgotten),
 }
 
 /// The running threads.
@@ -72,8 +86,9 @@ impl Engine {
             volumes,
             memory,
             memory_bytes,
-            post_copy,
+            way,
         } = target;
+        let post_copy = !matches!(way, Way::PreCopy);
         let (replies, queue) = mpsc::channel();
         let output = Arc::new(Output::new());
         let placement = Arc::new(Placement::new(
@@ -83,6 +98,12 @@ impl Engine {
             memory,
             post_copy,
         ));
+        let (mut answers, resumed) = (Answers::default(), matches!(way, Way::Resumed(_)));
+        if let Way::Resumed(forgotten) = way {
+            let longest = forgotten.pages.iter().map(Bitmap::len).max();
+            answers = Answers::resumed(longest.unwrap_or(0));
+            placement.resume(forgotten);
+        }
         let socket = || qemu.try_clone().map_err(RelayError::Socket);
         let (write_half, read_half) = (socket()?, socket()?);
         let engine = Arc::new(Self {
@@ -105,8 +126,10 @@ impl Engine {
         let writer = Writer::new(write_half, output);
         let this = Arc::clone(&engine);
         engine.spawn("relay-link-in", move || {
-            intake.run()?;
-            this.commit();
+            if !resumed {
+                intake.run()?;
+                this.commit();
+            }
             if this.is_post_copy() {
                 intake.run()?;
             }
@@ -119,7 +142,7 @@ impl Engine {
             if !post_copy {
                 return return_path(read_half, |bytes| Ok(pass(&replies, bytes.to_vec())));
             }
-            this.answers(read_half, &replies)?;
+            this.answers(read_half, answers, &replies)?;
             this.lock().closed = true;
             Ok(())
         })?;
@@ -173,6 +196,11 @@ impl Engine {
         self.placement.is_packaged()
     }
 
+    /// What must be known of a VM in post-copy to resume it; once.
+    pub(super) fn take_forgotten(&self) -> Option<Forgotten> {
+        self.placement.take_forgotten()
+    }
+
     /// The hand-over is noted: QEMU may load the devices, and run the VM.
     pub(super) fn release(&self) {
         self.output.release();
@@ -200,14 +228,21 @@ impl Engine {
     }
 
     /// Carries what QEMU says to the link, but for the answer to our own ping.
-    fn answers(&self, qemu: UnixStream, replies: &mpsc::Sender<Reply>) -> Result<(), RelayError> {
-        let mut answers = Answers::default();
+    fn answers(
+        &self,
+        qemu: UnixStream,
+        mut answers: Answers,
+        replies: &mpsc::Sender<Reply>,
+    ) -> Result<(), RelayError> {
+        let received = |block: &str, bitmap: &[u8]| self.placement.received(block, bitmap);
         return_path(qemu, |bytes| {
-            let (passed, answered) = answers.filter(bytes)?;
+            let (passed, answered) = answers.filter(bytes, received)?;
             if answered {
                 self.placement.may_write();
             }
-            Ok(passed.is_empty() || pass(replies, passed))
+            Ok(passed
+                .chunks(RETURN_PATH_MOST)
+                .all(|piece| pass(replies, piece.to_vec())))
         })
     }
 

@@ -9,10 +9,11 @@ use tokio::time::timeout;
 use transhume_protocol::link::{Control, Offer};
 
 use super::arrivals::Stage;
-use super::engine::{Engine, Target};
+use super::engine::{Engine, Target, Way};
 use super::look::{self, Fit};
 use super::postcopy;
 use super::recovery;
+use super::resume;
 use super::sessions::Open;
 use super::{Host, Outcomes, send};
 use crate::hypervisor::command_line::Start;
@@ -35,9 +36,9 @@ const ENDING_GLANCE: Duration = Duration::from_millis(50);
 /// How long a QEMU that closed its socket may take to end.
 const END_PATIENCE: Duration = Duration::from_secs(2);
 /// Connections of a session, at most: one takes a CPU.
-const MOST_CONNECTIONS: u8 = 8;
+pub(super) const MOST_CONNECTIONS: u8 = 8;
 /// How long the last words to the source may take.
-const FAREWELL: Duration = Duration::from_millis(500);
+pub(super) const FAREWELL: Duration = Duration::from_millis(500);
 
 /// Keeps a name until the VM has arrived.
 struct Reservation {
@@ -242,7 +243,7 @@ pub(super) async fn take(
         return Ok(());
     }
     let events = vm.qmp().events();
-    match run(&vm, &decision, offer.running, &engine).await {
+    match run(&vm, &decision, &offer, &engine).await {
         Ok(()) => {
             reservation.kept = true;
             host.arrived(Arc::clone(&vm));
@@ -250,15 +251,17 @@ pub(super) async fn take(
             if engine.is_post_copy() {
                 tracing::info!(vm = name, "runs here; part of its memory is still to come");
                 decision.follows();
-                if let Err(cause) = postcopy::complete(&engine, &vm, events).await {
-                    tracing::error!(
+                match postcopy::complete(&engine, &vm, events).await {
+                    Ok(()) => resume::whole(&*host, &vm, offer.job),
+                    Err(cause) => tracing::warn!(
                         vm = name,
                         cause,
-                        "post-copy was cut off: the VM stands still where it needs memory that did not come"
-                    );
-                    engine.finish(FAREWELL).await;
-                    return Ok(());
+                        "post-copy is cut off: the VM stands still where it needs memory that has not come, until \
+                         the source sends it"
+                    ),
                 }
+                engine.finish(FAREWELL).await;
+                return Ok(());
             }
             decision.end(Stage::Taken);
             if let Err(error) = recovery::settle(vm.files().folder()) {
@@ -348,7 +351,13 @@ async fn receive(
 
 /// The source gave the VM up: it runs here from now on, or stays paused as it was there. An error means
 /// that it never ran here, and goes back; a QEMU that ends when it is told to run it has lost it.
-async fn run(vm: &Vm, decision: &Decision, runs: bool, engine: &Engine) -> Result<(), String> {
+async fn run(vm: &Vm, decision: &Decision, offer: &Offer, engine: &Engine) -> Result<(), String> {
+    let runs = offer.running;
+    if let Some(forgotten) = engine.take_forgotten() {
+        let folder = vm.files().folder();
+        let written = forgotten.write(folder, offer.job, &offer.from);
+        written.map_err(|error| format!("{}: {error}", folder.display()))?;
+    }
     decision.note(Stage::Committed { runs })?;
     engine.release();
     if !runs {
@@ -428,7 +437,10 @@ impl Prepared {
                     volumes,
                     memory: reach_memory(&vm).await,
                     memory_bytes: fit.definition.memory.bytes(),
-                    post_copy: post_copy.is_some(),
+                    way: match post_copy {
+                        Some(_) => Way::PostCopy,
+                        None => Way::PreCopy,
+                    },
                 },
                 vm,
             }),

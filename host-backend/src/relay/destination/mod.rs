@@ -8,6 +8,7 @@ mod arrivals;
 mod attempts;
 mod disks;
 mod engine;
+mod forgotten;
 mod incoming;
 mod look;
 #[cfg(test)]
@@ -19,6 +20,7 @@ mod reads;
 mod receive;
 mod recovery;
 mod reply;
+mod resume;
 mod sessions;
 mod waiting;
 
@@ -75,6 +77,8 @@ pub trait Host: Send + Sync + 'static {
     fn release(&self, vm: &str);
     /// The VM belongs to this host now.
     fn arrived(&self, vm: Arc<Vm>);
+    /// A VM that this host has.
+    fn vm(&self, name: &str) -> Option<Arc<Vm>>;
 }
 
 /// What became of the last migrations, for a source that asks.
@@ -219,7 +223,9 @@ async fn greet(
             )];
             send(&mut connection, &Control::Refused { reasons })
         }
-        Control::Query { .. } if served.is_err() => Err("too many are served at once".to_owned()),
+        Control::Query { .. } | Control::Resume { .. } if served.is_err() => {
+            Err("too many are served at once".to_owned())
+        }
         Control::Offer(offer) => {
             let is_from = connection.peer_is(&offer.from);
             match peer.admit(is_from, &offer, &*host).await {
@@ -238,6 +244,22 @@ async fn greet(
             };
             let Some(taken) = taken else { return Ok(()) };
             send(&mut connection, &Control::Outcome { taken })
+        }
+        Control::Resume {
+            job,
+            vm,
+            connections,
+            patience,
+        } => {
+            let of_others = outcomes.is_of_others(job, |from| connection.peer_is(from));
+            peer.may_ask(&vm, of_others, &*host)?;
+            let asked = resume::Asked {
+                job,
+                vm,
+                connections,
+                patience,
+            };
+            resume::serve(connection, asked, host, outcomes).await
         }
         Control::Join {
             job,
@@ -263,7 +285,7 @@ async fn greet(
                 Err(error) => Err(error.to_string()),
             }
         }
-        _ => Err("it began with neither an offer, a query nor a join".to_owned()),
+        _ => Err("it began with no offer, query, resumption or join".to_owned()),
     }
 }
 

@@ -20,6 +20,7 @@ use foldhash::fast::RandomState;
 use transhume_protocol::link::{Digest, HintRun, SectionKind, Verdict};
 use transhume_protocol::qemu::{Block, Discard};
 
+use super::forgotten::Forgotten;
 use super::output::{Contents, Output, Piece};
 use super::postcopy::{self, Missing};
 use super::reads::{Plan, Read, join};
@@ -65,6 +66,8 @@ enum Before {
 struct State {
     stopped: bool,
     blocks: Vec<BlockState>,
+    /// Number of QEMU's RAM section and its blocks, while they are needed for post-copy.
+    table: (u32, Vec<Block>),
     /// Pages read ahead and put into memory, with what they hold.
     ahead: HashMap<PageKey, Digest, RandomState>,
     awaited: HashMap<PageKey, Awaited, RandomState>,
@@ -77,8 +80,12 @@ struct State {
     may_write: bool,
     /// What the source has to send again: from the switch to post-copy on.
     missing: Option<Missing>,
-    /// The package of devices has come.
+    /// The package of devices has come, or had before this resumed.
     packaged: bool,
+    /// What QEMU forgot at the switch, for a time after this process.
+    forgotten: Option<Forgotten>,
+    /// Blocks whose received pages QEMU has told, when this was resumed.
+    told: Vec<bool>,
 }
 
 /// The shared state; see the module.
@@ -162,6 +169,7 @@ impl Placement {
         let state = State {
             stopped: false,
             blocks: Vec::new(),
+            table: (0, Vec::new()),
             ahead: HashMap::default(),
             awaited: HashMap::default(),
             plan: Plan::default(),
@@ -171,6 +179,8 @@ impl Placement {
             may_write: !post_copy,
             missing: None,
             packaged: false,
+            forgotten: None,
+            told: Vec::new(),
         };
         Self {
             state: Mutex::new(state),
@@ -249,6 +259,9 @@ impl Placement {
             })
             .collect();
         state.may_read_ahead = state.may_write;
+        if self.post_copy {
+            state.table = (section, blocks.clone());
+        }
         self.output.push(Piece::Blocks { section, blocks });
         if let Some(ping) = postcopy::ping().filter(|_| self.post_copy) {
             self.output.push(Piece::Raw(ping));
@@ -296,10 +309,72 @@ impl Placement {
     /// The package of devices follows, and is held.
     pub(super) fn package(&self) -> Result<(), RelayError> {
         let mut state = self.lock();
-        self.switch(&mut state)?;
+        let pages = self.switch(&mut state)?.pages().to_vec();
+        let (section, blocks) = std::mem::take(&mut state.table);
+        state.forgotten = Some(Forgotten {
+            section,
+            blocks,
+            pages,
+        });
         state.packaged = true;
         self.output.push(Piece::Hold);
         Ok(())
+    }
+
+    /// What QEMU forgot at the switch.
+    pub(super) fn take_forgotten(&self) -> Option<Forgotten> {
+        self.lock().forgotten.take()
+    }
+
+    /// Goes on with a VM in post-copy whose stream broke. What is missing is known when QEMU has told of each
+    /// block which pages it received.
+    pub(super) fn resume(&self, forgotten: Forgotten) {
+        let Forgotten {
+            section,
+            blocks,
+            pages,
+        } = forgotten;
+        let mut missing = Missing::new(pages.iter().map(Bitmap::len));
+        let mut state = self.lock();
+        state.told = vec![false; blocks.len()];
+        state.blocks = pages
+            .iter()
+            .map(|pages| BlockState {
+                spoken: Bitmap::new(pages.len()),
+                reading: Bitmap::new(0),
+                direct: None,
+            })
+            .collect();
+        for (block, pages) in pages.into_iter().enumerate() {
+            missing.set(block, pages);
+        }
+        state.missing = Some(missing);
+        state.packaged = true;
+        state.table.1.clone_from(&blocks);
+        self.output.push(Piece::Blocks { section, blocks });
+    }
+
+    /// QEMU tells which pages of a block it received. Returns what the source is told: what was not forgotten
+    /// is here as well.
+    pub(super) fn received(&self, block: &str, bitmap: &[u8]) -> Result<Vec<u8>, RelayError> {
+        let mut state = self.lock();
+        let blocks = &state.table.1;
+        let index = blocks.iter().position(|one| one.name == block);
+        // A second time would count pages as missing that are on their way to QEMU.
+        let index = index.filter(|&index| !std::mem::replace(&mut state.told[index], true));
+        let (Some(index), Some(missing)) = (index, &mut state.missing) else {
+            return Err(RelayError::Misplaced("bitmap of received pages"));
+        };
+        let mut pages = missing.pages()[index].clone();
+        pages.subtract(&Bitmap::read(pages.len(), bitmap));
+        let mut told = Vec::with_capacity(bitmap.len());
+        pages.write(&mut told);
+        told.resize(bitmap.len(), 0);
+        for byte in &mut told {
+            *byte = !*byte;
+        }
+        missing.set(index, pages);
+        Ok(told)
     }
 
     /// Takes part of the guest's report. What lies outside of memory or disks is left out.

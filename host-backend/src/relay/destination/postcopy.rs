@@ -63,6 +63,19 @@ impl Missing {
         needed
     }
 
+    /// The pages that QEMU has forgotten and not got again.
+    pub(super) fn pages(&self) -> &[Bitmap] {
+        &self.blocks
+    }
+
+    /// None but these of a block are missing.
+    pub(super) fn set(&mut self, block: usize, pages: Bitmap) {
+        if let Some(before) = self.blocks.get_mut(block) {
+            self.left = (self.left + pages.count()).saturating_sub(before.count());
+            *before = pages;
+        }
+    }
+
     /// Whether QEMU has all.
     pub(super) fn is_empty(&self) -> bool {
         self.left == 0
@@ -79,23 +92,43 @@ pub(super) fn ping() -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// Takes the answer to our own ping out of what QEMU says.
+/// Looks at what QEMU says to the source.
 #[derive(Default)]
 pub(super) struct Answers {
     partial: Vec<u8>,
+    /// Length of the longest bitmap that may come, in bytes.
+    longest_bitmap: usize,
 }
 
 impl Answers {
+    /// Of a QEMU whose post-copy is resumed; its longest block has so many pages.
+    pub(super) fn resumed(pages: u64) -> Self {
+        Self {
+            longest_bitmap: usize::try_from(pages.div_ceil(64) * 8).unwrap_or(usize::MAX),
+            ..Self::default()
+        }
+    }
+
     /// What is to be passed on of the whole messages so far, and whether our ping's answer was among them.
-    pub(super) fn filter(&mut self, bytes: &[u8]) -> Result<(Vec<u8>, bool), RelayError> {
+    /// `received` makes of QEMU's word on a block's pages what the source is told.
+    pub(super) fn filter(
+        &mut self,
+        bytes: &[u8],
+        mut received: impl FnMut(&str, &[u8]) -> Result<Vec<u8>, RelayError>,
+    ) -> Result<(Vec<u8>, bool), RelayError> {
         self.partial.extend_from_slice(bytes);
         let (mut used, mut answered) = (0, false);
         let mut passed = Vec::with_capacity(self.partial.len());
-        while let Some((message, length)) = Message::decode(&self.partial[used..])? {
-            if message == (Message::Pong { number: PING }) {
-                answered = true;
-            } else {
-                passed.extend_from_slice(&self.partial[used..used + length]);
+        while let Some((message, length)) =
+            Message::decode_resumed(&self.partial[used..], self.longest_bitmap)?
+        {
+            match message {
+                Message::Pong { number: PING } => answered = true,
+                Message::Received { block, bitmap } => {
+                    let bitmap = &received(block, bitmap)?;
+                    Message::Received { block, bitmap }.encode(&mut passed);
+                }
+                _ => passed.extend_from_slice(&self.partial[used..used + length]),
             }
             used += length;
         }
@@ -185,30 +218,43 @@ mod tests {
             offset: 4096,
             length: 4096,
         };
+        let received = |bitmap| Message::Received {
+            block: "pc.ram",
+            bitmap,
+        };
+        let (theirs, told) = ([1; 8], vec![2; 8]);
         let said = [
             Message::Pong { number: 1 },
             Message::Pong { number: PING },
             request,
+            received(&theirs),
         ];
-        let mut all = Vec::new();
-        let mut expected = Vec::new();
+        let passed_on = [said[0], request, received(&told)];
+        let [mut all, mut expected] = [Vec::new(), Vec::new()];
         for message in said {
             message.encode(&mut all);
-            if message != (Message::Pong { number: PING }) {
-                message.encode(&mut expected);
-            }
+        }
+        for message in passed_on {
+            message.encode(&mut expected);
         }
         for step in [1, 3, all.len()] {
-            let mut answers = Answers::default();
+            let mut answers = Answers::resumed(64);
             let (mut passed, mut answered) = (Vec::new(), 0);
             for piece in all.chunks(step) {
-                let (some, ours) = answers.filter(piece).unwrap();
+                let told = answers.filter(piece, |block, bitmap| {
+                    assert_eq!((block, bitmap), ("pc.ram", &theirs[..]));
+                    Ok(told.clone())
+                });
+                let (some, ours) = told.unwrap();
                 passed.extend(some);
                 answered += u32::from(ours);
             }
             assert_eq!((passed, answered), (expected.clone(), 1));
         }
-        assert!(Answers::default().filter(&[0xff; 8]).is_err());
+        let none = |_: &str, _: &[u8]| unreachable!("no bitmap may come");
+        for wrong in [&[0xff; 8][..], &all] {
+            assert!(Answers::default().filter(wrong, none).is_err());
+        }
         assert_eq!(&ping().unwrap()[5..], PING.to_be_bytes());
     }
 }

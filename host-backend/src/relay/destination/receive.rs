@@ -5,10 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 
 use transhume_protocol::link::{
-    Ack, BATCH_HEADER_LEN, BatchEncoding, BatchReader, Control, FrameKind, LinkError, MAX_BLOCKS,
-    Record, decode_control, decode_hints,
+    Ack, BATCH_HEADER_LEN, BatchEncoding, BatchReader, Control, FrameKind, LinkError, Record,
+    decode_control, decode_hints,
 };
-use transhume_protocol::qemu::Block;
 use zstd::bulk::Decompressor;
 
 use super::output::Contents;
@@ -19,9 +18,7 @@ use crate::link::{Payload, Pool};
 use crate::pages::hints::Place;
 use crate::pages::{PAGE_SIZE, PageKey};
 use crate::relay::error::RelayError;
-
-/// Bytes of RAM blocks beside main memory, at most: firmware, tables, video.
-const DEVICE_MEMORY: u64 = 1 << 30;
+use crate::relay::table;
 
 /// The receiving thread.
 pub(super) struct Intake {
@@ -130,8 +127,10 @@ impl Intake {
             match record? {
                 Record::Raw(bytes) => self.placement.raw(bytes.to_vec())?,
                 Record::Blocks { section, blocks } => {
-                    self.placement
-                        .set_blocks(section, table(&blocks, self.memory_bytes)?)?;
+                    self.placement.set_blocks(
+                        section,
+                        table::check(blocks.into_iter(), self.memory_bytes)?,
+                    )?;
                 }
                 Record::Discard { block, page, count } => {
                     self.placement.discard(block, page, count)?;
@@ -204,27 +203,6 @@ fn run(block: u16, page: u64, count: u32, offset: &mut usize) -> Vec<(PageKey, u
                 },
                 at,
             )
-        })
-        .collect()
-}
-
-/// The table of RAM blocks, none larger than the guest's memory and what devices have.
-fn table(blocks: &[(&[u8], u64)], memory_bytes: u64) -> Result<Vec<Block>, RelayError> {
-    let mut total = 0_u64;
-    if blocks.len() > MAX_BLOCKS {
-        return Err(LinkError::OutOfBounds("number of RAM blocks").into());
-    }
-    blocks
-        .iter()
-        .map(|&(name, length)| {
-            let name = String::from_utf8(name.to_vec())
-                .map_err(|_| LinkError::OutOfBounds("name of a RAM block"))?;
-            total = total.saturating_add(length);
-            let most = memory_bytes.saturating_add(DEVICE_MEMORY);
-            if !length.is_multiple_of(PAGE_SIZE as u64) || total > most {
-                return Err(LinkError::OutOfBounds("length of a RAM block").into());
-            }
-            Ok(Block { name, length })
         })
         .collect()
 }

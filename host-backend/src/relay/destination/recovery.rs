@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::arrivals::{Arrival, Arrivals, Stage};
+use super::forgotten;
 use crate::durable;
 use crate::hypervisor::{Definition, Error, LaunchSettings, Vm};
 
@@ -12,6 +13,8 @@ const ARRIVAL: &str = "arrival";
 /// How often, and after which time each, a QEMU that answers wrongly is looked at again.
 const ENDING_LOOKS: u32 = 20;
 const ENDING_GLANCE: Duration = Duration::from_millis(100);
+/// How long a QEMU in post-copy may take to answer.
+const WAITING_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Says, in the run directory of a VM that is about to arrive, by which migration it does, and what it is.
 /// The journal says before that it waits. The directory is made.
@@ -23,6 +26,7 @@ pub(super) fn begin(folder: &Path, definition: &str, job: u64) -> std::io::Resul
 
 /// The VM is no longer about to arrive: what the journal says of that migration is not about its QEMU any more.
 pub(super) fn settle(folder: &Path) -> std::io::Result<()> {
+    forgotten::remove(folder)?;
     durable::remove(&folder.join(ARRIVAL))
 }
 
@@ -78,32 +82,30 @@ async fn recover_one(
     }
     let adopted = if path.exists() {
         let text = std::fs::read_to_string(path).unwrap_or_default();
-        adopt(&Definition::parse(&text)?, settings).await?
+        adopt_in_time(&Definition::parse(&text)?, settings, *stage).await?
     } else {
         // No QEMU is started without one.
         None
     };
     match (*stage, adopted) {
-        (Stage::Committed { runs }, Some(adopted)) => {
-            tracing::info!(vm, "it had been handed over: it belongs here");
-            if runs {
-                adopted.qmp().cont().await?;
+        (Stage::Committed { .. } | Stage::PostCopy, Some(adopted)) => {
+            if let Stage::Committed { runs } = stage {
+                tracing::info!(vm, "it had been handed over: it belongs here");
+                if *runs {
+                    adopted.qmp().cont().await?;
+                }
+            }
+            let said = adopted.qmp().query_migrate().await?;
+            if said.status.is_some_and(|said| said.starts_with("postcopy")) {
+                tracing::warn!(
+                    vm,
+                    "post-copy was cut off: it stands still where it needs memory that has not come, until the \
+                     host that it came from sends it"
+                );
+                return Ok((Stage::PostCopy, Some(adopted)));
             }
             settle(folder).map_err(|error| Error::file("remove", folder, error))?;
             Ok((Stage::Taken, Some(adopted)))
-        }
-        (Stage::PostCopy, Some(adopted)) => {
-            let said = adopted.qmp().query_migrate().await?;
-            if said.status.as_deref() == Some("completed") {
-                settle(folder).map_err(|error| Error::file("remove", folder, error))?;
-                return Ok((Stage::Taken, Some(adopted)));
-            }
-            tracing::error!(
-                vm,
-                "post-copy was cut off: it stands still where it needs memory that is still at the host that it \
-                 came from"
-            );
-            Ok((Stage::PostCopy, Some(adopted)))
         }
         (Stage::Committed { .. } | Stage::PostCopy, None) => {
             tracing::error!(
@@ -130,7 +132,33 @@ async fn recover_one(
     }
 }
 
-/// The VM's QEMU, if there is one.
+/// The QEMU of a VM in post-copy that could not be recovered when this process began; `None` if it has ended.
+pub(super) async fn find(
+    settings: &LaunchSettings,
+    arrival: &Arrival,
+) -> Result<Option<Vm>, Error> {
+    recover_one(settings, arrival).await.map(|(_, found)| found)
+}
+
+/// The VM's QEMU, if there is one. The main loop of one in post-copy may wait for a page.
+async fn adopt_in_time(
+    definition: &Definition,
+    settings: &LaunchSettings,
+    stage: Stage,
+) -> Result<Option<Vm>, Error> {
+    let adopted = adopt(definition, settings);
+    if stage != Stage::PostCopy {
+        return adopted.await;
+    }
+    match tokio::time::timeout(WAITING_PATIENCE, adopted).await {
+        Ok(adopted) => adopted,
+        Err(_) => Err(Error::Timeout {
+            command: "qmp_capabilities".to_owned(),
+            waited: WAITING_PATIENCE,
+        }),
+    }
+}
+
 async fn adopt(definition: &Definition, settings: &LaunchSettings) -> Result<Option<Vm>, Error> {
     let qmp = settings.files(&definition.name).qmp();
     let mut looks = 0;

@@ -1,8 +1,12 @@
 //! Sessions of migrations that arrive: for connections that join them, and for a source that begins anew.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::link::session::{Ready, Session};
+
+/// How often the end of a session is looked at.
+const GLANCE: Duration = Duration::from_millis(20);
 
 /// A session and whose it is.
 #[derive(Clone)]
@@ -16,9 +20,29 @@ pub(super) struct Open {
     pub(super) session: Session<Ready>,
 }
 
+#[derive(Default)]
+struct State {
+    open: Vec<Open>,
+    /// Jobs for which a session is about to begin that resumes an earlier one.
+    claimed: Vec<u64>,
+}
+
 /// See the module.
 #[derive(Clone, Default)]
-pub(super) struct Sessions(Arc<Mutex<Vec<Open>>>);
+pub(super) struct Sessions(Arc<Mutex<State>>);
+
+/// Nobody else begins a session that resumes the job's, until this is dropped.
+pub(super) struct Claim {
+    sessions: Sessions,
+    job: u64,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut state = self.sessions.lock();
+        state.claimed.retain(|job| *job != self.job);
+    }
+}
 
 /// Forgets a session when it is dropped.
 pub(super) struct Entry {
@@ -28,12 +52,13 @@ pub(super) struct Entry {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        self.sessions.lock().retain(|open| open.job != self.job);
+        let mut state = self.sessions.lock();
+        state.open.retain(|open| open.job != self.job);
     }
 }
 
 impl Sessions {
-    fn lock(&self) -> MutexGuard<'_, Vec<Open>> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -43,18 +68,48 @@ impl Sessions {
             sessions: self.clone(),
             job: open.job,
         };
-        self.lock().push(open);
+        self.lock().open.push(open);
         entry
     }
 
     /// The session of a migration.
     pub(super) fn of(&self, job: u64) -> Option<Open> {
-        self.lock().iter().find(|open| open.job == job).cloned()
+        let state = self.lock();
+        state.open.iter().find(|open| open.job == job).cloned()
+    }
+
+    /// Claims a job; `None` if somebody else has.
+    pub(super) fn claim(&self, job: u64) -> Option<Claim> {
+        let mut state = self.lock();
+        if state.claimed.contains(&job) {
+            return None;
+        }
+        state.claimed.push(job);
+        Some(Claim {
+            sessions: self.clone(),
+            job,
+        })
+    }
+
+    /// Ends the session of a migration, if there is one, and waits for all of it to be gone.
+    ///
+    /// # Errors
+    /// If it is not in that time.
+    pub(super) async fn end(&self, job: u64, patience: Duration) -> Result<(), String> {
+        let deadline = Instant::now() + patience;
+        while let Some(open) = self.of(job) {
+            open.session.close();
+            if Instant::now() > deadline {
+                return Err("what was begun before the link broke does not end".to_owned());
+            }
+            tokio::time::sleep(GLANCE).await;
+        }
+        Ok(())
     }
 
     /// Ends sessions of a VM whose source is not there any more and begins anew.
     pub(super) fn end_earlier(&self, vm: &str, from: &str) {
-        let open = self.lock().clone();
+        let open = self.lock().open.clone();
         let earlier = open
             .iter()
             .filter(|open| open.vm == vm && open.from == from && open.session.away().is_some());

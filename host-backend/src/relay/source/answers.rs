@@ -20,6 +20,8 @@ pub(super) struct Answers {
     session: Session<Packer>,
     shared: Arc<Shared>,
     partial: Vec<u8>,
+    /// Length of the longest bitmap of received pages that may come, in bytes.
+    longest_bitmap: usize,
 }
 
 impl Answers {
@@ -28,6 +30,16 @@ impl Answers {
             session,
             shared,
             partial: Vec::new(),
+            longest_bitmap: 0,
+        }
+    }
+
+    /// Of a post-copy that is resumed; the longest block has so many bytes.
+    pub(super) fn resumed(session: Session<Packer>, shared: Arc<Shared>, longest: u64) -> Self {
+        let words = longest.div_ceil(PAGE_SIZE as u64 * 64);
+        Self {
+            longest_bitmap: usize::try_from(words * 8).unwrap_or(usize::MAX),
+            ..Self::new(session, shared)
         }
     }
 
@@ -75,7 +87,9 @@ impl Answers {
     fn return_path(&mut self, bytes: &[u8]) -> Result<(), RelayError> {
         self.partial.extend_from_slice(bytes);
         let mut used = 0;
-        while let Some((message, length)) = Message::decode(&self.partial[used..])? {
+        while let Some((message, length)) =
+            Message::decode_resumed(&self.partial[used..], self.longest_bitmap)?
+        {
             let bytes = &self.partial[used..used + length];
             if let Message::RequestPagesOf { length, .. } | Message::RequestPages { length, .. } =
                 message
@@ -91,7 +105,7 @@ impl Answers {
             used += length;
         }
         self.partial.drain(..used);
-        if self.partial.len() > PARTIAL_MOST {
+        if self.partial.len() > PARTIAL_MOST.saturating_add(self.longest_bitmap) {
             return Err(RelayError::Misplaced("message of the return path"));
         }
         Ok(())

@@ -160,7 +160,8 @@ fn prepare(accepted: Accepted, patience: u16, post_copy: bool) -> Result<Ready, 
 }
 
 /// Connections that this host would use: each takes most of a CPU, and the guests need some.
-fn connections() -> u8 {
+/// Connections that a session should have.
+pub(super) fn connections() -> u8 {
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     u8::try_from(cpus / 2).unwrap_or(u8::MAX).clamp(1, 4)
 }

@@ -18,14 +18,16 @@ use transhume_protocol::qemu::{Command, CommandKind, Discard};
 use super::buffers::Buffer;
 use super::flow::Next;
 use super::migration::{Copied, Migration, Stop};
+use super::resume::Rest;
 use super::shared::Shared;
 use super::stream::StreamReader;
+use crate::hypervisor::Vm;
 use crate::hypervisor::qmp::Event;
 use crate::hypervisor::qmp_commands::Migration as Said;
 use crate::link::PATIENCE;
 use crate::relay::Error;
 use crate::relay::error::RelayError;
-use crate::relay::progress::{Counter, Phase, PostCopy, Summary};
+use crate::relay::progress::{Counter, Phase, PostCopy, Progress, Summary};
 
 /// How often QEMU is asked how far it is.
 const POLL: Duration = Duration::from_millis(50);
@@ -222,7 +224,7 @@ impl Migration {
     /// Phase [`Phase::PostCopy`] from the hand-over on: the VM belongs to the destination unless that says that
     /// it did not take it, and the rest of its memory is here.
     pub(super) async fn follow_up(mut self, copied: Copied) -> Result<Summary, Error> {
-        let remarks = self
+        let mut remarks = self
             .reports
             .take()
             .map(|reports| reports.finish())
@@ -230,12 +232,22 @@ impl Migration {
         let running = match self.taken(&copied.shared).await {
             Some(Ok(())) => Instant::now(),
             Some(Err(reason)) => return Err(self.undo(Stop::Failed(reason)).await),
-            None => return Err(self.in_doubt(&copied).await),
+            // The link ended before the destination answered.
+            None => match timeout(PATIENCE, self.ask_what_became()).await {
+                Ok(Some(true)) => Instant::now(),
+                Ok(Some(false)) => {
+                    let reason = "the other host did not take the VM over".to_owned();
+                    return Err(self.undo(Stop::Failed(reason)).await);
+                }
+                Ok(None) | Err(_) => return Err(self.give_up(&copied)),
+            },
         };
         tracing::info!("the VM runs at its destination; the rest of its memory follows");
         let pages = self.progress.get(Counter::PostCopyPages);
-        if let Err(cause) = self.rest(&copied.shared).await {
-            return Err(self.broken(&copied, cause));
+        if let Err(cause) = rest(&self.request.vm, &copied.shared, &self.progress).await {
+            copied.shared.stop(RelayError::Stopped);
+            self.left().send(cause, &self.progress).await?;
+            remarks.push("post-copy was cut off, and went on".to_owned());
         }
         let whole = Instant::now();
         let mut summary = self.ended(&copied, running, remarks).await;
@@ -255,86 +267,71 @@ impl Migration {
         loop {
             match timeout(POLL, &mut answered).await {
                 Ok(answer) => return answer,
-                Err(_) => self.show(shared, None),
+                Err(_) => show(shared, None, &self.progress),
             }
         }
     }
 
-    fn show(&self, shared: &Shared, said: Option<&Said>) {
-        let away = shared.link_away().map_or(0, |away| away.as_millis());
-        let away = u64::try_from(away).unwrap_or(u64::MAX);
-        self.progress.set(Counter::LinkAwayMs, away);
-        if let Some(ram) = said.and_then(|said| said.ram) {
-            self.progress
-                .set(Counter::RemainingBytes, ram.remaining.saturating_add(1));
+    /// What is left to send if the stream breaks.
+    fn left(&self) -> Rest {
+        let request = &self.request;
+        Rest {
+            vm: Arc::clone(&request.vm),
+            from: request.from.clone(),
+            destination: request.destination.clone(),
+            number: self.facts.offer.job,
+            link_patience: request.link_patience,
         }
     }
+}
 
-    /// Waits until QEMU has sent the rest and the destination's has it.
-    async fn rest(&self, shared: &Arc<Shared>) -> Result<(), String> {
-        let qmp = self.request.vm.qmp();
-        let mut poll = interval(POLL);
-        poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut events = qmp.events();
-        let mut failed: Option<Instant> = None;
-        loop {
-            tokio::select! {
-                // An event is only a reason to look at once.
-                event = events.recv() => if event.is_err() && qmp.is_closed() {
-                    return Err(qmp.closed().await);
-                },
-                () = shared.failure(), if failed.is_none() => failed = Some(Instant::now()),
-                _ = poll.tick() => {}
-            }
-            let said = qmp
-                .query_migrate()
-                .await
-                .map_err(|error| error.to_string())?;
-            self.show(shared, Some(&said));
-            match said.status.as_deref() {
-                Some("completed") => return Ok(()),
-                // It waits for somebody to resume it.
-                Some("postcopy-paused" | "failed" | "cancelled") => {
-                    let cause = shared.take_failure();
-                    return Err(match (cause, said.error_desc) {
-                        (Some(cause), _) => cause.to_string(),
-                        (None, Some(said)) => format!("QEMU: {said}"),
-                        (None, None) => "QEMU's stream broke".to_owned(),
-                    });
-                }
-                // QEMU before 8.0 may wait for the end of its return path for ever.
-                _ if failed.is_some_and(|since| since.elapsed() > PATIENCE) => {
-                    let cause = shared.take_failure();
-                    return Err(cause.map_or_else(String::new, |cause| cause.to_string()));
-                }
-                _ => {}
-            }
-        }
+fn show(shared: &Shared, said: Option<&Said>, progress: &Progress) {
+    let away = shared.link_away().map_or(0, |away| away.as_millis());
+    let away = u64::try_from(away).unwrap_or(u64::MAX);
+    progress.set(Counter::LinkAwayMs, away);
+    if let Some(ram) = said.and_then(|said| said.ram) {
+        progress.set(Counter::RemainingBytes, ram.remaining.saturating_add(1));
     }
+}
 
-    fn broken(&mut self, copied: &Copied, cause: String) -> Error {
-        copied.shared.stop(RelayError::Stopped);
-        self.progress.enter(Phase::Unresolved);
-        Error::Broken {
-            vm: self.request.vm.name().to_owned(),
-            from: self.request.from.clone(),
-            to: self.request.destination.host.clone(),
-            cause,
+/// Waits until QEMU has sent the rest and the destination's has it.
+pub(super) async fn rest(vm: &Vm, shared: &Shared, progress: &Progress) -> Result<(), String> {
+    let qmp = vm.qmp();
+    let mut poll = interval(POLL);
+    poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut events = qmp.events();
+    let mut failed: Option<Instant> = None;
+    loop {
+        tokio::select! {
+            // An event is only a reason to look at once.
+            event = events.recv() => if event.is_err() && qmp.is_closed() {
+                return Err(qmp.closed().await);
+            },
+            () = shared.failure(), if failed.is_none() => failed = Some(Instant::now()),
+            _ = poll.tick() => {}
         }
-    }
-
-    /// The link ended before the destination answered.
-    async fn in_doubt(&mut self, copied: &Copied) -> Error {
-        match timeout(PATIENCE, self.ask_what_became()).await {
-            Ok(Some(true)) => self.broken(
-                copied,
-                "the link ended while the VM was handed over".to_owned(),
-            ),
-            Ok(Some(false)) => {
-                let reason = "the other host did not take the VM over".to_owned();
-                self.undo(Stop::Failed(reason)).await
+        let said = qmp
+            .query_migrate()
+            .await
+            .map_err(|error| error.to_string())?;
+        show(shared, Some(&said), progress);
+        match said.status.as_deref() {
+            Some("completed") => return Ok(()),
+            // It waits for somebody to resume it.
+            Some("postcopy-paused" | "failed" | "cancelled") => {
+                let cause = shared.take_failure();
+                return Err(match (cause, said.error_desc) {
+                    (Some(cause), _) => cause.to_string(),
+                    (None, Some(said)) => format!("QEMU: {said}"),
+                    (None, None) => "QEMU's stream broke".to_owned(),
+                });
             }
-            Ok(None) | Err(_) => self.give_up(copied),
+            // QEMU before 8.0 may wait for the end of its return path for ever.
+            _ if failed.is_some_and(|since| since.elapsed() > PATIENCE) => {
+                let cause = shared.take_failure();
+                return Err(cause.map_or_else(String::new, |cause| cause.to_string()));
+            }
+            _ => {}
         }
     }
 }

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
+use transhume_protocol::qemu::Block;
 
 use super::answers::Answers;
 use super::channel::ChannelReader;
@@ -103,6 +104,30 @@ impl Shared {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts the threads on the stream of a post-copy that is resumed, and a link. The VM was handed over.
+    pub(super) fn resume(
+        self: &Arc<Self>,
+        section: u32,
+        blocks: Vec<Block>,
+    ) -> Result<(), RelayError> {
+        self.lock().hand = Hand::Over(Instant::now());
+        let longest = blocks.iter().map(|block| block.length).max();
+        let reading = Arc::new(Reading::new(Arc::clone(self)));
+        // Nothing is compared any more.
+        let collector = Collector::new(reading, Digester::new(&[0; 16]), false);
+        let stream = self.qemu.stream.try_clone().map_err(RelayError::Socket)?;
+        let reader = StreamReader::resumed(stream, collector, section, blocks);
+        let transmitter = Transmitter::new(self.session.clone(), Arc::clone(self));
+        let answers = Answers::resumed(
+            self.session.clone(),
+            Arc::clone(self),
+            longest.unwrap_or_default(),
+        );
+        self.spawn("relay-stream", move || reader.run())?;
+        self.spawn("relay-link-out", move || transmitter.run())?;
+        self.spawn("relay-link-in", move || answers.run())
     }
 
     /// Starts the threads on a stream and a link.

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use transhume_protocol::link::{MAX_BATCH_DATA, SectionKind};
-use transhume_protocol::qemu::{Decoder, Encoder, Kind};
+use transhume_protocol::qemu::{Block, Decoder, Encoder, Kind};
 
 use super::buffers::{BUFFER_LEN, Buffer};
 use super::collect::{Collector, key};
 use super::ledger::Order;
+use super::postcopy::Switch;
 use super::rendezvous::Rendezvous;
 use crate::pages::PAGE_SIZE;
 use crate::relay::error::RelayError;
@@ -56,6 +57,26 @@ impl StreamReader {
             flushes: false,
             announced: false,
             opaque: false,
+        }
+    }
+
+    /// Of a post-copy that is resumed: all pages that come are those that the destination misses.
+    pub(super) fn resumed(
+        socket: UnixStream,
+        mut collector: Collector,
+        section: u32,
+        blocks: Vec<Block>,
+    ) -> Self {
+        collector.switch = Switch::Done;
+        {
+            let mut ledger = collector.reading.ledger();
+            ledger.set_blocks(&blocks, Order::Stream);
+            ledger.leave_pre_copy();
+        }
+        Self {
+            decoder: Decoder::resumed(section, blocks),
+            announced: true,
+            ..Self::new(socket, collector, None)
         }
     }
 
