@@ -58,7 +58,7 @@ impl Daemon {
         let settings = daemon.launch_settings();
         // First those that were about to arrive: their QEMUs serve one QMP client at a time.
         for vm in destination::recover(&settings, &daemon.arrivals).await {
-            daemon.arrive(Arc::new(vm));
+            daemon.arrive(vm);
         }
         let adoptions = records.into_iter().map(|record| {
             let daemon = daemon.clone();

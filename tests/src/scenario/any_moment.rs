@@ -150,7 +150,14 @@ impl Watch {
 
     /// Waits for a moment of the job that begins next, and says in which phase it is then.
     pub(super) fn wait(&mut self, moment: Moment) -> Result<String> {
-        const PHASES: [&str; 5] = ["negotiate", "prepare", "pre-copy", "switchover", "commit"];
+        const PHASES: [&str; 6] = [
+            "negotiate",
+            "prepare",
+            "pre-copy",
+            "switchover",
+            "commit",
+            "post-copy",
+        ];
         let start = Instant::now();
         loop {
             let mut job = self.job()?;

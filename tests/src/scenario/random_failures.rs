@@ -7,13 +7,14 @@ use super::micro::{Life, Micro, NAME, Qemus, raw_disk};
 use super::pair::{At, NEWEST, Pair};
 use super::transhume::{Answer, ask};
 use super::{Bed, Scenario};
+use crate::cleanup::still_time;
 use crate::command::Run;
 use crate::error::check;
 use crate::progress::say;
 use crate::{Error, Result};
 use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How many of each, unless the environment says otherwise: 300 in all.
 const MIGRATIONS: u64 = 150;
@@ -27,13 +28,25 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             name: "die-at-random",
             about: "migrations to and fro, each with a failure drawn from a seed",
             limit: Duration::from_secs(1800),
-            run: |bed| many(bed, NEWEST),
+            run: |bed| many(bed, NEWEST, Mode::Pre),
         },
         Scenario {
             name: "die-at-random-7.2",
             about: "the same with QEMU 7.2",
             limit: Duration::from_secs(1800),
-            run: |bed| many(bed, OLD),
+            run: |bed| many(bed, OLD, Mode::Pre),
+        },
+        Scenario {
+            name: "die-at-random-post-copy",
+            about: "the same, and the guest runs before all of its memory is there",
+            limit: Duration::from_secs(1800),
+            run: |bed| many(bed, NEWEST, Mode::Post),
+        },
+        Scenario {
+            name: "die-at-random-post-copy-7.2",
+            about: "the same with QEMU 7.2",
+            limit: Duration::from_secs(1800),
+            run: |bed| many(bed, OLD, Mode::Post),
         },
     ]
 }
@@ -54,6 +67,16 @@ impl Dice {
         let most = u64::try_from(of.len()).unwrap_or(1);
         of[usize::try_from(self.below(most)).unwrap_or(0)]
     }
+}
+
+/// How long what failed stays so, at most, when a migration waits for it.
+const OUTAGE: Duration = Duration::from_secs(6);
+
+/// How memory moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Pre,
+    Post,
 }
 
 /// Which of the two hosts.
@@ -83,7 +106,7 @@ enum Failure {
     Cancel,
 }
 
-fn draw(dice: &mut Dice) -> (Failure, Moment, u64) {
+fn draw(dice: &mut Dice, mode: Mode) -> (Failure, Moment, u64) {
     let failure = match dice.below(14) {
         0 | 1 => Failure::Daemon(Role::Source),
         2 | 3 => Failure::Daemon(Role::Destination),
@@ -102,6 +125,11 @@ fn draw(dice: &mut Dice) -> (Failure, Moment, u64) {
         2 | 3 => Moment::Phase("pre-copy"),
         4 => Moment::Phase("switchover"),
         _ => Moment::Phase("commit"),
+    };
+    // Half of them when there is most to lose.
+    let moment = match mode {
+        Mode::Post if dice.below(2) == 0 => Moment::Phase("post-copy"),
+        _ => moment,
     };
     // A disk that is bad before is refused.
     let moment = match failure {
@@ -169,18 +197,24 @@ struct Scene<'a> {
     disk: CutDisk,
     life: Life,
     at: At,
+    mode: Mode,
 }
 
 impl<'a> Scene<'a> {
-    fn new(bed: &'a Bed, qemus: Qemus) -> Result<Self> {
-        let pair = Pair::with_small_state(bed, qemus, Some(1000))?;
+    fn new(bed: &'a Bed, qemus: Qemus, mode: Mode) -> Result<Self> {
+        let link = match mode {
+            Mode::Pre => 1000,
+            Mode::Post => 200,
+        };
+        let pair = Pair::with_small_state(bed, qemus, Some(link))?;
         let disk = CutDisk::new(bed, &pair.hosts.b.folder)?;
-        let life = boot(&pair, &disk)?;
+        let life = boot(&pair, &disk, mode)?;
         Ok(Self {
             pair,
             disk,
             life,
             at: At::A,
+            mode,
         })
     }
 
@@ -193,15 +227,26 @@ impl<'a> Scene<'a> {
 
     /// One migration. Says how it went.
     fn migrate(&mut self, dice: &mut Dice) -> Result<String> {
-        let (failure, moment, later) = draw(dice);
+        let (failure, moment, later) = draw(dice, self.mode);
         let from = self.at;
         let mut watch = Watch::open(&self.pair, from)?;
-        let command = self.pair.begin_migration(from, &["--link-patience", "3"])?;
+        let mode = match self.mode {
+            Mode::Pre => "pre",
+            Mode::Post => "post",
+        };
+        let begin = ["--link-patience", "3", "--mode", mode];
+        let command = self.pair.begin_migration(from, &begin)?;
         let phase = watch.wait(moment)?;
         std::thread::sleep(Duration::from_millis(later));
         self.inject(failure)?;
-        let answer = command.end()?;
+        // After the hand-over it waits until what failed is there again.
+        let since = Instant::now();
+        while !command.ended() && (self.mode == Mode::Pre || since.elapsed() < OUTAGE) {
+            still_time()?;
+            std::thread::sleep(Duration::from_millis(10));
+        }
         self.repair(failure)?;
+        let answer = command.end()?;
         let told = format!(
             "{failure:?} from {} at {moment:?} + {later} ms (in {phase}), exit code {}",
             from.name(),
@@ -209,7 +254,14 @@ impl<'a> Scene<'a> {
         );
         let in_time = |error| Error::Check(format!("{told}: {error}"));
         let may_be_lost = matches!(failure, Failure::Qemu(_));
-        let place = self.settle(from, &answer, may_be_lost).map_err(in_time)?;
+        let place = if self.is_lost(failure, &answer) {
+            for process in [At::A, At::B].map(|at| self.pair.qemus(at)).concat() {
+                sigkill(process)?;
+            }
+            None
+        } else {
+            self.settle(from, &answer, may_be_lost).map_err(in_time)?
+        };
         if let Some(at) = place {
             self.is_well(from, at).map_err(in_time)?;
         }
@@ -226,13 +278,18 @@ impl<'a> Scene<'a> {
             for at in [At::A, At::B] {
                 let _ = fs::remove_dir_all(self.pair.folder(at));
             }
-            self.life = boot(&self.pair, &self.disk).map_err(in_time)?;
+            self.life = boot(&self.pair, &self.disk, self.mode).map_err(in_time)?;
             self.at = At::A;
         }
         let place = place.map_or("started anew".to_owned(), |at| {
             format!("it runs at {}", at.name())
         });
         Ok(format!("{told}: {place}"))
+    }
+
+    /// In post-copy each QEMU has a part of the memory that the other one does not have.
+    fn is_lost(&self, failure: Failure, answer: &Answer) -> bool {
+        matches!(failure, Failure::Qemu(_)) && self.mode == Mode::Post && answer.code == 5
     }
 
     fn inject(&mut self, failure: Failure) -> Result<()> {
@@ -315,11 +372,16 @@ impl<'a> Scene<'a> {
     }
 }
 
-fn boot(pair: &Pair<'_>, disk: &CutDisk) -> Result<Life> {
+fn boot(pair: &Pair<'_>, disk: &CutDisk, mode: Mode) -> Result<Life> {
+    // In post-copy more than a pause could carry is written while memory is scanned once.
+    let parameters = match mode {
+        Mode::Pre => "cache=32M data=16M zero=8M rate=8M",
+        Mode::Post => "cache=16M data=32M zero=8M rate=60M",
+    };
     let micro = Micro {
         machine: "pc".into(),
         memory: 96,
-        parameters: "cache=32M data=16M zero=8M rate=8M".into(),
+        parameters: parameters.into(),
         more: format!("[disk.on]\nhostb = \"{}\"\n", disk.device.display()),
         ..Micro::new(pair.bed)?
     };
@@ -336,7 +398,7 @@ fn number(name: &str, default: u64) -> Result<u64> {
     }
 }
 
-fn many(bed: &Bed, qemus: Qemus) -> Result<()> {
+fn many(bed: &Bed, qemus: Qemus, mode: Mode) -> Result<()> {
     let seed = match std::env::var(SEED) {
         Ok(now) if now == "now" => SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -346,7 +408,7 @@ fn many(bed: &Bed, qemus: Qemus) -> Result<()> {
     let migrations = number(COUNT, MIGRATIONS)?;
     say(format!("seed {seed}; {SEED}={seed} repeats this"));
     let mut dice = Dice(seed);
-    let mut scene = Scene::new(bed, qemus)?;
+    let mut scene = Scene::new(bed, qemus, mode)?;
     let mut moved = 0;
     for number in 1..=migrations {
         let from = scene.at;
@@ -361,6 +423,7 @@ fn many(bed: &Bed, qemus: Qemus) -> Result<()> {
     // Whatever failed, it is not all that does.
     check(moved > 0, || "No migration ever succeeded".into())?;
     let at = scene.at;
+    scene.pair.hosts.shape(None)?;
     scene.pair.moves(at, &mut scene.life)?;
     drop(scene.life);
     let there = at.other();

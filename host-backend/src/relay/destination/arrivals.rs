@@ -30,6 +30,8 @@ pub(super) enum Stage {
     PostCopy,
     /// It belongs to this host, or did.
     Taken,
+    /// It belonged to this host, and its QEMU ended before all of its memory was here.
+    Lost,
     /// It did not come. No QEMU of it is here.
     Refused,
 }
@@ -49,12 +51,13 @@ pub struct Arrivals {
 }
 
 impl Stage {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Waiting,
         Self::Committed { runs: true },
         Self::Committed { runs: false },
         Self::PostCopy,
         Self::Taken,
+        Self::Lost,
         Self::Refused,
     ];
 
@@ -65,12 +68,13 @@ impl Stage {
             Self::Committed { runs: false } => "committed-paused",
             Self::PostCopy => "post-copy",
             Self::Taken => "taken",
+            Self::Lost => "lost",
             Self::Refused => "refused",
         }
     }
 
     fn is_final(self) -> bool {
-        matches!(self, Self::Taken | Self::Refused)
+        matches!(self, Self::Taken | Self::Lost | Self::Refused)
     }
 }
 
@@ -136,7 +140,7 @@ impl Arrivals {
     pub(super) fn owns(&self, vm: &str, job: u64) -> Option<bool> {
         let arrival = self.of(job).filter(|arrival| arrival.vm == vm)?;
         match arrival.stage {
-            Stage::Committed { .. } | Stage::PostCopy | Stage::Taken => Some(true),
+            Stage::Committed { .. } | Stage::PostCopy | Stage::Taken | Stage::Lost => Some(true),
             Stage::Refused => Some(false),
             // Its QEMU may still be there: not before it is killed.
             Stage::Waiting => None,

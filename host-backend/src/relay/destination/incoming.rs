@@ -251,6 +251,7 @@ pub(super) async fn take(
             if engine.is_post_copy() {
                 tracing::info!(vm = name, "runs here; part of its memory is still to come");
                 decision.follows();
+                resume::forget_when_gone(host.arrivals(), &vm, offer.job);
                 match postcopy::complete(&engine, &vm, events).await {
                     Ok(()) => resume::whole(&*host, &vm, offer.job),
                     Err(cause) => tracing::warn!(

@@ -1,10 +1,11 @@
 //! What a restarted daemon does with the QEMUs that it had prepared: see [`Arrivals`].
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::arrivals::{Arrival, Arrivals, Stage};
-use super::forgotten;
+use super::{forgotten, resume};
 use crate::durable;
 use crate::hypervisor::{Definition, Error, LaunchSettings, Vm};
 
@@ -38,12 +39,16 @@ fn is_by(folder: &Path, job: u64) -> bool {
 
 /// Finishes or undoes what an earlier daemon of this host had begun. Call it before serving peers. A VM
 /// that was committed is returned, running unless it was paused; one that was not has its QEMU killed.
-pub async fn recover(settings: &LaunchSettings, arrivals: &Arrivals) -> Vec<Vm> {
+pub async fn recover(settings: &LaunchSettings, arrivals: &Arrivals) -> Vec<Arc<Vm>> {
     let mut arrived = Vec::new();
     for arrival in arrivals.unfinished() {
         let Arrival { job, vm, stage } = &arrival;
         let ended = match recover_one(settings, &arrival).await {
             Ok((ended, found)) => {
+                let found = found.map(Arc::new);
+                if let (Stage::PostCopy, Some(vm)) = (ended, &found) {
+                    resume::forget_when_gone(arrivals, vm, *job);
+                }
                 arrived.extend(found);
                 ended
             }
@@ -76,7 +81,8 @@ async fn recover_one(
         let _ = std::fs::remove_file(folder.join(ARRIVAL).with_extension("new"));
         let _ = std::fs::remove_dir(folder);
         return Ok(match stage {
-            Stage::Committed { .. } | Stage::PostCopy => (Stage::Taken, None),
+            Stage::Committed { .. } => (Stage::Taken, None),
+            Stage::PostCopy => (Stage::Lost, None),
             _ => (Stage::Refused, None),
         });
     }
@@ -112,7 +118,11 @@ async fn recover_one(
                 vm,
                 "it had been handed over to this host, and its QEMU has ended"
             );
-            Ok((Stage::Taken, None))
+            let ended = match stage {
+                Stage::PostCopy => Stage::Lost,
+                _ => Stage::Taken,
+            };
+            Ok((ended, None))
         }
         (_, adopted) => {
             if let Some(adopted) = adopted {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tokio::time::timeout;
 use transhume_protocol::link::Control;
 
-use super::arrivals::{Arrival, Stage};
+use super::arrivals::{Arrival, Arrivals, Stage};
 use super::engine::{Engine, Target, Way};
 use super::forgotten::Forgotten;
 use super::incoming::{FAREWELL, MOST_CONNECTIONS};
@@ -145,6 +145,20 @@ pub(super) fn whole(host: &dyn Host, vm: &Vm, job: u64) {
     tracing::info!(vm = name, "all of its memory is here");
 }
 
+/// When the QEMU of a VM in post-copy ends, there is nothing that the source could send the rest to.
+pub(super) fn forget_when_gone(arrivals: &Arrivals, vm: &Arc<Vm>, job: u64) {
+    let (arrivals, vm) = (arrivals.clone(), Arc::clone(vm));
+    tokio::spawn(async move {
+        vm.gone().await;
+        let stage = arrivals.of(job).map(|arrival| arrival.stage);
+        if stage == Some(Stage::PostCopy)
+            && let Err(error) = arrivals.note(job, vm.name(), Stage::Lost)
+        {
+            tracing::warn!(vm = vm.name(), %error, "journal of arriving VMs");
+        }
+    });
+}
+
 /// A QEMU that waits for the stream that resumes.
 struct Begun {
     vm: Arc<Vm>,
@@ -168,6 +182,7 @@ async fn begin(
     match arrival.stage {
         Stage::PostCopy => {}
         Stage::Taken => return Err(Not::Needed),
+        Stage::Lost => return Err(Not::Possible),
         _ => return Err(format!("{here} does not run {name} yet").into()),
     }
     outcomes.sessions.end(job, ENDING_PATIENCE).await?;
@@ -203,6 +218,7 @@ async fn find(arrival: &Arrival, host: &Arc<dyn Host>) -> Result<Arc<Vm>, Not> {
     match recovery::find(&host.launch_settings(), arrival).await {
         Ok(Some(vm)) => {
             let vm = Arc::new(vm);
+            forget_when_gone(host.arrivals(), &vm, arrival.job);
             host.arrived(Arc::clone(&vm));
             Ok(vm)
         }

@@ -88,16 +88,22 @@ impl Rest {
     /// [`Error::Broken`] when one of the QEMUs has ended.
     pub async fn send(&self, mut cause: String, progress: &Arc<Progress>) -> Result<(), Error> {
         let Destination { host: to, .. } = &self.destination;
+        let mut told = String::new();
         loop {
-            tracing::warn!(cause, "post-copy is cut off, and is to go on");
+            if told != cause {
+                tracing::warn!(cause, "post-copy is cut off, and is to go on");
+                told.clone_from(&cause);
+            }
             progress.wait_for(Some(format!(
                 "{to}, to send it the rest of the memory: {cause}"
             )));
-            let tried = self.try_once(progress).await;
-            progress.wait_for(None);
-            match tried {
-                Ok(()) => return Ok(()),
+            match self.try_once(progress).await {
+                Ok(()) => {
+                    progress.wait_for(None);
+                    return Ok(());
+                }
                 Err(Not::Ever(cause)) => {
+                    progress.wait_for(None);
                     progress.enter(Phase::Unresolved);
                     return Err(Error::Broken {
                         vm: self.vm.name().to_owned(),
@@ -107,9 +113,6 @@ impl Rest {
                 }
                 Err(Not::Now(why)) => cause = why,
             }
-            progress.wait_for(Some(format!(
-                "{to}, to send it the rest of the memory: {cause}"
-            )));
             tokio::time::sleep(PAUSE).await;
         }
     }
