@@ -4,7 +4,9 @@
 //! Each has folders of its own for sockets and state.
 
 pub mod daemon;
+mod delay;
 mod network;
+mod packet;
 mod sweep;
 mod wire;
 
@@ -13,10 +15,12 @@ pub use wire::{Sample, Wire};
 use crate::cleanup::{Guard, Leftover};
 use crate::command::Run;
 use crate::{Error, Result};
+use delay::Delay;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns};
 use std::fs;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// The first host.
 pub const HOST_A: &str = "hosta";
@@ -105,6 +109,8 @@ pub struct Hosts {
     pub b: Host,
     /// How the daemons' link is protected.
     pub link: Link,
+    /// Between them, if they are apart.
+    _wire: Option<Delay>,
     /// Undone before the folders go.
     mounts: Vec<Guard>,
     _guards: Vec<Guard>,
@@ -125,6 +131,15 @@ pub type Rate = Option<u32>;
 impl Hosts {
     /// Sweeps what dead runs left, and makes two hosts.
     pub fn new(rate: Rate) -> Result<Self> {
+        Self::make(rate, None)
+    }
+
+    /// Two hosts that are so far apart: every packet takes that long, each way.
+    pub fn apart(rate: Rate, delay: Duration) -> Result<Self> {
+        Self::make(rate, Some(delay))
+    }
+
+    fn make(rate: Rate, delay: Option<Duration>) -> Result<Self> {
         sweep::dead_runs();
         let unique = unique();
         let folder = PathBuf::from(RUN).join(&unique);
@@ -149,11 +164,24 @@ impl Hosts {
         }
         // The last to go: nobody must find it gone.
         guards.push(Guard::new(Leftover::Folder(folder)));
-        network::join(&a.namespace, &b.namespace)?;
+        let wire = match delay {
+            None => {
+                network::join(&a.namespace, &b.namespace)?;
+                None
+            }
+            Some(delay) => {
+                let wire = format!("{unique}-wire");
+                guards.push(Guard::new(Leftover::Namespace(wire.clone())));
+                network::create(&wire)?;
+                let ends = network::join_through(&a.namespace, &b.namespace, &wire)?;
+                Some(Delay::between(&network::path(&wire), ends, delay)?)
+            }
+        };
         let hosts = Self {
             a,
             b,
             link: Link::Tls,
+            _wire: wire,
             mounts: Vec::new(),
             _guards: guards,
         };

@@ -64,12 +64,29 @@ pub(super) fn join(a: &str, b: &str) -> Result<()> {
         "link add {DEVICE} netns {a} type veth peer name {DEVICE} netns {b}"
     ))?;
     for (namespace, address) in [(a, ADDRESS_A), (b, ADDRESS_B)] {
-        ip(&format!(
-            "-n {namespace} address add {address}/30 dev {DEVICE}"
-        ))?;
-        ip(&format!("-n {namespace} link set {DEVICE} up"))?;
+        give(namespace, address)?;
     }
     Ok(())
+}
+
+/// Joins each of two namespaces with a third, and says what the ends there are called.
+pub(super) fn join_through(a: &str, b: &str, between: &str) -> Result<[&'static str; 2]> {
+    let ends = ["wire0", "wire1"];
+    for ((namespace, address), end) in [(a, ADDRESS_A), (b, ADDRESS_B)].into_iter().zip(ends) {
+        ip(&format!(
+            "link add {DEVICE} netns {namespace} type veth peer name {end} netns {between}"
+        ))?;
+        give(namespace, address)?;
+        ip(&format!("-n {between} link set {end} up"))?;
+    }
+    Ok(ends)
+}
+
+fn give(namespace: &str, address: &str) -> Result<()> {
+    ip(&format!(
+        "-n {namespace} address add {address}/30 dev {DEVICE}"
+    ))?;
+    ip(&format!("-n {namespace} link set {DEVICE} up"))
 }
 
 /// A token bucket of 4 ms at the rate, so that 64 KiB segments pass, and a queue of 20 ms: with these

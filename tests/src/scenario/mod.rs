@@ -2,6 +2,7 @@
 //! on its time.
 
 mod any_moment;
+mod apart;
 mod bed;
 mod broken_start;
 mod channels;
@@ -43,6 +44,7 @@ pub struct Scenario {
 /// All of them, in the order in which they run.
 pub fn all() -> Vec<Scenario> {
     [
+        apart::scenarios(),
         guest::scenarios(),
         migrate::scenarios(),
         channels::scenarios(),
