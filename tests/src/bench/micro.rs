@@ -102,6 +102,7 @@ pub(super) fn machine(
         },
         agent: AgentPort::Console,
         disks,
+        card: None,
         settings: Vec::new(),
     }
 }

@@ -68,6 +68,7 @@ impl Profile {
                 path,
                 format: "raw",
             }],
+            card: None,
             settings: vec![
                 ("cache-mib", self.cache.to_string()),
                 ("memory-mib", self.own.to_string()),

@@ -86,26 +86,42 @@ pub fn qcow2(packages: &Packages, raw: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Links files of a folder into another until they amount to a size.
-fn some_of(files: &Path, folder: &Path, size: u64) -> Result<PathBuf> {
-    if folder.exists() {
-        fs::remove_dir_all(folder).map_err(Error::file("remove", folder))?;
-    }
-    fs::create_dir_all(folder).map_err(Error::file("create", folder))?;
+/// The files of a disk with so many MiB of them: each by its path on the disk, its path here and its length.
+pub fn files(packages: &Packages, mib: u64) -> Result<Vec<(String, PathBuf, u64)>> {
+    selection(&packages.files()?, mib * MIB)
+}
+
+/// Files of a folder until they amount to a size, each with its name on the disk.
+fn selection(files: &Path, size: u64) -> Result<Vec<(String, PathBuf, u64)>> {
     let mut left = size;
-    let mut number = 0;
+    let mut found = Vec::new();
     walk(&files.join("usr"), &mut |path, length| {
         if left == 0 || length < 4096 || length > size / 4 {
             return Ok(());
         }
         left = left.saturating_sub(length);
         // Folders of 500 files; names of ours, as mkfs.xfs takes no blanks.
-        let parent = folder.join(format!("d{:03}", number / 500));
-        fs::create_dir_all(&parent).map_err(Error::file("create", &parent))?;
-        let link = parent.join(format!("f{number:05}"));
-        number += 1;
-        fs::hard_link(path, &link).map_err(Error::file("link", &link))
+        let number = found.len();
+        let name = format!("d{:03}/f{number:05}", number / 500);
+        found.push((name, path.to_owned(), length));
+        Ok(())
     })?;
+    Ok(found)
+}
+
+/// Links them into a folder.
+fn some_of(files: &Path, folder: &Path, size: u64) -> Result<PathBuf> {
+    if folder.exists() {
+        fs::remove_dir_all(folder).map_err(Error::file("remove", folder))?;
+    }
+    fs::create_dir_all(folder).map_err(Error::file("create", folder))?;
+    for (name, path, _) in selection(files, size)? {
+        let link = folder.join(name);
+        if let Some(parent) = link.parent() {
+            fs::create_dir_all(parent).map_err(Error::file("create", parent))?;
+        }
+        fs::hard_link(path, &link).map_err(Error::file("link", &link))?;
+    }
     Ok(folder.to_owned())
 }
 

@@ -5,8 +5,12 @@ use super::{build, modules};
 use crate::layout::{Layout, write_whole};
 use crate::packages::{Kernel, Packages};
 use crate::{Error, Result};
+use std::collections::BTreeSet;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+/// The dynamic loader.
+const LOADER: &str = "ld-linux-x86-64.so.2";
 
 /// What a guest boots from.
 #[derive(Debug, Clone)]
@@ -22,6 +26,16 @@ pub struct Boot {
 /// Builds what a guest boots from. The module and the agent are in it; whether they are started is said
 /// on the kernel's command line (`testbed.module=no`, `testbed.agent=no`).
 pub fn boot(layout: &Layout, packages: &Packages, kernel: Kernel) -> Result<Boot> {
+    make(layout, packages, kernel, false)
+}
+
+/// The same with servers in it: redis and nginx. `testbed.serve=NAME` starts one, `testbed.address=ADDRESS/PREFIX` is
+/// its network card's address.
+pub fn boot_with_servers(layout: &Layout, packages: &Packages, kernel: Kernel) -> Result<Boot> {
+    make(layout, packages, kernel, true)
+}
+
+fn make(layout: &Layout, packages: &Packages, kernel: Kernel, servers: bool) -> Result<Boot> {
     let root = packages.kernel(kernel)?;
     let release = modules::release(&root)?;
     let read = |path: PathBuf| fs::read(&path).map_err(Error::file("read", &path));
@@ -49,8 +63,12 @@ pub fn boot(layout: &Layout, packages: &Packages, kernel: Kernel) -> Result<Boot
         order.push('\n');
     }
     archive.file("modules/order", order.as_bytes());
+    if servers {
+        add_servers(packages, &mut archive)?;
+    }
     let folder = layout.folder("boot")?;
-    let initrd = folder.join(format!("initrd-{}", kernel.version()));
+    let more = if servers { "-servers" } else { "" };
+    let initrd = folder.join(format!("initrd-{}{more}", kernel.version()));
     let bytes = archive.finish();
     if fs::read(&initrd).ok().as_deref() != Some(&bytes) {
         write_whole(&initrd, &bytes)?;
@@ -60,4 +78,37 @@ pub fn boot(layout: &Layout, packages: &Packages, kernel: Kernel) -> Result<Boot
         initrd: Some(initrd),
         append: "console=ttyS0 quiet panic=-1 mitigations=off".into(),
     })
+}
+
+/// Servers, where Debian has them, and what they load.
+fn add_servers(packages: &Packages, archive: &mut Archive) -> Result<()> {
+    let root = packages.servers()?;
+    let mut files = BTreeSet::new();
+    for program in ["usr/bin/redis-server", "usr/sbin/nginx"] {
+        files.insert(PathBuf::from(program));
+        files.extend(packages.libraries(&root, program)?);
+    }
+    let folders: BTreeSet<&Path> = files
+        .iter()
+        .flat_map(|file| file.ancestors().skip(1))
+        .chain([Path::new("etc"), Path::new("lib64")])
+        .collect();
+    // Sorted, so that parents come first; the archive's own folders are there already.
+    for folder in folders {
+        if !folder.as_os_str().is_empty() {
+            archive.folder(&folder.display().to_string());
+        }
+    }
+    for file in &files {
+        let path = root.join(file);
+        let content = fs::read(&path).map_err(Error::file("read", &path))?;
+        archive.file(&file.display().to_string(), &content);
+        // A program names its loader by this path, which is a link where Debian is installed.
+        if file.ends_with(LOADER) {
+            archive.file(&format!("lib64/{LOADER}"), &content);
+        }
+    }
+    archive.file("etc/passwd", b"root:x:0:0::/:/bin/sh\n");
+    archive.file("etc/group", b"root:x:0:\n");
+    Ok(())
 }

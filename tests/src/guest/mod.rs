@@ -7,4 +7,4 @@ pub mod disk;
 mod image;
 mod modules;
 
-pub use image::{Boot, boot};
+pub use image::{Boot, boot, boot_with_servers};

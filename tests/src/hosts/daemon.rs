@@ -1,6 +1,6 @@
 //! A host's Transhume: its daemon, and the command line that talks to it.
 
-use super::{HOST_A, HOST_B, Host, Hosts, Link};
+use super::{HOST_A, HOST_B, Host, Hosts, Link, TAP};
 use crate::command::{Process, Run};
 use crate::{Error, Result};
 use nix::sys::signal::Signal;
@@ -124,7 +124,7 @@ impl Daemon {
     /// Lets the other host's VMs use what this test makes, and what is nowhere.
     fn rules(peer: &Host, programs: &Path) -> String {
         format!(
-            "[incoming]\npaths = [\"{}\", \"/srv\", \"/dev\"]\naccelerators = [\"tcg\"]\n[hosts.{}]\naddress = \"{}:{PORT}\"\n",
+            "[incoming]\npaths = [\"{}\", \"/srv\", \"/dev\"]\naccelerators = [\"tcg\"]\ntaps = [\"{TAP}\"]\n[hosts.{}]\naddress = \"{}:{PORT}\"\n",
             programs.parent().unwrap_or(programs).display(),
             peer.name,
             peer.address,
@@ -282,13 +282,24 @@ impl Daemon {
     }
 
     /// Begins a migration and follows it to its end, with each message shown to `watch` as it comes.
-    pub fn migrate(&self, vm: &str, mut watch: impl FnMut(&Message)) -> Result<Ended> {
+    pub fn migrate(&self, vm: &str, watch: impl FnMut(&Message)) -> Result<Ended> {
+        self.migrate_by(vm, &[], watch)
+    }
+
+    /// The same with more arguments for `transhume migrate`.
+    pub fn migrate_by(
+        &self,
+        vm: &str,
+        arguments: &[&str],
+        mut watch: impl FnMut(&Message),
+    ) -> Result<Ended> {
         let to = if self.host.name == HOST_A {
             HOST_B
         } else {
             HOST_A
         };
-        let begun = self.run(&["migrate", vm, "--to", to, "--detach", "--json"])?;
+        let fixed = ["migrate", vm, "--to", to, "--detach", "--json"];
+        let begun = self.run(&[&fixed, arguments].concat())?;
         let id = serde_json::from_str::<Value>(&begun)
             .ok()
             .and_then(|job| job["id"].as_u64());

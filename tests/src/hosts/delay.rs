@@ -3,16 +3,14 @@
 //! What netem does where a kernel has it. Here two threads stand between two devices of a namespace of their own.
 //! Nothing is changed but the time: addresses, sizes and order stay.
 
+use super::network;
 use super::packet::{Device, LONGEST};
 use crate::{Error, Result};
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, ppoll};
-use nix::sched::{CloneFlags, setns};
 use nix::sys::time::TimeSpec;
 use std::collections::VecDeque;
-use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -32,20 +30,13 @@ pub(super) struct Delay {
 
 impl Delay {
     /// Between two devices of a namespace.
-    pub(super) fn between(namespace: &Path, devices: [&str; 2], delay: Duration) -> Result<Self> {
-        let file = File::open(namespace).map_err(Error::file("open", namespace))?;
-        // A thread of its own enters the namespace; the sockets stay in it.
-        let [a, b] = std::thread::scope(|scope| {
-            let opened = scope.spawn(|| {
-                setns(file, CloneFlags::CLONE_NEWNET)
-                    .map_err(Error::system("enter a namespace"))?;
-                let open = |name| Device::open(name).map(Arc::new);
-                Ok([open(devices[0])?, open(devices[1])?])
-            });
-            opened
-                .join()
-                .unwrap_or_else(|_| Err(Error::Check("A thread failed".into())))
+    pub(super) fn between(namespace: &str, devices: [&str; 2], delay: Duration) -> Result<Self> {
+        // The sockets stay in the namespace.
+        let opened = network::inside(namespace, || {
+            let open = |name| Device::open(name).map(Arc::new);
+            Ok([open(devices[0])?, open(devices[1])?])
         })?;
+        let [a, b] = opened?;
         let mut wire = Self {
             over: Arc::default(),
             threads: Vec::new(),

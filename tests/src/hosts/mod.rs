@@ -8,8 +8,10 @@ mod delay;
 mod network;
 mod packet;
 mod sweep;
+mod users;
 mod wire;
 
+pub use users::{GUEST, Users};
 pub use wire::{Sample, Wire};
 
 use crate::cleanup::{Guard, Leftover};
@@ -17,7 +19,6 @@ use crate::command::Run;
 use crate::{Error, Result};
 use delay::Delay;
 use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, setns};
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -26,6 +27,8 @@ use std::time::Duration;
 pub const HOST_A: &str = "hosta";
 /// The second host.
 pub const HOST_B: &str = "hostb";
+/// The tap device of either host, for a guest's network card.
+pub const TAP: &str = "guest0";
 /// Where both keep their sockets, in a folder a run: paths of sockets must be short.
 const RUN: &str = "/run";
 /// Begins the names of all that a run makes outside the work tree; its process id follows.
@@ -75,18 +78,7 @@ impl Host {
 
     /// Does something from within this host, as far as its network goes: on a thread of its own.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
-        let path = network::path(&self.namespace);
-        let namespace = fs::File::open(&path).map_err(Error::file("open", &path))?;
-        std::thread::scope(|scope| {
-            let thread = scope.spawn(move || {
-                setns(namespace, CloneFlags::CLONE_NEWNET)
-                    .map_err(Error::system("enter a namespace"))?;
-                Ok(work())
-            });
-            thread
-                .join()
-                .unwrap_or_else(|_| Err(Error::Check("A thread failed".into())))
-        })
+        network::inside(&self.namespace, work)
     }
 
     /// The processes that run on it.
@@ -109,6 +101,8 @@ pub struct Hosts {
     pub b: Host,
     /// How the daemons' link is protected.
     pub link: Link,
+    /// Begins the names of this run's namespaces.
+    unique: String,
     /// Between them, if they are apart.
     _wire: Option<Delay>,
     /// Undone before the folders go.
@@ -174,13 +168,14 @@ impl Hosts {
                 guards.push(Guard::new(Leftover::Namespace(wire.clone())));
                 network::create(&wire)?;
                 let ends = network::join_through(&a.namespace, &b.namespace, &wire)?;
-                Some(Delay::between(&network::path(&wire), ends, delay)?)
+                Some(Delay::between(&wire, ends, delay)?)
             }
         };
         let hosts = Self {
             a,
             b,
             link: Link::Tls,
+            unique,
             _wire: wire,
             mounts: Vec::new(),
             _guards: guards,

@@ -1,10 +1,12 @@
 //! Namespaces and the link between them, by iproute2.
 
 use super::Rate;
-use crate::Result;
 use crate::command::Run;
+use crate::{Error, Result};
+use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::fs::File;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -16,7 +18,7 @@ const DEVICE: &str = "eth0";
 
 const CURE: &str = "The test bed needs root, network namespaces, veth and the qdisc tbf; in a container, run it privileged";
 
-fn ip(arguments: &str) -> Result<()> {
+pub(super) fn ip(arguments: &str) -> Result<()> {
     Run::new("ip")
         .args(arguments.split_whitespace())
         .cure(CURE)
@@ -27,6 +29,22 @@ fn ip(arguments: &str) -> Result<()> {
 /// The file that stands for a namespace.
 pub(super) fn path(namespace: &str) -> PathBuf {
     PathBuf::from("/run/netns").join(namespace)
+}
+
+/// Does something in a namespace, on a thread of its own.
+pub(super) fn inside<T: Send>(namespace: &str, work: impl FnOnce() -> T + Send) -> Result<T> {
+    let path = path(namespace);
+    let namespace = File::open(&path).map_err(Error::file("open", &path))?;
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(move || {
+            setns(namespace, CloneFlags::CLONE_NEWNET)
+                .map_err(Error::system("enter a namespace"))?;
+            Ok(work())
+        });
+        thread
+            .join()
+            .unwrap_or_else(|_| Err(Error::Check("A thread failed".into())))
+    })
 }
 
 /// Makes a namespace with a loopback device.

@@ -73,6 +73,14 @@ const BUSYBOX: Recipe = Recipe {
     suite: None,
     keep: &[],
 };
+/// With the libraries of Debian's that these two need, and nothing else of their closure.
+const SERVERS: Recipe = Recipe {
+    name: "servers",
+    title: "redis and nginx",
+    packages: &["redis-server", "nginx"],
+    suite: None,
+    keep: &["redis-", "nginx_", "lib", "zlib1g_"],
+};
 /// What a server holds in its page cache: a database or two, run-times, compilers.
 const FILES: Recipe = Recipe {
     name: "files",
@@ -193,6 +201,16 @@ impl Packages {
         }
     }
 
+    /// A folder with servers and their libraries.
+    pub fn servers(&self) -> Result<PathBuf> {
+        self.unpacked(&SERVERS)
+    }
+
+    /// What a program of a folder of packages loads, its loader included: each by its path in that folder.
+    pub fn libraries(&self, root: &Path, program: &str) -> Result<Vec<PathBuf>> {
+        roots::libraries(root, program)
+    }
+
     /// Some 1.5 GiB of files of unpacked packages.
     pub fn files(&self) -> Result<PathBuf> {
         self.unpacked(&FILES)
@@ -208,6 +226,7 @@ impl Packages {
             self.kernel(version)?;
         }
         self.busybox()?;
+        self.servers()?;
         self.files()?;
         Ok(())
     }

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 const FORMAT: u32 = 1;
 const STAMP: &str = ".testbed-recipe";
 const LIBRARIES: &str = "lib/x86_64-linux-gnu";
+const LOADER: &str = "ld-linux-x86-64.so.2";
 
 fn stamp(recipe: &Recipe) -> String {
     let Recipe {
@@ -80,7 +81,7 @@ pub(super) fn firmware(root: &Path) -> Vec<String> {
 /// that it does not matter what this machine has installed.
 pub(super) fn wrapper(root: &Path, program: &str, first: &[String]) -> Result<PathBuf> {
     let binary = root.join(program);
-    let loader = root.join(LIBRARIES).join("ld-linux-x86-64.so.2");
+    let loader = root.join(LIBRARIES).join(LOADER);
     for path in [&binary, &loader] {
         if !path.exists() {
             return Err(incomplete(path));
@@ -90,13 +91,7 @@ pub(super) fn wrapper(root: &Path, program: &str, first: &[String]) -> Result<Pa
     let folder = root.join(".run");
     fs::create_dir_all(&folder).map_err(Error::file("create", &folder))?;
     let script = folder.join(&name);
-    let libraries = [
-        LIBRARIES,
-        "usr/lib/x86_64-linux-gnu",
-        "usr/lib/x86_64-linux-gnu/pulseaudio",
-    ]
-    .map(|part| root.join(part).display().to_string())
-    .join(":");
+    let libraries = search_path(root);
     let modules = root.join("usr/lib/x86_64-linux-gnu/qemu");
     let first: String = first.iter().flat_map(|arg| [" ", arg]).collect();
     let text = format!(
@@ -112,6 +107,40 @@ pub(super) fn wrapper(root: &Path, program: &str, first: &[String]) -> Result<Pa
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755))
         .map_err(Error::file("make executable", &script))?;
     Ok(script)
+}
+
+/// The libraries that a program of a root loads, and its loader: what that loader says itself.
+pub(super) fn libraries(root: &Path, program: &str) -> Result<Vec<PathBuf>> {
+    let loader = root.join(LIBRARIES).join(LOADER);
+    let path = search_path(root);
+    let text = Run::new(&loader)
+        .args(["--library-path", &path, "--list"])
+        .arg(root.join(program))
+        .cure("Remove target/testbed/roots and run again; if it stays, the package has changed")
+        .text()?;
+    let mut found = listed(&text, root);
+    found.push(PathBuf::from(LIBRARIES).join(LOADER));
+    Ok(found)
+}
+
+/// `NAME => PATH (ADDRESS)` of files below a root, without the root.
+fn listed(text: &str, root: &Path) -> Vec<PathBuf> {
+    let path = |line: &str| {
+        let (_, rest) = line.split_once(" => ")?;
+        let (path, _) = rest.rsplit_once(" (")?;
+        Some(Path::new(path).strip_prefix(root).ok()?.to_owned())
+    };
+    text.lines().filter_map(path).collect()
+}
+
+fn search_path(root: &Path) -> String {
+    [
+        LIBRARIES,
+        "usr/lib/x86_64-linux-gnu",
+        "usr/lib/x86_64-linux-gnu/pulseaudio",
+    ]
+    .map(|part| root.join(part).display().to_string())
+    .join(":")
 }
 
 /// Debian's headers point to /usr/src by absolute paths: turns those into paths into the root.
@@ -144,6 +173,16 @@ fn relocated(text: &str, sources: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_programs_libraries_are_those_below_the_root() {
+        let text = "\tlinux-vdso.so.1 (0x7ffd)\n\tlibc.so.6 => /r/lib/x86_64-linux-gnu/libc.so.6 (0x7f00)\n\
+                    \tlibm.so.6 => /lib/libm.so.6 (0x7f00)\n\tlibx.so => not found\n";
+        assert_eq!(
+            listed(text, Path::new("/r")),
+            [PathBuf::from("lib/x86_64-linux-gnu/libc.so.6")]
+        );
+    }
 
     #[test]
     fn headers_are_relocated_once() {

@@ -4,7 +4,7 @@ use super::qmp::Qmp;
 use super::serial::{Console, Side};
 use crate::command::Process;
 use crate::guest::Boot;
-use crate::hosts::Host;
+use crate::hosts::{Host, TAP};
 use crate::{Error, Result};
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -35,6 +35,13 @@ pub enum AgentPort {
     Console,
 }
 
+/// A guest's network card, plugged into [`TAP`] on whichever host it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Card {
+    /// Its address.
+    pub mac: &'static str,
+}
+
 /// What a guest is made of; the same for either side of a comparison.
 #[derive(Debug, Clone)]
 pub struct Machine {
@@ -52,6 +59,8 @@ pub struct Machine {
     pub agent: AgentPort,
     /// Its disks.
     pub disks: Vec<DiskImage>,
+    /// Its network card, if it has one.
+    pub card: Option<Card>,
     /// Settings of the workload: `testbed.KEY=VALUE` on the kernel's command line.
     pub settings: Vec<(&'static str, String)>,
 }
@@ -91,6 +100,12 @@ impl Machine {
                 text,
                 "\n[[disk]]\nid = \"{id}\"\nformat = \"{format}\"\npath = \"{}\"\n",
                 path.display()
+            );
+        }
+        if let Some(Card { mac }) = self.card {
+            let _ = write!(
+                text,
+                "\n[[nic]]\nmac = \"{mac}\"\nbackend = \"tap\"\nifname = \"{TAP}\"\n"
             );
         }
         text
@@ -163,6 +178,16 @@ impl Machine {
             add(&[
                 "-device",
                 &format!("virtio-blk-pci,drive=drive{index},serial={id}"),
+            ]);
+        }
+        if let Some(Card { mac }) = self.card {
+            add(&[
+                "-netdev",
+                &format!("tap,id=net0,ifname={TAP},script=no,downscript=no"),
+            ]);
+            add(&[
+                "-device",
+                &format!("virtio-net-pci,netdev=net0,mac={mac},romfile="),
             ]);
         }
         arguments

@@ -6,4 +6,4 @@ pub mod qmp;
 pub mod serial;
 
 pub(crate) use launch::BOOT;
-pub use launch::{AgentPort, DiskImage, Machine, Vm};
+pub use launch::{AgentPort, Card, DiskImage, Machine, Vm};

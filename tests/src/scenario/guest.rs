@@ -80,6 +80,7 @@ fn machine(bed: &Bed, kernel: Kernel) -> Result<Machine> {
             image("part", Kind::Partitioned, 40)?,
             image("xfs", Kind::Xfs, 40)?,
         ],
+        card: None,
         settings: vec![
             ("cache-mib", "110".into()),
             ("memory-mib", "16".into()),
