@@ -4,13 +4,14 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde_json::Value;
 use std::process::ExitCode;
 use testbed::bench::adapt::{Case, Size};
+use testbed::bench::post_copy::{self, Load, Plan};
 use testbed::bench::{Setup, Side, compare};
 use testbed::layout::{Layout, write_whole};
 use testbed::packages::{Packages, Qemu, tools};
 use testbed::progress::say;
 use testbed::qemu::migrate::Stock;
 use testbed::scenario::{self, Bed};
-use testbed::{Result, bench, cleanup, report, suite};
+use testbed::{Error, Result, bench, cleanup, report, suite};
 
 /// Moves real guests between two hosts on this machine.
 #[derive(Debug, Parser)]
@@ -30,7 +31,7 @@ enum Task {
     Demo(Choice),
     /// Measures Transhume against stock QEMU at its best
     #[command(
-        after_help = "Examples:\n  cargo testbed bench page-cache --json\n  cargo testbed bench page-cache --quick\n  cargo testbed bench relay --runs 5 --json\n  cargo testbed bench relay --sides plain,transhume\n  cargo testbed bench adapt --cases slow-disk,link-dip"
+        after_help = "Examples:\n  cargo testbed bench page-cache --json\n  cargo testbed bench page-cache --quick\n  cargo testbed bench relay --runs 5 --json\n  cargo testbed bench relay --sides plain,transhume\n  cargo testbed bench adapt --cases slow-disk,link-dip\n  cargo testbed bench post-copy --loads compute --vcpus 1"
     )]
     Bench {
         /// What to measure
@@ -48,6 +49,12 @@ enum Task {
         /// What adapt measures (all)
         #[arg(long, value_enum, value_delimiter = ',')]
         cases: Vec<Case>,
+        /// What the guest of post-copy does (all)
+        #[arg(long, value_enum, value_delimiter = ',')]
+        loads: Vec<Load>,
+        /// vCPUs of the guests of post-copy (1 and 2; --quick: 1)
+        #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=8))]
+        vcpus: Vec<u32>,
         #[command(flatten)]
         choice: Choice,
     },
@@ -78,6 +85,9 @@ enum Bench {
     Relay,
     /// A guest half of page cache, over 1 Gbit/s, when something is bad; against stock QEMU, plain
     Adapt,
+    /// A guest at work while its memory follows it, over 1 Gbit/s and 10 ms each way; against stock QEMU's
+    /// post-copy with postcopy-preempt
+    PostCopy,
 }
 
 #[derive(Debug, Args)]
@@ -86,7 +96,8 @@ struct Choice {
     #[arg(long, value_enum, default_value_t = Release::V10_0)]
     qemu: Release,
     /// Who moves the guest
-    /// (all; page-cache --quick: stock QEMU's faster one and Transhume; adapt: plain and Transhume, always)
+    /// (all; page-cache --quick: stock QEMU's faster one and Transhume; adapt: plain and Transhume, always;
+    /// post-copy: plain, which stands for stock post-copy, and Transhume)
     #[arg(long, value_enum, value_delimiter = ',')]
     sides: Vec<Mover>,
     /// Channels of stock QEMU's multifd
@@ -131,11 +142,21 @@ impl Choice {
 
     /// Those that were named, or else `default`.
     fn movers(&self, default: &[Mover]) -> Vec<Mover> {
-        if self.sides.is_empty() {
-            default.to_vec()
-        } else {
-            self.sides.clone()
-        }
+        or_else(self.sides.clone(), default)
+    }
+
+    /// Stock QEMU has one way there.
+    fn post_copy_sides(&self) -> Result<Vec<post_copy::Side>> {
+        let side = |mover| match mover {
+            Mover::Plain => Ok(post_copy::Side::Stock),
+            Mover::Transhume => Ok(post_copy::Side::Transhume),
+            Mover::Multifd => Err(Error::machine(
+                "Stock QEMU has no post-copy with multifd here",
+                "Name plain, transhume or both",
+            )),
+        };
+        let movers = self.movers(&[Mover::Plain, Mover::Transhume]);
+        movers.into_iter().map(side).collect()
     }
 
     fn sides(&self, movers: &[Mover]) -> Vec<Side> {
@@ -146,6 +167,15 @@ impl Choice {
             Mover::Transhume => Side::Transhume,
         };
         movers.iter().map(side).collect()
+    }
+}
+
+/// What was named, or else all of `default`.
+fn or_else<T: Clone>(named: Vec<T>, default: &[T]) -> Vec<T> {
+    if named.is_empty() {
+        default.to_vec()
+    } else {
+        named
     }
 }
 
@@ -183,12 +213,23 @@ fn run(task: Task) -> Result<bool> {
             json,
             runs,
             cases,
+            loads,
+            vcpus,
             choice,
         } => {
             let runs = if quick { 1 } else { usize::from(runs) };
             let (table, object) = match what {
                 Bench::PageCache => page_cache(&layout, &packages, quick, runs, &choice)?,
                 Bench::Adapt => adapt(&layout, &packages, quick, runs, &choice, &cases)?,
+                Bench::PostCopy => {
+                    let plan = Plan {
+                        sides: choice.post_copy_sides()?,
+                        loads: or_else(loads, &Load::ALL),
+                        vcpus: or_else(vcpus, if quick { &[1] } else { &[1, 2] }),
+                        rounds: runs,
+                    };
+                    post_copy(&layout, &packages, quick, &choice, &plan)?
+                }
                 Bench::Relay => relay(&layout, &packages, quick, runs, &choice)?,
             };
             println!("{table}");
@@ -254,6 +295,24 @@ fn adapt(
     let setup = bench::adapt::Setup::prepare(layout, packages, choice.qemu(), size)?;
     let cases = if cases.is_empty() { &Case::ALL } else { cases };
     let comparison = bench::adapt::compare(&setup, cases, runs)?;
+    Ok((comparison.table(), comparison.json()))
+}
+
+/// The bench's table and object.
+fn post_copy(
+    layout: &Layout,
+    packages: &Packages,
+    quick: bool,
+    choice: &Choice,
+    plan: &Plan,
+) -> Result<(String, Value)> {
+    let size = if quick {
+        post_copy::Size::QUICK
+    } else {
+        post_copy::Size::BENCH
+    };
+    let setup = post_copy::Setup::prepare(layout, packages, choice.qemu(), size)?;
+    let comparison = post_copy::compare(&setup, plan)?;
     Ok((comparison.table(), comparison.json()))
 }
 

@@ -1,8 +1,11 @@
 //! The files whose pages fill the page cache.
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 use xxhash_rust::xxh64::xxh64;
 
 /// What one request reads, in bytes.
@@ -94,6 +97,34 @@ impl Files {
 
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Has the kernel drop one file after the other from its cache and read it anew, so many bytes a second, none at
+    /// a rate of 0: the cache stays warm, and its memory is written.
+    pub(crate) fn renew(&self, rate: &AtomicU64) {
+        const PAUSE: Duration = Duration::from_millis(20);
+        let mut next = 0;
+        loop {
+            let path = self.paths.get(next).or_else(|| self.paths.first());
+            let (rate, Some(path)) = (rate.load(Ordering::Relaxed), path) else {
+                return;
+            };
+            if rate == 0 {
+                std::thread::sleep(PAUSE);
+                continue;
+            }
+            next = (next + 1) % self.paths.len().max(1);
+            let Ok(file) = File::open(path) else { continue };
+            let length = file.metadata().map_or(0, |data| data.len());
+            for advice in [
+                PosixFadviseAdvice::POSIX_FADV_DONTNEED,
+                PosixFadviseAdvice::POSIX_FADV_WILLNEED,
+            ] {
+                // The kernel need not follow; then the cache is only older.
+                let _ = posix_fadvise(&file, 0, 0, advice);
+            }
+            std::thread::sleep(Duration::from_micros(length * 1_000_000 / rate));
+        }
     }
 
     /// Reads one piece of the caller's choice and compares it.

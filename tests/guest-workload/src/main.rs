@@ -3,24 +3,26 @@
 //! It reads files until its page cache holds as much as it was told to, fills memory of its own, and
 //! says `ready`. From then on it serves requests (each reads and hashes a piece of a file and compares
 //! it with what the piece was at first), writes memory at a set rate, and prints a beat some fifty
-//! times a second. Told `check`, it compares every byte.
+//! times a second. Told `check`, it compares every byte. It can be told to compute instead of serving, to have
+//! its page cache read anew, and to have another process walk through memory of its own at random ([`walk`]).
 //!
 //! It talks over its standard input and output, a serial line, a line at a time:
 //!
 //! | line | meaning |
 //! |---|---|
 //! | `ready files=N cached=BYTES memory=BYTES` | all is warm; work begins |
-//! | `beat MS WORK DIRTIED` | its clock in ms, requests served, pages written |
+//! | `beat MS WORK DIRTIED` | its clock in ms, requests served and units computed, pages written |
 //! | `bad WHAT` | a comparison failed |
 //! | `check ok pieces=N pages=N` / `check bad …` | the answer to `check` |
 //! | `said LINE`, then `ran STATUS` | the output of a command, and how it ended |
-//! | `check`, `dirty MIB_PER_S`, `run COMMAND`, `quit` | what it is told |
+//! | `check`, `dirty MIB_PER_S`, `renew MIB_PER_S`, `run COMMAND`, `quit` | what it is told |
 //!
 //! Its settings are on the kernel's command line, as `testbed.KEY=VALUE`.
 
 mod files;
 mod memory;
 mod settings;
+mod walk;
 
 use files::Files;
 use memory::Memory;
@@ -30,6 +32,10 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use walk::Walker;
+
+/// Rounds of arithmetic in a unit of computation.
+const UNIT: u64 = 2000;
 
 /// Counters that every thread sees.
 #[derive(Debug, Default)]
@@ -37,6 +43,7 @@ struct Counters {
     work: AtomicU64,
     dirtied: AtomicU64,
     dirty_rate: AtomicU64,
+    renewal: AtomicU64,
 }
 
 fn say(line: &str) {
@@ -57,10 +64,17 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), String> {
-    raw_terminal();
     let settings = Settings::read()?;
+    if std::env::args().nth(1).as_deref() == Some(walk::NAME) {
+        return walk::run(&settings);
+    }
+    raw_terminal();
     let files = Files::warm(&settings.folder, settings.cache)?;
     let memory = Mutex::new(Memory::fill(settings.memory)?);
+    let walker = match settings.walk {
+        0 => None,
+        _ => Some(Walker::start()?),
+    };
     let counters = Counters::default();
     counters.dirty_rate.store(settings.dirty, Ordering::Relaxed);
     say(&format!(
@@ -76,7 +90,12 @@ fn run() -> Result<(), String> {
             let (files, counters) = (&files, &counters);
             scope.spawn(move || serve(files, counters, worker, settings.think));
         }
-        obey(&counters, &files, &memory);
+        scope.spawn(|| files.renew(&counters.renewal));
+        for thread in 0..settings.compute {
+            let counters = &counters;
+            scope.spawn(move || compute(counters, thread));
+        }
+        obey(&counters, &files, &memory, walker);
         // The other threads never end; the guest does.
         std::process::exit(0);
     })
@@ -151,16 +170,32 @@ fn serve(files: &Files, counters: &Counters, worker: u64, think: Duration) {
     }
 }
 
-fn obey(counters: &Counters, files: &Files, memory: &Mutex<Memory>) {
+/// Needs a CPU and next to no memory.
+fn compute(counters: &Counters, thread: u64) {
+    let mut random = memory::Random::new(thread);
+    loop {
+        for _ in 0..UNIT {
+            std::hint::black_box(random.next());
+        }
+        counters.work.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+fn obey(counters: &Counters, files: &Files, memory: &Mutex<Memory>, mut walker: Option<Walker>) {
     for line in std::io::stdin().lock().lines() {
         let Ok(line) = line else { return };
         let mut words = line.split_whitespace();
         match (words.next(), words.next()) {
-            (Some("check"), _) => say(&check(files, memory)),
+            (Some("check"), _) => say(&check(files, memory, walker.as_mut())),
             (Some("dirty"), Some(rate)) => {
                 if let Ok(rate) = rate.parse::<u64>() {
                     counters.dirty_rate.store(rate << 20, Ordering::Relaxed);
                     say(&format!("dirty {rate}"));
+                }
+            }
+            (Some("renew"), Some(rate)) => {
+                if let Ok(rate) = rate.parse::<u64>() {
+                    counters.renewal.store(rate << 20, Ordering::Relaxed);
                 }
             }
             (Some("run"), Some(_)) => run_command(line.trim_start().trim_start_matches("run ")),
@@ -187,13 +222,16 @@ fn run_command(command: &str) {
     }
 }
 
-fn check(files: &Files, memory: &Mutex<Memory>) -> String {
+fn check(files: &Files, memory: &Mutex<Memory>, walker: Option<&mut Walker>) -> String {
     let pages = memory
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
         .check();
-    match (pages, files.check_all()) {
-        (Ok(pages), Ok(pieces)) => format!("check ok pieces={pieces} pages={pages}"),
-        (Err(error), _) | (_, Err(error)) => format!("check bad {error}"),
+    let visited = walker.map_or(Ok(0), Walker::check);
+    match (pages, visited, files.check_all()) {
+        (Ok(pages), Ok(visited), Ok(pieces)) => {
+            format!("check ok pieces={pieces} pages={}", pages + visited)
+        }
+        (Err(error), ..) | (_, Err(error), _) | (.., Err(error)) => format!("check bad {error}"),
     }
 }

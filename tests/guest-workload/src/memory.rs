@@ -7,7 +7,16 @@ const WORDS: usize = PAGE / 8;
 /// One page, where the kernel has one: a write to it dirties no other.
 #[derive(Debug, Clone, Copy)]
 #[repr(align(4096))]
-struct Page([u64; WORDS]);
+pub(crate) struct Page([u64; WORDS]);
+
+impl Page {
+    pub(crate) const ZERO: Self = Self([0; WORDS]);
+
+    pub(crate) fn words(&mut self) -> &mut [u64; WORDS] {
+        &mut self.0
+    }
+}
+
 /// Pages are rewritten in an order that leaps, so that dirty memory is not one range.
 const LEAP: usize = 7919;
 
@@ -38,7 +47,7 @@ pub(crate) struct Memory {
 }
 
 /// Half of a page is random and half of it repeats, as the memory of programs does.
-fn word_at(random: &mut Random, page: usize, generation: u32, word: usize) -> u64 {
+pub(crate) fn word_at(random: &mut Random, page: usize, generation: u32, word: usize) -> u64 {
     if word.is_multiple_of(2) {
         random.next()
     } else {
@@ -46,7 +55,7 @@ fn word_at(random: &mut Random, page: usize, generation: u32, word: usize) -> u6
     }
 }
 
-fn random_of(page: usize, generation: u32) -> Random {
+pub(crate) fn random_of(page: usize, generation: u32) -> Random {
     Random::new((page as u64) << 32 ^ u64::from(generation) ^ 0x5eed_5eed_5eed_5eed)
 }
 
@@ -57,7 +66,7 @@ impl Memory {
         memory
             .try_reserve_exact(pages)
             .map_err(|error| error.to_string())?;
-        memory.resize(pages, Page([0; WORDS]));
+        memory.resize(pages, Page::ZERO);
         let mut memory = Self {
             pages: memory,
             generations: vec![0; pages],

@@ -14,6 +14,12 @@ pub(crate) struct Settings {
     pub(crate) memory: usize,
     /// Bytes a second written to it.
     pub(crate) dirty: u64,
+    /// Memory that another process walks through, in bytes; none for no such process.
+    pub(crate) walk: usize,
+    /// Pages a second that it comes to, at most.
+    pub(crate) walk_rate: u32,
+    /// Threads that compute.
+    pub(crate) compute: u64,
     /// Threads that serve requests.
     pub(crate) workers: u64,
     /// A worker's pause after each request.
@@ -42,12 +48,20 @@ impl Settings {
                     .map_err(|_| format!("testbed.{key}={value} is no number")),
             }
         };
+        let small = |key: &str, default: u32| {
+            let value = number(key, default.into())?;
+            u32::try_from(value).map_err(|_| format!("testbed.{key}={value} is too much"))
+        };
         Ok(Self {
             folder: PathBuf::from("/disk"),
             cache: number("cache-mib", 64)? << 20,
             memory: usize::try_from(number("memory-mib", 32)? << 20)
                 .map_err(|error| error.to_string())?,
             dirty: number("dirty-mib", 0)? << 20,
+            walk: usize::try_from(number("walk-mib", 0)? << 20)
+                .map_err(|error| error.to_string())?,
+            walk_rate: small("walk-rate", 40_000)?,
+            compute: number("compute", 0)?,
             workers: number("workers", 1)?,
             think: Duration::from_millis(number("think-ms", 2)?),
             beat: Duration::from_millis(number("beat-ms", 20)?),

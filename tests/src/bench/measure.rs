@@ -201,6 +201,7 @@ fn by_transhume(setup: &Setup, hosts: &Hosts, span: Duration) -> Result<Measured
         told: begun,
         stopped: last.at - Duration::from_secs_f64(downtime.max(0.0) / 1000.0),
         resumed: last.at,
+        completed: last.at,
     };
     let check = watch_and_check(begun, moments, span, &console, || b.alive())?;
     let peak_memory = [&a, &b]
@@ -243,7 +244,7 @@ pub(super) fn needed(memory: u64) -> u64 {
 }
 
 /// Once it has read the counters for the first time.
-fn watch_wire(hosts: &Hosts) -> Result<Wire> {
+pub(super) fn watch_wire(hosts: &Hosts) -> Result<Wire> {
     let wire = hosts.a.wire()?;
     std::thread::sleep(Duration::from_millis(100));
     Ok(wire)

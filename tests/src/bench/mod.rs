@@ -10,6 +10,7 @@ pub mod compare;
 mod cpu;
 pub mod measure;
 pub mod micro;
+pub mod post_copy;
 pub mod profile;
 pub mod relay;
 pub mod setup;

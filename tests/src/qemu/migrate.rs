@@ -6,10 +6,14 @@ use crate::{Error, Result};
 use serde_json::{Value, json};
 use std::fmt;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 const LIMIT: Duration = Duration::from_secs(300);
 const PORT: u16 = 4444;
+/// Scans of memory after which post-copy may begin: the set-up counts as one. As Transhume does it.
+const SCANS: u64 = 2;
+/// How often QEMU is asked for them.
+const POLL: Duration = Duration::from_millis(50);
 /// The id of QEMU's object of certificates.
 const TLS: &str = "tls0";
 /// Far above any link here: QEMU is not to hold itself back.
@@ -30,6 +34,9 @@ pub enum Stock {
         /// How many.
         channels: u8,
     },
+    /// One connection, and after one scan of all memory post-copy, with a second connection for what the guest asks
+    /// for (`postcopy-preempt`).
+    PostCopy,
 }
 
 impl fmt::Display for Stock {
@@ -38,6 +45,7 @@ impl fmt::Display for Stock {
             Self::Plain => write!(formatter, "plain"),
             Self::Multifd { channels } => write!(formatter, "multifd-{channels}"),
             Self::MultifdZstd { channels } => write!(formatter, "multifd-zstd-{channels}"),
+            Self::PostCopy => write!(formatter, "post-copy"),
         }
     }
 }
@@ -93,6 +101,8 @@ pub struct Moments {
     pub stopped: SystemTime,
     /// The destination's VM ran.
     pub resumed: SystemTime,
+    /// All of the VM was there.
+    pub completed: SystemTime,
 }
 
 impl Stock {
@@ -106,6 +116,11 @@ impl Stock {
         if let Self::MultifdZstd { .. } = self {
             parameters["multifd-compression"] = "zstd".into();
             parameters["multifd-zstd-level"] = 1.into();
+        }
+        if self == Self::PostCopy {
+            for capability in ["postcopy-ram", "postcopy-preempt"] {
+                capabilities.push(json!({ "capability": capability, "state": true }));
+            }
         }
         // Its events tell when it has ended.
         capabilities.push(json!({ "capability": "events", "state": true }));
@@ -127,6 +142,11 @@ impl Stock {
             .execute("migrate-incoming", json!({ "uri": uri }))?;
         let told = SystemTime::now();
         source.qmp.execute("migrate", json!({ "uri": uri }))?;
+        if self == Self::PostCopy {
+            scanned_once(source)?;
+            // If all was there meanwhile, this changes nothing.
+            source.qmp.execute("migrate-start-postcopy", json!({}))?;
+        }
         let stopped = source.qmp.event("the guest's pause", LIMIT, |event| {
             event.name == "STOP" || status(event) == Some("failed")
         })?;
@@ -136,14 +156,44 @@ impl Stock {
         let resumed = destination
             .qmp
             .event("the guest's start", LIMIT, |event| event.name == "RESUME")?;
-        source.qmp.event("the migration's end", LIMIT, |event| {
-            status(event) == Some("completed")
+        let ended = source.qmp.event("the migration's end", LIMIT, |event| {
+            matches!(
+                status(event),
+                Some("completed" | "failed" | "postcopy-paused")
+            )
         })?;
+        if status(&ended) != Some("completed") {
+            return Err(failed(source));
+        }
         Ok(Moments {
             told,
             stopped: stopped.at,
             resumed: resumed.at,
+            completed: ended.at,
         })
+    }
+}
+
+/// Waits until QEMU has scanned all memory once.
+fn scanned_once(source: &mut Vm) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        let answer = source.qmp.execute("query-migrate", json!({}))?;
+        if answer["status"] == "failed" {
+            return Err(failed(source));
+        }
+        let scans = answer["ram"]["dirty-sync-count"].as_u64();
+        if scans >= Some(SCANS) || answer["status"] == "completed" {
+            return Ok(());
+        }
+        if begun.elapsed() > LIMIT {
+            return Err(Error::Late {
+                what: format!("a whole scan of memory ({})", source.name),
+                seconds: LIMIT.as_secs(),
+                hint: format!("QEMU says: {answer}"),
+            });
+        }
+        std::thread::sleep(POLL);
     }
 }
 

@@ -161,6 +161,14 @@ impl Console {
         self.log().beats.clone()
     }
 
+    /// Whether a beat came from a host.
+    pub fn beats_at(&self, side: Side) -> bool {
+        self.log()
+            .beats
+            .last()
+            .is_some_and(|beat| beat.side == side)
+    }
+
     /// Fails if the guest has found something wrong with its data.
     pub fn nothing_bad(&self) -> Result<()> {
         match self
