@@ -14,7 +14,15 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// The cargo that runs us.
 pub fn cargo() -> Run {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    Run::new(program).cure("See the compiler's words below")
+    let mut run = Run::new(program).cure("See the compiler's words below");
+    // What our own cargo says of our package would have some packages built anew, each time it differs.
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy();
+        if name.starts_with("CARGO_MANIFEST_") || name.starts_with("CARGO_PKG_") {
+            run.command().env_remove(&*name);
+        }
+    }
+    run
 }
 
 /// Builds a package's program statically, and returns its path. A change of flags would build everything

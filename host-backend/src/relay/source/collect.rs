@@ -27,6 +27,8 @@ const HOLD: Duration = Duration::from_millis(5);
 const NEAR: Duration = Duration::from_millis(40);
 /// The same while a guest waits for pages behind what is on its way.
 const NEAR_POST_COPY: Duration = Duration::from_millis(12);
+/// Of the way to the destination and back no more counts.
+const ROUND_TRIP_MOST: Duration = Duration::from_millis(300);
 const NEAR_LEAST: f64 = 512.0 * 1024.0;
 const NEAR_MOST: f64 = 8.0 * 1024.0 * 1024.0;
 /// Length of a page in a request.
@@ -92,6 +94,8 @@ impl Reading {
         } else {
             (NEAR, NEAR_LEAST)
         };
+        // What is on its way, or acknowledged on the way back, keeps nothing waiting.
+        let time = time + self.shared.flow.round_trip().min(ROUND_TRIP_MOST);
         #[expect(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,

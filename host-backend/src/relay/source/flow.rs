@@ -22,6 +22,8 @@ use crate::relay::error::RelayError;
 
 /// Bytes of page data that wait to be sent, at most.
 const QUEUE_LIMIT: usize = 4 << 20;
+/// Batches whose way is timed at once, at most.
+const TIMED: usize = 64;
 /// With so many of them the link is busy for some milliseconds.
 const QUEUE_ENOUGH: usize = 512 << 10;
 /// Batches that wait, at most: each keeps a whole buffer, however little of it is to be sent.
@@ -93,6 +95,12 @@ struct State {
     queued_data: usize,
     /// Payload bytes of batches that the destination has worked off since the start.
     acknowledged: u64,
+    /// Those of batches that were sent.
+    sent: u64,
+    /// Batches on their way: what `sent` was behind each, and when.
+    on_their_way: VecDeque<(u64, Instant)>,
+    /// The shortest time from a batch to its acknowledgement so far.
+    round_trip: Option<Duration>,
     retained: HashMap<u64, Retained>,
     limit: usize,
     /// Buffers' bytes settled since the bound was looked at, and whether the bound was met.
@@ -160,6 +168,9 @@ impl Flow {
                 queue: VecDeque::new(),
                 queued_data: 0,
                 acknowledged: 0,
+                sent: 0,
+                on_their_way: VecDeque::new(),
+                round_trip: None,
                 retained: HashMap::new(),
                 limit: RETAINED_MOST / 2,
                 settled: 0,
@@ -319,6 +330,11 @@ impl Flow {
             if room && let Some(outgoing) = state.queue.pop_front() {
                 state.queued_data -= outgoing.header.data_len;
                 state.last_sent = Instant::now();
+                state.sent += outgoing.payload_len();
+                if state.on_their_way.len() < TIMED {
+                    let behind = (state.sent, state.last_sent);
+                    state.on_their_way.push_back(behind);
+                }
                 self.changed.notify_all();
                 return Ok(Next::Batch(outgoing));
             }
@@ -363,6 +379,13 @@ impl Flow {
             .ok_or(RelayError::Misplaced("acknowledgement that goes back"))?;
         self.window.release(fresh)?;
         state.acknowledged = bytes;
+        while let Some(&(behind, at)) = state.on_their_way.front()
+            && behind <= bytes
+        {
+            let took = at.elapsed();
+            state.round_trip = Some(state.round_trip.map_or(took, |least| least.min(took)));
+            state.on_their_way.pop_front();
+        }
         self.changed.notify_all();
         Ok(())
     }
@@ -405,6 +428,11 @@ impl Flow {
         }
         self.changed.notify_all();
         Ok(counts)
+    }
+
+    /// The shortest time that the destination took to acknowledge a batch.
+    pub(super) fn round_trip(&self) -> Duration {
+        self.lock().round_trip.unwrap_or_default()
     }
 
     /// Waits until the destination is no further behind than so many bytes of pages. QEMU can pause the VM
