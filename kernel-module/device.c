@@ -10,6 +10,7 @@
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 
+#include "gate.h"
 #include "report.h"
 #include "transhume.h"
 
@@ -40,6 +41,7 @@ static int transhume_release(struct inode *inode, struct file *file)
 {
 	struct transhume_file *tf = file->private_data;
 
+	gate_close(file);
 	report_drop(&tf->report);
 	mutex_destroy(&tf->lock);
 	kvfree(tf);
@@ -86,6 +88,9 @@ static long transhume_ioctl(struct file *file, unsigned int cmd,
 
 	if (cmd == TRANSHUME_VERSION)
 		return TRANSHUME_ABI_VERSION;
+	if (_IOC_TYPE(cmd) == TRANSHUME_IOC_MAGIC &&
+	    _IOC_NR(cmd) >= _IOC_NR(TRANSHUME_GATE_OPEN))
+		return gate_ioctl(file, cmd, uarg);
 
 	if (mutex_lock_interruptible(&tf->lock))
 		return -ERESTARTSYS;
@@ -108,6 +113,7 @@ static const struct file_operations transhume_fops = {
 	.open		= transhume_open,
 	.release	= transhume_release,
 	.read		= transhume_read,
+	.poll		= gate_poll,
 	.unlocked_ioctl	= transhume_ioctl,
 	.compat_ioctl	= compat_ptr_ioctl,
 };
@@ -118,8 +124,21 @@ static struct miscdevice transhume_device = {
 	.fops	= &transhume_fops,
 	.mode	= 0600,
 };
-module_misc_device(transhume_device);
 
-MODULE_DESCRIPTION("Page-cache report for live migration");
+static int __init transhume_init(void)
+{
+	gate_init();
+	return misc_register(&transhume_device);
+}
+module_init(transhume_init);
+
+static void __exit transhume_exit(void)
+{
+	misc_deregister(&transhume_device);
+	gate_exit();
+}
+module_exit(transhume_exit);
+
+MODULE_DESCRIPTION("Page-cache report and deferred page faults for live migration");
 MODULE_LICENSE("GPL");
 MODULE_VERSION("0.1.0");

@@ -8,6 +8,17 @@
  *
  * A report is a hint: pages change while it is made, so whoever uses a record
  * must check the page's content.
+ *
+ * After a migration by post-copy, part of the memory is still at the other
+ * host, and touching it stops a whole virtual CPU. A gate puts only the process
+ * to sleep: name the page frames that are absent (TRANSHUME_GATE_OPEN and
+ * _ABSENT), walk the processes (_WALK), then say what has arrived (_ARRIVED).
+ * poll(2) says POLLIN when a process has begun to wait (_WANTED), and POLLHUP
+ * when the gate was opened but is over.
+ *
+ * All three of _ABSENT, _WALK and _ARRIVED show that somebody still cares: a
+ * second without one, and everybody is let go. An _ARRIVED without ranges will
+ * do. So does closing the file.
  */
 #ifndef _TRANSHUME_H
 #define _TRANSHUME_H
@@ -78,11 +89,120 @@ struct transhume_counts {
 	__u64 refused;
 };
 
+/**
+ * struct transhume_gate_open - get ready to put processes to sleep
+ * @frames: no page frame number reaches this, TRANSHUME_MAX_FRAMES at most
+ * @flags: must be 0
+ * @reserved: must be 0
+ *
+ * The caller's own process never sleeps. Errors: EBUSY when a gate is open, or
+ * something else (a livepatch) has replaced the kernel's handling of page
+ * faults; EOPNOTSUPP when this kernel cannot do it; the kernel's log says which.
+ */
+struct transhume_gate_open {
+	__u64 frames;
+	__u32 flags;
+	__u32 reserved;
+};
+
+/* 4 TiB. The gate keeps one bit a frame. */
+#define TRANSHUME_MAX_FRAMES	(1ULL << 30)
+
+/**
+ * struct transhume_frames - page frames that follow one another
+ * @pfn: the first one
+ * @pages: how many
+ */
+struct transhume_frames {
+	__u64 pfn;
+	__u64 pages;
+};
+
+/**
+ * struct transhume_frame_list - what is absent, has arrived, or is wanted
+ * @frames: address of so many struct transhume_frames
+ * @count: how many, TRANSHUME_MAX_RANGES at most
+ * @flags: must be 0
+ *
+ * What lies beyond the gate's frames is passed over, and so is what was said
+ * before. EBUSY: absent frames are named before the first walk. ESTALE: the
+ * gate is over, or was never opened.
+ */
+struct transhume_frame_list {
+	__u64 frames;
+	__u32 count;
+	__u32 flags;
+};
+
+#define TRANSHUME_MAX_RANGES	512
+
+/**
+ * struct transhume_gate_walk - gate a process's absent pages
+ * @addr: where to go on, 0 to begin; afterwards where to go on, 0 at the end
+ * @gated: set to how many pages are gated now that were not
+ * @pid: the process
+ * @flags: must be 0
+ *
+ * Each call does some milliseconds of work. ESRCH: no such process, or it has
+ * no memory of its own.
+ */
+struct transhume_gate_walk {
+	__u64 addr;
+	__u64 gated;
+	__s32 pid;
+	__u32 flags;
+};
+
+/* What became of a gate. */
+#define TRANSHUME_GATE_NONE	0	/* never opened */
+#define TRANSHUME_GATE_ACTIVE	1
+#define TRANSHUME_GATE_RELEASED	2	/* by TRANSHUME_GATE_RELEASE */
+#define TRANSHUME_GATE_EXPIRED	3	/* nobody cared for a second */
+
+/**
+ * struct transhume_gate_state - how a gate does, or did
+ * @state: TRANSHUME_GATE_*
+ * @waiting: processes that wait now
+ * @absent: page frames that have not arrived
+ * @gated: pages that were gated
+ * @waits: times that a process went to sleep
+ * @interrupted: times that it woke up by a signal
+ * @passed: faults on absent pages that could not be put off
+ * @waited_us: how long processes slept, in microseconds
+ * @longest_us: how long one slept at most
+ */
+struct transhume_gate_state {
+	__u32 state;
+	__u32 waiting;
+	__u64 absent;
+	__u64 gated;
+	__u64 waits;
+	__u64 interrupted;
+	__u64 passed;
+	__u64 waited_us;
+	__u64 longest_us;
+};
+
 #define TRANSHUME_IOC_MAGIC	0xd7
 
 /* Returns TRANSHUME_ABI_VERSION of the module. */
 #define TRANSHUME_VERSION	_IO(TRANSHUME_IOC_MAGIC, 0)
 #define TRANSHUME_START		_IOW(TRANSHUME_IOC_MAGIC, 1, struct transhume_start)
 #define TRANSHUME_COUNTS	_IOR(TRANSHUME_IOC_MAGIC, 2, struct transhume_counts)
+#define TRANSHUME_GATE_OPEN						\
+	_IOW(TRANSHUME_IOC_MAGIC, 3, struct transhume_gate_open)
+#define TRANSHUME_GATE_ABSENT						\
+	_IOW(TRANSHUME_IOC_MAGIC, 4, struct transhume_frame_list)
+#define TRANSHUME_GATE_WALK						\
+	_IOWR(TRANSHUME_IOC_MAGIC, 5, struct transhume_gate_walk)
+#define TRANSHUME_GATE_ARRIVED						\
+	_IOW(TRANSHUME_IOC_MAGIC, 6, struct transhume_frame_list)
+/* Fills in the list and returns how many there were. */
+#define TRANSHUME_GATE_WANTED						\
+	_IOW(TRANSHUME_IOC_MAGIC, 7, struct transhume_frame_list)
+#define TRANSHUME_GATE_STATE						\
+	_IOR(TRANSHUME_IOC_MAGIC, 8, struct transhume_gate_state)
+/* Lets everybody go. Does no harm to a gate that is over. */
+#define TRANSHUME_GATE_RELEASE	_IO(TRANSHUME_IOC_MAGIC, 9)
 
 #endif /* _TRANSHUME_H */

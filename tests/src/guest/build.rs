@@ -95,6 +95,22 @@ pub fn kernel_module(layout: &Layout, packages: &Packages, kernel: Kernel) -> Re
     Ok(copy.join("transhume.ko"))
 }
 
+/// Builds the module's test of page faults that are put off, and returns it.
+pub fn gate_test(layout: &Layout) -> Result<PathBuf> {
+    let folder = layout.source.join("kernel-module/selftest");
+    let program = layout.folder("static")?.join("gate-test");
+    step("Building the kernel module's test", || {
+        Run::new("cc")
+            .args(["-static", "-pthread", "-O2", "-Wall", "-Wextra", "-Werror"])
+            .arg("-o")
+            .arg(&program)
+            .args([folder.join("gate.c"), folder.join("load.c")])
+            .cure("Install the packages gcc and libc6-dev")
+            .output()
+    })?;
+    Ok(program)
+}
+
 /// Builds the micro-guest, and returns it.
 pub fn micro_guest(layout: &Layout) -> Result<PathBuf> {
     step("Building the micro-guest", || {

@@ -55,6 +55,7 @@ fn make(layout: &Layout, packages: &Packages, kernel: Kernel, servers: bool) -> 
     if layout.source.join("kernel-module/Kbuild").exists() {
         let module = build::kernel_module(layout, packages, kernel)?;
         archive.file("modules/transhume.ko", &read(module)?);
+        archive.file("bin/gate-test", &read(build::gate_test(layout)?)?);
     }
     let mut order = String::new();
     for (name, content) in modules::load_order(&root, &release)? {

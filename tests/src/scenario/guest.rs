@@ -16,6 +16,8 @@ use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(240);
 const ANSWER: Duration = Duration::from_secs(60);
+/// The module's own test takes a minute or two by itself.
+const GATE_LIMIT: Duration = Duration::from_secs(400);
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
@@ -30,6 +32,18 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             about: "the same on Linux 6.12",
             limit: LIMIT,
             run: |bed| reports(bed, Kernel::V6_12, Qemu::V10_0),
+        },
+        Scenario {
+            name: "gate-stress-6.1",
+            about: "all of user space on Linux 6.1 behind the module's gate, over and over, under load",
+            limit: GATE_LIMIT,
+            run: |bed| gate(bed, Kernel::V6_1),
+        },
+        Scenario {
+            name: "gate-stress-6.12",
+            about: "the same on Linux 6.12",
+            limit: GATE_LIMIT,
+            run: |bed| gate(bed, Kernel::V6_12),
         },
         Scenario {
             name: "guest-without-the-module",
@@ -104,6 +118,29 @@ fn reports(bed: &Bed, kernel: Kernel, version: Qemu) -> Result<()> {
     let vm = machine.start_warm(&hosts.a, &qemu, &console)?;
     let summary = agent_check(&vm, &console)?;
     println!("  {summary}");
+    console.check(Side::Source, ANSWER, || vm.alive())?;
+    Ok(())
+}
+
+/// The module's own test, in a guest that does nothing else.
+fn gate(bed: &Bed, kernel: Kernel) -> Result<()> {
+    let mut machine = machine(bed, kernel)?;
+    machine.disks.truncate(1);
+    machine.settings = vec![
+        ("cache-mib", "4".into()),
+        ("memory-mib", "4".into()),
+        ("workers", "0".into()),
+        // Only the test has the module open, and can take it out.
+        ("agent", "no".into()),
+    ];
+    let hosts = Hosts::new(None)?;
+    let console = Console::new(&machine.name);
+    let vm = machine.start_warm(&hosts.a, &bed.packages.qemu(Qemu::V10_0)?, &console)?;
+    let command = "/bin/gate-test 30 /disk/ext4 /modules/transhume.ko";
+    let said = console.run(Side::Source, command, GATE_LIMIT, || vm.alive())?;
+    for line in said.lines().filter(|line| line.starts_with('#')) {
+        println!("  {line}");
+    }
     console.check(Side::Source, ANSWER, || vm.alive())?;
     Ok(())
 }

@@ -1,0 +1,607 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Tests the gate of transhume.ko from user space, in a guest whose module is
+ * loaded:
+ *
+ *	gate SECONDS FOLDER [MODULE]
+ *
+ * FOLDER is on a file system that can do O_DIRECT; MODULE is the module's file,
+ * to take it out and put it back. The last test puts all of user space behind
+ * the gate, over and over, for so many seconds, while processes do what is hard
+ * on memory management. Prints TAP. Build: cc -static -pthread -o gate gate.c
+ */
+#define _GNU_SOURCE
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/klog.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <sys/sysinfo.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "../transhume.h"
+#include "load.h"
+
+/* More frames than the guest has. */
+#define FRAMES		(1ULL << 20)
+/* Nothing here takes so long, unless it hangs. In 10 ms. */
+#define PATIENCE	3000
+
+/* Shared with processes that check something, too. */
+static struct score {
+	int tests;
+	int failures;
+} *score;
+
+static void *shared(size_t length)
+{
+	return mmap(NULL, length, PROT_READ | PROT_WRITE,
+		    MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+}
+
+static void check(bool ok, const char *what)
+{
+	score->tests++;
+	score->failures += !ok;
+	printf("%sok %d - %s\n", ok ? "" : "not ", score->tests, what);
+	fflush(stdout);
+}
+
+static void fails(long ret, int error, const char *what)
+{
+	int got = ret < 0 ? errno : 0;
+
+	check(got == error, what);
+	if (got != error)
+		printf("# got %s, wanted %s\n", strerror(got), strerror(error));
+}
+
+static int device(void)
+{
+	int fd = open("/dev/transhume", O_RDONLY | O_CLOEXEC);
+
+	if (fd < 0) {
+		printf("Bail out! /dev/transhume: %s\n", strerror(errno));
+		exit(1);
+	}
+	return fd;
+}
+
+static long gate_open(int dev, uint64_t frames)
+{
+	struct transhume_gate_open open = { .frames = frames };
+
+	return ioctl(dev, TRANSHUME_GATE_OPEN, &open);
+}
+
+static long list(int dev, unsigned long call, struct transhume_frames *frames,
+		 uint32_t count)
+{
+	struct transhume_frame_list list = {
+		.frames = (uintptr_t)frames,
+		.count = count,
+	};
+
+	return ioctl(dev, call, &list);
+}
+
+static long one(int dev, unsigned long call, uint64_t pfn, uint64_t pages)
+{
+	struct transhume_frames frames = { .pfn = pfn, .pages = pages };
+
+	return list(dev, call, &frames, 1);
+}
+
+/* Returns how many pages were gated, or -1. */
+static int64_t walk(int dev, pid_t pid)
+{
+	struct transhume_gate_walk walk = { .pid = pid };
+	int64_t gated = 0;
+
+	do {
+		if (ioctl(dev, TRANSHUME_GATE_WALK, &walk))
+			return -1;
+		gated += walk.gated;
+	} while (walk.addr);
+	return gated;
+}
+
+static struct transhume_gate_state state(int dev)
+{
+	struct transhume_gate_state state = {};
+
+	ioctl(dev, TRANSHUME_GATE_STATE, &state);
+	return state;
+}
+
+static void renew(int dev)
+{
+	list(dev, TRANSHUME_GATE_ARRIVED, NULL, 0);
+}
+
+/* The frame behind an address of a process; 0 if there is none. */
+static uint64_t frame(pid_t pid, const volatile void *at)
+{
+	char path[64];
+	uint64_t entry = 0;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/pagemap", pid);
+	fd = open(path, O_RDONLY);
+	if (fd < 0 || pread(fd, &entry, 8, (uintptr_t)at / 4096 * 8) != 8)
+		entry = 0;
+	close(fd);
+	return entry >> 63 ? entry & ((1ULL << 55) - 1) : 0;
+}
+
+/* What a sleeper and the test share; never absent. */
+struct talk {
+	volatile int ready;
+	volatile int go;
+	volatile int value;
+	volatile int signals;
+};
+
+static struct talk *talk;
+static volatile int *page;
+
+static void count_signal(int signal)
+{
+	(void)signal;
+	talk->signals++;
+}
+
+static bool until(bool (*is)(int dev), int dev)
+{
+	int i;
+
+	for (i = 0; i < PATIENCE; i++) {
+		if (is(dev))
+			return true;
+		renew(dev);
+		usleep(10000);
+	}
+	return false;
+}
+
+static bool is_ready(int dev)
+{
+	(void)dev;
+	return talk->ready;
+}
+
+static bool is_asleep(int dev)
+{
+	return state(dev).waiting == 1;
+}
+
+static bool has_read(int dev)
+{
+	(void)dev;
+	return talk->value == 4711;
+}
+
+static bool has_handled(int dev)
+{
+	(void)dev;
+	return talk->signals == 1;
+}
+
+/* Starts a process that reads the page when told to go. */
+static pid_t sleeper(int dev)
+{
+	struct sigaction action = { .sa_handler = count_signal };
+	pid_t pid;
+
+	memset((void *)talk, 0, sizeof(*talk));
+	page = mmap(NULL, 4096, PROT_READ | PROT_WRITE,
+		    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	pid = fork();
+	if (!pid) {
+		sigaction(SIGUSR1, &action, NULL);
+		*page = 4711;
+		talk->ready = 1;
+		while (!talk->go)
+			usleep(1000);
+		talk->value = *page;
+		_exit(0);
+	}
+	until(is_ready, dev);
+	munmap((void *)page, 4096);
+	return pid;
+}
+
+/* A sleeper behind an open gate, asleep. Returns the frame that it waits for. */
+static uint64_t put_to_sleep(int dev, pid_t *pid)
+{
+	uint64_t pfn;
+
+	*pid = sleeper(dev);
+	pfn = frame(*pid, page);
+	check(pfn && !gate_open(dev, FRAMES), "a gate opens");
+	check(!one(dev, TRANSHUME_GATE_ABSENT, pfn, 1) && walk(dev, *pid) == 1,
+	      "one page is gated");
+	talk->go = 1;
+	check(until(is_asleep, dev) && !talk->value, "who touches it sleeps");
+	return pfn;
+}
+
+static bool ended(pid_t pid, int dev)
+{
+	int i, status;
+
+	for (i = 0; i < PATIENCE; i++) {
+		if (waitpid(pid, &status, WNOHANG) == pid)
+			return true;
+		if (dev >= 0)
+			renew(dev);
+		usleep(10000);
+	}
+	kill(pid, SIGKILL);
+	return false;
+}
+
+static void test_arguments(void)
+{
+	struct transhume_gate_open bad = { .frames = FRAMES, .flags = 1 };
+	struct transhume_gate_walk crooked = { .pid = 1, .flags = 1 };
+	struct transhume_frames odd[] = {
+		{ UINT64_MAX, UINT64_MAX }, { FRAMES - 1, UINT64_MAX },
+		{ FRAMES, 1 }, { 0, 0 }, { 5, 1 }, { 5, 1 }, { 4, 3 },
+	};
+	void *nowhere = mmap(NULL, 8192, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS,
+			     -1, 0);
+	int dev = device(), other = device();
+
+	check(state(dev).state == TRANSHUME_GATE_NONE, "there is no gate");
+	fails(one(dev, TRANSHUME_GATE_ABSENT, 1, 1), ESTALE,
+	      "nothing is absent without a gate");
+	fails(ioctl(dev, TRANSHUME_GATE_OPEN, &bad), EINVAL,
+	      "unknown flags are refused");
+	fails(gate_open(dev, 0), EINVAL, "no frames are refused");
+	fails(gate_open(dev, TRANSHUME_MAX_FRAMES + 1), EINVAL,
+	      "too many frames are refused");
+	fails(ioctl(dev, TRANSHUME_GATE_OPEN, nowhere), EFAULT,
+	      "an argument that is not there is refused");
+	check(!ioctl(dev, TRANSHUME_GATE_RELEASE), "no gate can be released");
+
+	check(!gate_open(dev, FRAMES), "a gate opens");
+	fails(gate_open(dev, FRAMES), EBUSY, "but not twice");
+	fails(gate_open(other, FRAMES), EBUSY, "nor in another file");
+	fails(one(other, TRANSHUME_GATE_ARRIVED, 1, 1), ESTALE,
+	      "which has no say");
+	fails(list(dev, TRANSHUME_GATE_ABSENT, odd, TRANSHUME_MAX_RANGES + 1),
+	      EINVAL, "too many ranges are refused");
+	fails(list(dev, TRANSHUME_GATE_ABSENT, nowhere, 1), EFAULT,
+	      "ranges that are not there are refused");
+	check(!list(dev, TRANSHUME_GATE_ARRIVED, odd, 7),
+	      "what was never absent can arrive");
+	check(!list(dev, TRANSHUME_GATE_ABSENT, odd, 7) &&
+	      state(dev).absent == 4, "odd ranges are cut");
+	fails(ioctl(dev, TRANSHUME_GATE_WALK, &crooked), EINVAL,
+	      "a walk with unknown flags is refused");
+	fails(walk(dev, 2), ESRCH, "a kernel thread has nothing to gate");
+	fails(walk(dev, 4194304), ESRCH, "nor has nobody");
+	check(walk(dev, getpid()) == 0, "the caller is never gated");
+	fails(one(dev, TRANSHUME_GATE_ABSENT, 7, 1), EBUSY,
+	      "nothing is absent after the walk that was not before");
+	check(!one(dev, TRANSHUME_GATE_ARRIVED, 0, UINT64_MAX) &&
+	      state(dev).absent == 0, "all can arrive at once");
+	check(!ioctl(dev, TRANSHUME_GATE_RELEASE) &&
+	      state(dev).state == TRANSHUME_GATE_RELEASED, "it is released");
+	close(dev);
+	check(!gate_open(other, FRAMES), "then another one can be opened");
+	close(other);
+	munmap(nowhere, 8192);
+}
+
+static void test_sleep(void)
+{
+	struct transhume_frames wanted[4];
+	struct pollfd news;
+	int dev = device();
+	uint64_t pfn;
+	pid_t pid;
+
+	pfn = put_to_sleep(dev, &pid);
+	news = (struct pollfd){ .fd = dev, .events = POLLIN };
+	check(poll(&news, 1, 1000) == 1 && news.revents == POLLIN,
+	      "poll tells of it");
+	check(list(dev, TRANSHUME_GATE_WANTED, wanted, 4) == 1 &&
+	      wanted[0].pfn == pfn && wanted[0].pages == 1,
+	      "and the page is wanted");
+	check(list(dev, TRANSHUME_GATE_WANTED, wanted, 4) == 0, "once");
+	kill(pid, SIGUSR1);
+	check(until(has_handled, dev) && until(is_asleep, dev) && !talk->value,
+	      "a signal is handled meanwhile");
+	one(dev, TRANSHUME_GATE_ARRIVED, pfn, 1);
+	check(until(has_read, dev), "the page arrives, and holds what it held");
+	ended(pid, dev);
+	check(state(dev).waits >= 2 && state(dev).interrupted == 1 &&
+	      state(dev).gated == 1 && state(dev).longest_us > 0 &&
+	      state(dev).waiting == 0, "the counts make sense");
+	close(dev);
+}
+
+static void test_kill(void)
+{
+	int dev = device();
+	pid_t pid;
+
+	put_to_sleep(dev, &pid);
+	kill(pid, SIGKILL);
+	check(ended(pid, dev) && state(dev).absent == 1 &&
+	      state(dev).state == TRANSHUME_GATE_ACTIVE && !talk->value,
+	      "a sleeper can be killed while its page is absent");
+	close(dev);
+}
+
+static void test_watchdog(void)
+{
+	struct pollfd news;
+	int dev = device();
+	pid_t pid;
+
+	put_to_sleep(dev, &pid);
+	check(ended(pid, -1) && talk->value == 4711,
+	      "nobody cares: the sleeper goes on");
+	check(state(dev).state == TRANSHUME_GATE_EXPIRED &&
+	      state(dev).waits == 1, "and the state says so");
+	news = (struct pollfd){ .fd = dev, .events = POLLIN };
+	check(poll(&news, 1, 1000) == 1 && news.revents & POLLHUP,
+	      "poll tells of that, too");
+	fails(one(dev, TRANSHUME_GATE_ARRIVED, 1, 1), ESTALE,
+	      "nothing arrives any more");
+	close(dev);
+}
+
+static void test_close(void)
+{
+	int dev = device();
+	pid_t pid;
+
+	put_to_sleep(dev, &pid);
+	close(dev);
+	check(ended(pid, -1) && talk->value == 4711,
+	      "the file is closed: the sleeper goes on");
+}
+
+/* The one who keeps the gate is killed, and the module is taken out. */
+static void test_unload(const char *module)
+{
+	pid_t agent, pid;
+	int dev, i, file;
+	long out = -1;
+	volatile int *child = shared(4096);
+
+	agent = fork();
+	if (!agent) {
+		dev = device();
+		put_to_sleep(dev, &pid);
+		child[0] = pid;
+		for (;;) {
+			renew(dev);
+			usleep(10000);
+		}
+	}
+	for (i = 0; i < PATIENCE && !child[0]; i++)
+		usleep(10000);
+	kill(agent, SIGKILL);
+	/* Until its file is closed. */
+	for (i = 0; i < PATIENCE && out; i++) {
+		out = syscall(SYS_delete_module, "transhume", O_NONBLOCK);
+		if (out)
+			usleep(1000);
+	}
+	check(child[0] && !out, "the agent dies, and the module goes");
+	for (i = 0; i < PATIENCE && talk->value != 4711; i++)
+		usleep(10000);
+	check(talk->value == 4711, "the sleeper goes on");
+	waitpid(agent, NULL, 0);
+	file = open(module, O_RDONLY);
+	check(!syscall(SYS_finit_module, file, "", 0), "the module comes back");
+	close(file);
+	/* mdev or devtmpfs makes the node. */
+	for (i = 0; i < PATIENCE && access("/dev/transhume", F_OK); i++)
+		usleep(10000);
+}
+
+static void test_garbage(void)
+{
+	struct transhume_frames frames[64];
+	int dev = device(), round;
+	uint64_t argument[8];
+	size_t i;
+
+	for (round = 0; round < 600; round++) {
+		for (i = 0; i < 64; i++) {
+			frames[i].pfn = random() >> (random() % 31);
+			frames[i].pages = (uint64_t)random() << (random() % 34);
+		}
+		switch (round % 6) {
+		case 0:
+			gate_open(dev, random() % (2 * FRAMES));
+			break;
+		case 1:
+			list(dev, TRANSHUME_GATE_ABSENT, frames, random() % 64);
+			break;
+		case 2:
+			list(dev, TRANSHUME_GATE_ARRIVED, frames, random() % 64);
+			break;
+		case 3:
+			list(dev, TRANSHUME_GATE_WANTED, frames, random() % 64);
+			break;
+		case 4:
+			/* Only processes that nobody needs. */
+			walk(dev, 1000000 + random() % 1000);
+			break;
+		default:
+			for (i = 0; i < 8; i++)
+				argument[i] = (uint64_t)random() << (random() % 34);
+			ioctl(dev, _IO(TRANSHUME_IOC_MAGIC, random() % 32),
+			      argument);
+			ioctl(dev, TRANSHUME_GATE_ABSENT, argument);
+		}
+	}
+	check(state(dev).waiting == 0, "garbage does no harm");
+	close(dev);
+}
+
+/* Runs a call for the frames that processes wait for. */
+static unsigned int serve(int dev)
+{
+	struct transhume_frames wanted[64];
+	long count = list(dev, TRANSHUME_GATE_WANTED, wanted, 64);
+
+	if (count > 0)
+		list(dev, TRANSHUME_GATE_ARRIVED, wanted, count);
+	else
+		renew(dev);
+	return count > 0 ? count : 0;
+}
+
+/* Puts all of user space behind the gate, and lets its pages arrive. */
+static bool round_trip(int dev, uint64_t frames, struct transhume_gate_state *sum,
+		       int *whole)
+{
+	/* Runs of frames that arrive in an order that looks like none. */
+	const uint64_t piece = 1024, pieces = frames / piece, step = 7919;
+	struct transhume_gate_state now;
+	struct dirent *entry;
+	uint64_t i;
+	DIR *proc;
+
+	if (gate_open(dev, frames) ||
+	    one(dev, TRANSHUME_GATE_ABSENT, 0, frames))
+		return false;
+	proc = opendir("/proc");
+	while ((entry = readdir(proc))) {
+		struct transhume_gate_walk walk = { .pid = atoi(entry->d_name) };
+
+		if (!isdigit(entry->d_name[0]))
+			continue;
+		do {
+			if (ioctl(dev, TRANSHUME_GATE_WALK, &walk))
+				break;
+			serve(dev);
+		} while (walk.addr);
+	}
+	closedir(proc);
+	for (i = 0; i < pieces; i++) {
+		one(dev, TRANSHUME_GATE_ARRIVED, i * step % pieces * piece, piece);
+		while (serve(dev))
+			;
+		if (i % 4 == 0)
+			usleep(500);
+	}
+	/* Sometimes all goes its way, and sometimes it breaks off. */
+	if (random() % 2)
+		one(dev, TRANSHUME_GATE_ARRIVED, 0, frames);
+	ioctl(dev, TRANSHUME_GATE_RELEASE);
+	now = state(dev);
+	if (now.state == TRANSHUME_GATE_RELEASED)
+		(*whole)++;
+	sum->gated += now.gated;
+	sum->waits += now.waits;
+	sum->interrupted += now.interrupted;
+	sum->passed += now.passed;
+	if (now.longest_us > sum->longest_us)
+		sum->longest_us = now.longest_us;
+	/* Where this machine is too slow, the watchdog may have come first. */
+	return now.state != TRANSHUME_GATE_ACTIVE && !now.waiting;
+}
+
+static void test_stress(int seconds, const char *folder)
+{
+	struct transhume_gate_state sum = {};
+	struct sysinfo memory;
+	struct load *load;
+	int dev = device(), rounds = 0, whole = 0;
+	time_t end = time(NULL) + seconds;
+	uint64_t frames, done;
+	bool well = true;
+
+	sysinfo(&memory);
+	/* The hole below 4 GiB is above all memory of a small guest. */
+	frames = memory.totalram * memory.mem_unit / 4096 + 65536;
+	load = load_start(folder);
+	/* Others must not keep the one from its work that they wait for. */
+	setpriority(PRIO_PROCESS, 0, -20);
+	while (time(NULL) < end) {
+		well &= round_trip(dev, frames, &sum, &whole);
+		rounds++;
+		usleep(20000);
+	}
+	close(dev);
+	done = load_end(load);
+	check(well && whole, "gates open and are released, over and over");
+	check(done, "the processes come to an end");
+	check(!load_errors(load), "and all their data was right");
+	check(sum.gated > 1000 && sum.waits > 100, "they were gated, and waited");
+	printf("# %d rounds, %d of them to their end, %llu steps: %llu gated, %llu waits, %llu interrupted, %llu passed, longest %llu us\n",
+	       rounds, whole, (unsigned long long)done, (unsigned long long)sum.gated,
+	       (unsigned long long)sum.waits,
+	       (unsigned long long)sum.interrupted,
+	       (unsigned long long)sum.passed,
+	       (unsigned long long)sum.longest_us);
+}
+
+/* The kernel's log has nothing that should worry anybody. */
+static void test_log(void)
+{
+	static const char *const bad[] = {
+		"WARNING:", "BUG:", "Oops", "cut here", "Bad rss",
+		"Bad page", "general protection", "blocked for more",
+	};
+	static char log[1 << 20];
+	int length = klogctl(3, log, sizeof(log) - 1);
+	bool clean = length > 0;
+	size_t i;
+
+	log[length > 0 ? length : 0] = 0;
+	for (i = 0; i < sizeof(bad) / sizeof(*bad); i++) {
+		const char *at = strstr(log, bad[i]);
+
+		if (at) {
+			printf("# %.400s\n", at);
+			clean = false;
+		}
+	}
+	check(clean, "the kernel has nothing to complain of");
+}
+
+int main(int argc, char **argv)
+{
+	if (argc < 3) {
+		fprintf(stderr, "usage: gate SECONDS FOLDER [MODULE]\n");
+		return 2;
+	}
+	mlockall(MCL_CURRENT | MCL_FUTURE);
+	score = shared(sizeof(*score));
+	talk = shared(sizeof(*talk));
+	test_arguments();
+	test_sleep();
+	test_kill();
+	test_watchdog();
+	test_close();
+	test_garbage();
+	if (argc > 3)
+		test_unload(argv[3]);
+	test_stress(atoi(argv[1]), argv[2]);
+	test_log();
+	printf("1..%d\n", score->tests);
+	return score->failures != 0;
+}
