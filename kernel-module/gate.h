@@ -5,10 +5,14 @@
 #ifndef _TRANSHUME_GATE_H
 #define _TRANSHUME_GATE_H
 
+#include <linux/atomic.h>
 #include <linux/fs.h>
+#include <linux/hash.h>
 #include <linux/kconfig.h>
 #include <linux/poll.h>
+#include <linux/spinlock.h>
 #include <linux/types.h>
+#include <linux/wait.h>
 
 #include "transhume.h"
 
@@ -34,6 +38,64 @@ struct gate_span {
 	unsigned long pfn;
 	unsigned long pages;
 };
+
+#define GATE_QUEUE_BITS	8
+/* Spans that processes wait for and nobody has fetched, at most. */
+#define GATE_WANTED	256
+
+/* The one gate. */
+struct gate {
+	/* Whose it is, also when it is over; NULL when nobody's. */
+	struct file *owner;
+	/* The owner's memory, whose faults are never put off. */
+	struct mm_struct *mm;
+	/* A bit a frame; NULL when the hook is not there. */
+	unsigned long *absent;
+	unsigned long frames;
+	bool walked;
+	/* TRANSHUME_GATE_*: nobody sleeps in another state than _ACTIVE. */
+	int state;
+	/* When the watchdog lets everybody go, in jiffies. */
+	unsigned long deadline;
+	u64 gated;
+	u64 nr_absent;
+
+	/* Processes between the hook and their next try. */
+	atomic_t inside;
+	wait_queue_head_t emptied;
+	wait_queue_head_t queues[1 << GATE_QUEUE_BITS];
+
+	/* Guards what follows. */
+	spinlock_t lock;
+	struct gate_span wanted[GATE_WANTED];
+	unsigned int first_wanted;
+	unsigned int nr_wanted;
+	u64 waits;
+	u64 interrupted;
+	u64 waited_ns;
+	u64 longest_ns;
+	atomic64_t passed;
+	/* For poll. */
+	wait_queue_head_t news;
+};
+
+extern struct gate gate;
+
+static inline bool gate_is_active(void)
+{
+	return READ_ONCE(gate.state) == TRANSHUME_GATE_ACTIVE;
+}
+
+/* Where those sleep who wait for a frame. */
+static inline wait_queue_head_t *gate_queue(unsigned long pfn)
+{
+	return &gate.queues[hash_long(pfn, GATE_QUEUE_BITS)];
+}
+
+/* In gate_wait.c: the hook. */
+int gate_hook(void);
+void gate_unhook(void);
+void gate_hook_exit(void);
 
 /* In gate_pages.c: page tables. */
 struct gate_span gate_span_at(struct mm_struct *mm, unsigned long addr);
