@@ -2,7 +2,8 @@
 //! disk the same data stands.
 //!
 //! [`Session`] is the agent's side of the channel without I/O and without allocation: bytes from the
-//! host go in, and it is asked for one frame at a time. What it reports comes from a [`PageCache`].
+//! host go in, and it is asked for one frame at a time. What it reports comes from a [`PageCache`]; a [`Gate`]
+//! puts processes to sleep that touch memory which has not arrived, where there is one.
 //! Without the feature `linux` nothing else is here, so that a guest without an operating system
 //! speaks the same code.
 //!
@@ -26,6 +27,7 @@
 mod cache;
 #[cfg(feature = "compare")]
 pub mod compare;
+mod gate;
 #[cfg(feature = "linux")]
 pub mod linux;
 mod pace;
@@ -33,5 +35,6 @@ mod session;
 mod text;
 
 pub use cache::{Disk, PageCache, Step};
+pub use gate::{Gate, NoGate};
 pub use session::{Action, Session};
 pub use text::Text;

@@ -1,13 +1,17 @@
 //! The agent's side of the channel, without I/O.
 
 use crate::cache::{PageCache, Step};
+use crate::gate::{Gate, NoGate};
 use crate::pace::Pace;
 use crate::text::Text;
 use core::fmt::Write as _;
 use core::time::Duration;
+use gating::Gating;
 use transhume_protocol::agent::{
     AgentMessage, Decoder, Encoded, HostMessage, Range, RangeEncoder, VERSION,
 };
+
+mod gating;
 
 /// Pause after a walk that failed, before the next try.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
@@ -84,6 +88,7 @@ pub struct Session {
     /// A walk is open that nobody waits for any more.
     abandoned: bool,
     trouble: Text,
+    gating: Gating,
 }
 
 impl Session {
@@ -100,11 +105,13 @@ impl Session {
             held: None,
             abandoned: false,
             trouble: Text::new(),
+            gating: Gating::new(),
         }
     }
 
     /// Forgets the host, as when the channel was closed.
-    pub fn reset(&mut self) {
+    pub fn reset(&mut self, gate: &mut impl Gate) {
+        self.gating.forget(gate);
         self.decoder.reset();
         self.channel = Channel::Closed;
         self.stop();
@@ -129,20 +136,33 @@ impl Session {
         self.report != Report::Off
     }
 
+    /// Takes bytes from the host of a guest that cannot put its processes to sleep.
+    pub fn receive(&mut self, bytes: &[u8]) {
+        self.receive_for(&mut NoGate, bytes);
+    }
+
     /// Takes bytes from the host. What is no frame or no message is ignored.
-    pub fn receive(&mut self, mut bytes: &[u8]) {
+    pub fn receive_for(&mut self, gate: &mut impl Gate, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let taken = self.decoder.push(bytes);
             bytes = &bytes[taken..];
             while let Some((kind, payload)) = self.decoder.next_frame() {
-                if let Ok(message) = HostMessage::decode(kind, payload) {
+                let Ok(message) = HostMessage::decode(kind, payload) else {
+                    continue;
+                };
+                if matches!(message, HostMessage::Hello { .. }) {
+                    self.gating.change_host(gate);
+                } else if matches!(self.channel, Channel::Open | Channel::Greeting { .. }) {
+                    self.gating.obey(message, gate);
+                }
+                if let Some(message) = without_runs(message) {
                     self.obey(message);
                 }
             }
         }
     }
 
-    fn obey(&mut self, message: HostMessage) {
+    fn obey(&mut self, message: HostMessage<'static>) {
         match message {
             HostMessage::Hello {
                 oldest,
@@ -168,8 +188,8 @@ impl Session {
                     self.report = Report::Due(None);
                 }
             }
-            HostMessage::ReportStart { .. } => {}
             HostMessage::ReportStop => self.stop(),
+            _ => {}
         }
     }
 
@@ -181,9 +201,20 @@ impl Session {
         self.held = None;
     }
 
+    /// [`Self::poll_for`] a guest that cannot put its processes to sleep.
+    pub fn poll<C: PageCache>(&mut self, cache: &mut C, now: Duration, out: &mut [u8]) -> Action {
+        self.poll_for(cache, &mut NoGate, now, out)
+    }
+
     /// What to do now. `now` is the time since a moment that stays the same; `out` should hold
     /// [`MAX_FRAME_LEN`](transhume_protocol::agent::MAX_FRAME_LEN) bytes.
-    pub fn poll<C: PageCache>(&mut self, cache: &mut C, now: Duration, out: &mut [u8]) -> Action {
+    pub fn poll_for<C: PageCache>(
+        &mut self,
+        cache: &mut C,
+        gate: &mut impl Gate,
+        now: Duration,
+        out: &mut [u8],
+    ) -> Action {
         if core::mem::take(&mut self.abandoned) {
             cache.end();
         }
@@ -212,6 +243,9 @@ impl Session {
             Channel::Open => {
                 if !self.trouble.is_empty() || cache.notice(&mut self.trouble) {
                     return self.tell(out);
+                }
+                if let Some(action) = self.gating.poll(gate, out) {
+                    return action;
                 }
                 return self.go_on(cache, now, out);
             }
@@ -365,6 +399,30 @@ impl Session {
             };
         }
         Ok(sent(frame.finish()))
+    }
+}
+
+/// A message that borrows nothing from its frame.
+fn without_runs(message: HostMessage<'_>) -> Option<HostMessage<'static>> {
+    match message {
+        HostMessage::Hello {
+            oldest,
+            newest,
+            session,
+        } => Some(HostMessage::Hello {
+            oldest,
+            newest,
+            session,
+        }),
+        HostMessage::ReportStart {
+            interval_ms,
+            cpu_permille,
+        } => Some(HostMessage::ReportStart {
+            interval_ms,
+            cpu_permille,
+        }),
+        HostMessage::ReportStop => Some(HostMessage::ReportStop),
+        _ => None,
     }
 }
 

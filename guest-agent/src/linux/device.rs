@@ -14,7 +14,7 @@ const READ_LEN: usize = 64 * 1024;
 /// Size of `struct transhume_record`.
 const RECORD_LEN: usize = 24;
 
-const MAGIC: u8 = 0xd7;
+pub(super) const MAGIC: u8 = 0xd7;
 
 /// `struct transhume_start`.
 #[repr(C)]
@@ -52,22 +52,10 @@ pub(super) struct Device {
 }
 
 impl Device {
-    /// Opens the device and checks that it speaks our version.
+    /// A report of the module.
     pub(super) fn open() -> Result<Self, Error> {
-        let file = File::options()
-            .read(true)
-            .open("/dev/transhume")
-            .map_err(|error| Error::Device(errno(&error)))?;
-        // SAFETY: the descriptor is open, and the call has no argument.
-        let found = unsafe { transhume_version(file.as_raw_fd()) }.map_err(Error::Device)?;
-        if found != ABI_VERSION {
-            return Err(Error::DeviceVersion {
-                found,
-                wanted: ABI_VERSION,
-            });
-        }
         Ok(Self {
-            file,
+            file: open_file()?,
             buffer: vec![0; READ_LEN],
             records: VecDeque::new(),
             finished: true,
@@ -119,6 +107,23 @@ impl Device {
         let _ = unsafe { transhume_counts(self.file.as_raw_fd(), &raw mut counts) };
         counts
     }
+}
+
+/// Opens the device and checks that it speaks our version.
+pub(super) fn open_file() -> Result<File, Error> {
+    let file = File::options()
+        .read(true)
+        .open("/dev/transhume")
+        .map_err(|error| Error::Device(errno(&error)))?;
+    // SAFETY: the descriptor is open, and the call has no argument.
+    let found = unsafe { transhume_version(file.as_raw_fd()) }.map_err(Error::Device)?;
+    if found != ABI_VERSION {
+        return Err(Error::DeviceVersion {
+            found,
+            wanted: ABI_VERSION,
+        });
+    }
+    Ok(file)
 }
 
 /// `None` for a void record.

@@ -5,6 +5,7 @@ mod check;
 mod device;
 mod disks;
 mod extents;
+mod gate;
 mod mounts;
 mod pages;
 mod port;
@@ -13,6 +14,7 @@ mod userspace;
 
 pub use cache::{LinuxCache, Preference};
 pub use check::{Summary, check};
+pub use gate::LinuxGate;
 pub use port::{PortPath, serve};
 
 use nix::errno::Errno;
@@ -45,6 +47,20 @@ pub enum Error {
         /// Ours.
         wanted: i32,
     },
+    /// The kernel module is older than its gate.
+    #[error("the kernel module cannot put processes to sleep: install the one of this release")]
+    GateUnknown,
+    /// There is a gate already, or something else has the hook.
+    #[error(
+        "the kernel module cannot put processes to sleep: a livepatch or another tracer has replaced the \
+         kernel's handling of page faults, or another agent is at it; the kernel's log says which"
+    )]
+    GateBusy,
+    /// This kernel lacks something.
+    #[error(
+        "the kernel module cannot put processes to sleep with this kernel; the kernel's log says why"
+    )]
+    GateImpossible,
     /// Page frame numbers are hidden from this process.
     #[error("page frame numbers are hidden from this process: run the agent as root")]
     NoPageFrames,

@@ -1,7 +1,9 @@
 //! The virtio-serial port to the host.
 
 use super::Error;
+use super::gate::LinuxGate;
 use crate::cache::PageCache;
+use crate::gate::Gate;
 use crate::session::{Action, Session};
 use core::time::Duration;
 use nix::errno::Errno;
@@ -71,14 +73,15 @@ impl PortPath {
 
 /// Speaks with hosts over the port for ever. A port that is missing or taken away is waited for.
 pub fn serve(path: &PortPath, agent: &'static str, cache: &mut impl PageCache) -> ! {
+    let mut gate = LinuxGate::default();
     let mut session = Session::new(agent);
     let mut last_told = None;
     loop {
         let ended = path.open().and_then(|port| {
             last_told = None;
-            speak(&port, &mut session, cache)
+            speak(&port, &mut session, cache, &mut gate)
         });
-        session.reset();
+        session.reset(&mut gate);
         cache.end();
         if let Err(error) = ended {
             // Said once, not every other second.
@@ -93,7 +96,12 @@ pub fn serve(path: &PortPath, agent: &'static str, cache: &mut impl PageCache) -
 }
 
 /// Speaks over one port until it is gone.
-fn speak(port: &OwnedFd, session: &mut Session, cache: &mut impl PageCache) -> Result<(), Error> {
+fn speak(
+    port: &OwnedFd,
+    session: &mut Session,
+    cache: &mut impl PageCache,
+    gate: &mut LinuxGate,
+) -> Result<(), Error> {
     // Edge-triggered: while no host is connected, a port says all the time that it is hung up.
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(Error::call("epoll_create"))?;
     let interest = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
@@ -104,9 +112,9 @@ fn speak(port: &OwnedFd, session: &mut Session, cache: &mut impl PageCache) -> R
     let mut link = Link::new(port.as_fd());
     let mut is_interrupted = false;
     loop {
-        let wait = if link.receive(session)? && link.flush()? {
+        let wait = if link.receive(session, gate)? && link.flush()? {
             is_interrupted = false;
-            match session.poll(cache, started.elapsed(), &mut link.frame) {
+            match session.poll_for(cache, gate, started.elapsed(), &mut link.frame) {
                 Action::Send(length) => {
                     link.to_send = 0..length;
                     continue;
@@ -120,6 +128,13 @@ fn speak(port: &OwnedFd, session: &mut Session, cache: &mut impl PageCache) -> R
         } else {
             timeout(PATIENCE)
         };
+        if let Some(module) = gate.take_new() {
+            // It leaves by itself when it is closed.
+            let interest = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+            epoll
+                .add(module, EpollEvent::new(interest, 0))
+                .map_err(Error::call("epoll_ctl"))?;
+        }
         let is_stalled = !link.to_send.is_empty() || !link.is_connected;
         match epoll.wait(&mut [EpollEvent::empty()], wait) {
             Ok(0) if is_stalled => {
@@ -162,7 +177,7 @@ impl<Fd: AsFd> Link<Fd> {
     ///
     /// A hang-up is no reason to forget the session: the kernel tells of it by another way than
     /// data comes, so the next host's hello may be here before the news that the last one left.
-    fn receive(&mut self, session: &mut Session) -> Result<bool, Error> {
+    fn receive(&mut self, session: &mut Session, gate: &mut impl Gate) -> Result<bool, Error> {
         loop {
             match nix::unistd::read(&self.port, &mut self.input) {
                 Ok(0) => {
@@ -172,7 +187,9 @@ impl<Fd: AsFd> Link<Fd> {
                     self.is_connected = false;
                     return Ok(false);
                 }
-                Ok(read) => session.receive(self.input.get(..read).unwrap_or_default()),
+                Ok(read) => {
+                    session.receive_for(gate, self.input.get(..read).unwrap_or_default());
+                }
                 Err(Errno::EAGAIN) => {
                     self.is_connected = true;
                     return Ok(true);
@@ -201,6 +218,7 @@ impl<Fd: AsFd> Link<Fd> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gate::NoGate;
     use std::io::{Read as _, Write as _};
     use std::os::unix::fs::symlink;
     use std::os::unix::net::UnixStream;
@@ -264,7 +282,7 @@ mod tests {
         let mut session = Session::new("test 0");
         host.write_all(&hello()).unwrap();
         host.shutdown(std::net::Shutdown::Write).unwrap();
-        assert!(!link.receive(&mut session).unwrap());
+        assert!(!link.receive(&mut session, &mut NoGate).unwrap());
         let mut cache = crate::linux::LinuxCache::new(crate::linux::Preference::UserSpace);
         let action = session.poll(&mut cache, Duration::ZERO, &mut link.frame);
         assert!(matches!(action, Action::Send(_)), "{action:?}");

@@ -123,6 +123,7 @@ fn understand(frame: &[u8]) -> Said {
             cpu_us,
         },
         AgentMessage::Trouble { text } => Said::Trouble(text.into()),
+        other => panic!("{other:?} about absent memory"),
     }
 }
 
@@ -490,7 +491,7 @@ proptest! {
                 bench.now += Duration::from_millis(100);
             }
         }
-        bench.session.reset();
+        bench.session.reset(&mut NoGate);
         prop_assert_eq!(bench.heard(), (vec![], Action::Idle));
         prop_assert!(!bench.cache.walking);
     }

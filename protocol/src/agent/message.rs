@@ -1,6 +1,7 @@
 //! Messages of the agent channel. Integers are little-endian; texts are a length byte and UTF-8.
 
 use super::frame::{FrameError, HEADER_LEN, MAX_PAYLOAD_LEN, seal};
+use super::frames::FrameRuns;
 use crate::varint;
 use thiserror::Error;
 
@@ -27,21 +28,30 @@ pub enum MessageError {
     OutOfBounds(&'static str),
 }
 
-mod kind {
+pub(super) mod kind {
     pub(super) const HOST_HELLO: u8 = 0x01;
     pub(super) const REPORT_START: u8 = 0x02;
     pub(super) const REPORT_STOP: u8 = 0x03;
+    pub(super) const GATE_OPEN: u8 = 0x04;
+    pub(in crate::agent) const GATE_ABSENT: u8 = 0x05;
+    pub(super) const GATE_WALK: u8 = 0x06;
+    pub(in crate::agent) const GATE_ARRIVED: u8 = 0x07;
+    pub(super) const GATE_CLOSE: u8 = 0x08;
     pub(super) const AGENT_HELLO: u8 = 0x81;
     pub(super) const DISK: u8 = 0x82;
     pub(super) const EPOCH_BEGIN: u8 = 0x83;
     pub(super) const RANGES: u8 = 0x84;
     pub(super) const EPOCH_END: u8 = 0x85;
     pub(super) const TROUBLE: u8 = 0x86;
+    pub(super) const GATE_READY: u8 = 0x87;
+    pub(super) const GATE_REFUSED: u8 = 0x88;
+    pub(in crate::agent) const GATE_WANTED: u8 = 0x89;
+    pub(super) const GATE_OVER: u8 = 0x8a;
 }
 
-/// What the host says to the agent.
+/// What the host says to the agent. Runs of frames borrow from the frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HostMessage {
+pub enum HostMessage<'a> {
     /// Opens a session; the agent forgets what an earlier host wanted.
     Hello {
         /// Lowest version of the channel that the host speaks.
@@ -60,6 +70,21 @@ pub enum HostMessage {
     },
     /// Ends the reports.
     ReportStop,
+    /// Part of the memory will be absent for a while: a process that touches it is to sleep, not a whole CPU.
+    /// Answered by [`AgentMessage::GateReady`] or [`AgentMessage::GateRefused`], or by nothing if the agent does
+    /// not know of it.
+    GateOpen {
+        /// No page frame number reaches this.
+        frames: u64,
+    },
+    /// These frames are absent. Only before [`Self::GateWalk`].
+    GateAbsent(FrameRuns<'a>),
+    /// All that is absent was named.
+    GateWalk,
+    /// These frames are there now. Without runs it says that the host is still there, as it has to each second.
+    GateArrived(FrameRuns<'a>),
+    /// Nothing is absent any more, or nobody will tell. Answered by [`AgentMessage::GateOver`].
+    GateClose,
 }
 
 /// How the agent learns what the page cache holds.
@@ -122,6 +147,36 @@ pub enum AgentMessage<'a> {
         /// The text.
         text: &'a str,
     },
+    /// Processes can be put to sleep: the absent frames may be named.
+    GateReady,
+    /// They cannot.
+    GateRefused {
+        /// Why, for people.
+        text: &'a str,
+    },
+    /// Processes wait for these frames.
+    GateWanted(FrameRuns<'a>),
+    /// Everybody was let go.
+    GateOver(GateCounts),
+}
+
+/// What came of putting processes to sleep.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct GateCounts {
+    /// It was not asked for: nobody had told for a second what has arrived.
+    pub expired: bool,
+    /// Pages of processes that were absent.
+    pub gated: u64,
+    /// Times that a process went to sleep.
+    pub waits: u64,
+    /// Times that a signal woke it.
+    pub interrupted: u64,
+    /// Faults on absent pages that stopped a CPU all the same.
+    pub passed: u64,
+    /// How long processes slept in all, in microseconds.
+    pub waited_us: u64,
+    /// How long one slept at most, in microseconds.
+    pub longest_us: u64,
 }
 
 /// Clean page cache: `pages` page frames from `pfn` on hold what the disk holds from `sector` on.
@@ -237,7 +292,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-impl HostMessage {
+impl<'a> HostMessage<'a> {
     /// Encodes the message as one frame at the start of `out`.
     pub fn encode(&self, out: &mut [u8]) -> Encoded {
         let writer = Writer::new(out);
@@ -259,11 +314,16 @@ impl HostMessage {
                 .bytes(&cpu_permille.to_le_bytes())?
                 .seal(kind::REPORT_START),
             Self::ReportStop => writer.seal(kind::REPORT_STOP),
+            Self::GateOpen { frames } => writer.bytes(&frames.to_le_bytes())?.seal(kind::GATE_OPEN),
+            Self::GateAbsent(FrameRuns { body }) => writer.bytes(body)?.seal(kind::GATE_ABSENT),
+            Self::GateWalk => writer.seal(kind::GATE_WALK),
+            Self::GateArrived(FrameRuns { body }) => writer.bytes(body)?.seal(kind::GATE_ARRIVED),
+            Self::GateClose => writer.seal(kind::GATE_CLOSE),
         }
     }
 
-    /// Decodes the payload of a frame of this kind.
-    pub fn decode(kind: u8, payload: &[u8]) -> Result<Self, MessageError> {
+    /// Decodes the payload of a frame of this kind. Runs of frames are checked as they are iterated.
+    pub fn decode(kind: u8, payload: &'a [u8]) -> Result<Self, MessageError> {
         let mut reader = Reader { rest: payload };
         let message = match kind {
             kind::HOST_HELLO => Self::Hello {
@@ -283,6 +343,13 @@ impl HostMessage {
                 }
             }
             kind::REPORT_STOP => Self::ReportStop,
+            kind::GATE_OPEN => Self::GateOpen {
+                frames: reader.u64()?,
+            },
+            kind::GATE_ABSENT => return Ok(Self::GateAbsent(FrameRuns { body: payload })),
+            kind::GATE_WALK => Self::GateWalk,
+            kind::GATE_ARRIVED => return Ok(Self::GateArrived(FrameRuns { body: payload })),
+            kind::GATE_CLOSE => Self::GateClose,
             other => return Err(MessageError::UnknownKind(other)),
         };
         reader.end(message)
@@ -334,6 +401,18 @@ impl<'a> AgentMessage<'a> {
                 .bytes(&cpu_us.to_le_bytes())?
                 .seal(kind::EPOCH_END),
             Self::Trouble { text } => writer.text(text)?.seal(kind::TROUBLE),
+            Self::GateReady => writer.seal(kind::GATE_READY),
+            Self::GateRefused { text } => writer.text(text)?.seal(kind::GATE_REFUSED),
+            Self::GateWanted(FrameRuns { body }) => writer.bytes(body)?.seal(kind::GATE_WANTED),
+            Self::GateOver(counts) => writer
+                .bytes(&[u8::from(counts.expired)])?
+                .bytes(&counts.gated.to_le_bytes())?
+                .bytes(&counts.waits.to_le_bytes())?
+                .bytes(&counts.interrupted.to_le_bytes())?
+                .bytes(&counts.passed.to_le_bytes())?
+                .bytes(&counts.waited_us.to_le_bytes())?
+                .bytes(&counts.longest_us.to_le_bytes())?
+                .seal(kind::GATE_OVER),
         }
     }
 
@@ -386,6 +465,24 @@ impl<'a> AgentMessage<'a> {
             kind::TROUBLE => Self::Trouble {
                 text: reader.text()?,
             },
+            kind::GATE_READY => Self::GateReady,
+            kind::GATE_REFUSED => Self::GateRefused {
+                text: reader.text()?,
+            },
+            kind::GATE_WANTED => return Ok(Self::GateWanted(FrameRuns { body: payload })),
+            kind::GATE_OVER => Self::GateOver(GateCounts {
+                expired: match reader.u8()? {
+                    0 => false,
+                    1 => true,
+                    _ => return Err(MessageError::OutOfBounds("expired")),
+                },
+                gated: reader.u64()?,
+                waits: reader.u64()?,
+                interrupted: reader.u64()?,
+                passed: reader.u64()?,
+                waited_us: reader.u64()?,
+                longest_us: reader.u64()?,
+            }),
             other => return Err(MessageError::UnknownKind(other)),
         };
         reader.end(message)
@@ -531,6 +628,10 @@ mod tests {
                 HostMessage::Hello { oldest, newest, session },
                 HostMessage::ReportStart { interval_ms, cpu_permille },
                 HostMessage::ReportStop,
+                HostMessage::GateOpen { frames: session },
+                HostMessage::GateArrived(FrameRuns::NONE),
+                HostMessage::GateWalk,
+                HostMessage::GateClose,
             ] {
                 let mut out = [0; MAX_FRAME_LEN];
                 let length = message.encode(&mut out).unwrap();
@@ -552,6 +653,12 @@ mod tests {
                 AgentMessage::EpochBegin { epoch },
                 AgentMessage::EpochEnd { epoch, pages, cpu_us },
                 AgentMessage::Trouble { text: &second },
+                AgentMessage::GateReady,
+                AgentMessage::GateRefused { text: &first },
+                AgentMessage::GateOver(GateCounts {
+                    expired: index % 2 == 0, gated: sectors, waits: pages, interrupted: cpu_us,
+                    passed: session, waited_us: sectors, longest_us: pages,
+                }),
             ] {
                 let mut out = [0; MAX_FRAME_LEN];
                 let length = message.encode(&mut out).unwrap();

@@ -18,14 +18,34 @@
 //!  | ReportStop                           |
 //!  |------------------------------------->|
 //! ```
+//!
+//! After a migration by post-copy, the host at which the guest runs says what of its memory is absent, and what
+//! arrives, so that processes sleep and not whole CPUs. The host that it leaves may have opened the gate already:
+//!
+//! ```text
+//!  | Hello, GateOpen                      |
+//!  |------------------------------------->|
+//!  |              Hello, GateReady        |   or GateRefused, or nothing
+//!  |<-------------------------------------|
+//!  | GateAbsent.. GateWalk                |
+//!  |------------------------------------->|
+//!  | GateArrived..      GateWanted..      |   the host several times a second
+//!  |<------------------------------------>|
+//!  | GateClose                            |
+//!  |------------------------------------->|
+//!  |              GateOver                |   also of the agent's own accord
+//!  |<-------------------------------------|
+//! ```
 
 mod frame;
+mod frames;
 mod message;
 
 pub use frame::{Decoder, FrameError, HEADER_LEN, MAX_FRAME_LEN, MAX_PAYLOAD_LEN, encode_frame};
+pub use frames::{FrameList, FrameRun, FrameRunEncoder, FrameRuns};
 pub use message::{
-    AgentMessage, Encoded, HostMessage, MAX_TEXT_LEN, MessageError, Range, RangeEncoder, Ranges,
-    ReportSource,
+    AgentMessage, Encoded, GateCounts, HostMessage, MAX_TEXT_LEN, MessageError, Range,
+    RangeEncoder, Ranges, ReportSource,
 };
 
 /// Name of the virtio-serial port that the agent opens in the guest.
