@@ -31,6 +31,8 @@
 
 /* Nobody cared for so long: let everybody go. */
 #define PATIENCE	HZ
+/* The same while nothing is absent, and so nobody waits. */
+#define IDLE_PATIENCE	(30 * HZ)
 /* How often it is tried again to take the hook away. */
 #define RETRY		(HZ / 10)
 
@@ -96,8 +98,11 @@ static void gate_expire(struct work_struct *work)
 
 static void renew(void)
 {
-	WRITE_ONCE(gate.deadline, jiffies + PATIENCE);
-	mod_delayed_work(system_wq, &gate_watchdog, PATIENCE);
+	unsigned long patience = gate.nr_absent || gate.walked ? PATIENCE :
+								 IDLE_PATIENCE;
+
+	WRITE_ONCE(gate.deadline, jiffies + patience);
+	mod_delayed_work(system_wq, &gate_watchdog, patience);
 }
 
 static int gate_open(struct file *file, const void __user *arg)

@@ -18,7 +18,8 @@
  *
  * All three of _ABSENT, _WALK and _ARRIVED show that somebody still cares: a
  * second without one, and everybody is let go. An _ARRIVED without ranges will
- * do. So does closing the file.
+ * do. So does closing the file. Before anything is absent it may be 30 seconds,
+ * so that a gate can be opened at the host that the guest leaves.
  */
 #ifndef _TRANSHUME_H
 #define _TRANSHUME_H
