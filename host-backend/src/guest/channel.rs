@@ -34,8 +34,8 @@ pub enum Reported<'a> {
 
 /// A session with an agent.
 pub struct Agent {
-    stream: UnixStream,
-    decoder: Box<Decoder>,
+    pub(super) stream: UnixStream,
+    pub(super) decoder: Box<Decoder>,
     session: u64,
     collector: Collector,
 }
@@ -125,20 +125,20 @@ pub fn connect(
 }
 
 /// A guest's text, made safe for terminals and logs.
-fn printable(text: &str) -> String {
+pub(super) fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { '?' } else { c })
         .collect()
 }
 
-fn send(mut stream: &UnixStream, message: &HostMessage) -> io::Result<()> {
+pub(super) fn send(mut stream: &UnixStream, message: &HostMessage<'_>) -> io::Result<()> {
     let mut out = [0; 64];
     let length = message.encode(&mut out).map_err(io::Error::other)?;
     stream.write_all(&out[..length])
 }
 
 /// `None` when nothing came within the tick.
-fn read(mut stream: &UnixStream, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+pub(super) fn read(mut stream: &UnixStream, buffer: &mut [u8]) -> io::Result<Option<usize>> {
     match stream.read(buffer) {
         Ok(read) => Ok(Some(read)),
         Err(error)
@@ -175,7 +175,7 @@ impl Agent {
     /// and whole, and each text for people to `trouble`. A channel that closes ends it, too.
     pub fn listen(
         &mut self,
-        go_on: impl Fn() -> bool,
+        mut go_on: impl FnMut() -> bool,
         mut report: impl FnMut(Reported<'_>),
         mut trouble: impl FnMut(String),
     ) -> io::Result<()> {

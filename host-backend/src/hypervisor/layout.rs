@@ -85,6 +85,17 @@ impl Layout {
     }
 }
 
+/// What no page frame number of main memory reaches, in pages of so many bytes. The firmware's, just below 4 GiB,
+/// are no process's.
+pub fn main_memory_end(regions: &[Region], page_size: u64) -> u64 {
+    let main = regions.iter().max_by_key(|one| one.length);
+    let all = regions
+        .iter()
+        .filter(|one| main.is_some_and(|main| main.block == one.block));
+    let ends = all.map(|one| one.start.saturating_add(one.length));
+    ends.max().unwrap_or(0).div_ceil(page_size.max(1))
+}
+
 fn wrong(cause: impl std::fmt::Display) -> Error {
     Error::Protocol(format!("info mtree -f: {cause}"))
 }

@@ -111,6 +111,23 @@ impl Bitmap {
             .sum()
     }
 
+    /// The first number from `from` on and below `to` that is in the set.
+    pub fn first_present(&self, from: u64, to: u64) -> Option<u64> {
+        let to = to.min(self.bits);
+        let mut bit = from;
+        while bit < to {
+            let (word, mask) = self.place(bit)?;
+            // What lies below `bit` counts as not there.
+            let present = self.words[word] & !(mask - 1);
+            if present != 0 {
+                let found = bit / 64 * 64 + u64::from(present.trailing_zeros());
+                return (found < to).then_some(found);
+            }
+            bit = (bit / 64 + 1) * 64;
+        }
+        None
+    }
+
     /// The bound.
     pub fn len(&self) -> u64 {
         self.bits
@@ -145,6 +162,8 @@ mod tests {
                 let to = from * 2;
                 let absent = (from..to.min(150)).find(|bit| !set.contains(bit));
                 prop_assert_eq!(bitmap.first_absent(from, to), absent);
+                let present = (from..to).find(|bit| set.contains(bit));
+                prop_assert_eq!(bitmap.first_present(from, to), present);
             }
         }
     }

@@ -129,7 +129,8 @@ impl<'a> Message<'a> {
                 // The rest is not counted in the length.
                 let bytes = reader.u64()?;
                 let bitmap = usize::try_from(bytes).ok();
-                let bitmap = bitmap.filter(|bytes| *bytes <= most && bytes.is_multiple_of(8));
+                let bitmap =
+                    bitmap.filter(|bytes| (1..=most).contains(bytes) && bytes.is_multiple_of(8));
                 let bitmap = reader.bytes(bitmap.ok_or(Error::ReceivedBitmap(bytes))?)?;
                 if reader.u64()? != BITMAP_END {
                     return Err(Error::ReceivedBitmap(bytes).into());
@@ -266,6 +267,11 @@ mod tests {
         );
         let refused = Err(Error::ReceivedBitmap(8));
         assert_eq!(Message::decode(&bytes), refused);
+        let none = encoded(&Message::Received {
+            block: "pc.ram",
+            bitmap: &[],
+        });
+        assert_eq!(Message::decode(&none), Err(Error::ReceivedBitmap(0)));
         // Its end, then its length.
         bytes[whole - 1] += 1;
         assert_eq!(Message::decode_resumed(&bytes, 8), refused);

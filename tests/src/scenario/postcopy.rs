@@ -13,7 +13,7 @@ use crate::hosts::{HOST_B, Hosts};
 use crate::packages::Qemu;
 use crate::qemu::serial::{Console, Side};
 use crate::{Error, Result};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const LIMIT: Duration = Duration::from_secs(400);
 const POST: [&str; 2] = ["--mode", "post"];
@@ -68,7 +68,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         },
         Scenario {
             name: "post-copy-linux",
-            about: "a Linux guest at work moves by post-copy, and its data is right",
+            about: "a Linux guest at work moves by post-copy; processes sleep for what is absent, and its data is right",
             limit: LIMIT,
             run: linux,
         },
@@ -298,7 +298,8 @@ fn linux(bed: &Bed) -> Result<()> {
     let (layout, packages) = (&bed.layout, &bed.packages);
     let setup = Setup::prepare(layout, packages, Profile::QUICK, Qemu::V10_0, true)?;
     let machine = &setup.machine;
-    let hosts = Hosts::new(Some(300))?;
+    // So slow that the agent has a part in it.
+    let hosts = Hosts::new(Some(25))?;
     let programs = bed.programs()?;
     let a = Daemon::start(&hosts, &hosts.a, programs, &setup.qemu)?;
     let b = Daemon::start(&hosts, &hosts.b, programs, &setup.qemu)?;
@@ -325,7 +326,40 @@ fn linux(bed: &Bed) -> Result<()> {
     })?;
     followed(&answer)?;
     console.check(Side::Destination, ANSWER, || b.alive())?;
+    gated(&b, &console)?;
     ask(&b, &["vm", "stop", &machine.name, "--force"])?
         .expect(0)
+        .map(drop)
+}
+
+/// Processes slept for absent pages, none sleeps on, and the kernel has nothing to complain of.
+fn gated(b: &Daemon, console: &Console) -> Result<()> {
+    const WORD: &str = "processes slept for memory that was absent";
+    // The agent has the last word, some time after the migration's end.
+    let start = Instant::now();
+    while b.count_words(WORD) == 0 {
+        if start.elapsed() > ANSWER {
+            let agent = console.run(Side::Destination, "cat /tmp/agent.log", ANSWER, || {
+                b.alive()
+            })?;
+            let words = b.words();
+            return Err(Error::Check(format!(
+                "No word of the gate:\n{words}\n{agent}"
+            )));
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    let words = b.words();
+    let line = words.lines().rfind(|line| line.contains(WORD));
+    let line = line.unwrap_or_default();
+    println!("  {line}");
+    check(!line.contains("gated_pages=0 "), || {
+        format!("No page was gated: {line}")
+    })?;
+    // The hook is gone, and so is everybody who slept behind it.
+    let look = "mkdir -p /tmp/t; mount -t tracefs t /tmp/t; ! grep handle_mm_fault /tmp/t/enabled_functions && \
+                ! grep -l gate_fault /proc/[0-9]*/stack 2>/dev/null && ! dmesg | grep -E 'WARNING:|BUG:|Oops|Bad page'";
+    console
+        .run(Side::Destination, look, ANSWER, || b.alive())
         .map(drop)
 }

@@ -12,11 +12,13 @@ use transhume_protocol::link::Control;
 
 use super::disks::{self, DiskReader};
 use super::forgotten::Forgotten;
+use super::gate::{self, Gate};
 use super::output::{Output, Writer};
 use super::placement::Placement;
 use super::postcopy::Answers;
 use super::receive::Intake;
 use super::reply::{self, Reply};
+use crate::hypervisor::Vm;
 use crate::hypervisor::memory::GuestMemory;
 use crate::link::session::{Ready, Session};
 use crate::pages::bitmap::Bitmap;
@@ -189,6 +191,15 @@ impl Engine {
             tokio::time::sleep(GLANCE).await;
         }
         self.stop(RelayError::Stopped);
+    }
+
+    /// Has processes of a VM in post-copy sleep where its CPUs would stop.
+    pub(super) fn gate(&self, vm: &Arc<Vm>) -> Gate {
+        gate::start(
+            Arc::clone(vm),
+            Arc::clone(&self.placement),
+            self.replies.clone(),
+        )
     }
 
     /// Whether the VM is handed over while part of its memory is at the source.

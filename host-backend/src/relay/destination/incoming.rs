@@ -243,6 +243,8 @@ pub(super) async fn take(
         return Ok(());
     }
     let events = vm.qmp().events();
+    let gated = offer.running && engine.is_post_copy();
+    let _gate = gated.then(|| engine.gate(&vm));
     match run(&vm, &decision, &offer, &engine).await {
         Ok(()) => {
             reservation.kept = true;

@@ -9,6 +9,7 @@ mod attempts;
 mod disks;
 mod engine;
 mod forgotten;
+mod gate;
 mod incoming;
 mod look;
 #[cfg(test)]

@@ -8,7 +8,7 @@ use loom::thread::{self, JoinHandle};
 use transhume_protocol::link::{HintRun, SectionKind};
 use transhume_protocol::qemu::Block;
 
-use super::{forgotten, postcopy, reads, reply};
+use super::{forgotten, gate, postcopy, reads, reply};
 use crate::link::model_sync::{self as sync, model};
 use crate::pages::hints::Place;
 use crate::pages::{PAGE_SIZE, PageKey};

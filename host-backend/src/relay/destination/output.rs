@@ -50,8 +50,19 @@ pub(super) enum Piece {
     Hold,
 }
 
+/// Pages that were written to QEMU's stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Arrived {
+    pub(super) block: u16,
+    pub(super) page: u64,
+    pub(super) count: u32,
+}
+
 struct Queue {
     pieces: VecDeque<Piece>,
+    /// What was written since it was asked for last, if anybody watches. In post-copy each page comes once, so
+    /// there are never more than the guest has.
+    arrived: Option<Vec<Arrived>>,
     data: usize,
     released: bool,
     stopped: bool,
@@ -67,6 +78,7 @@ impl Output {
     pub(super) fn new() -> Self {
         let queue = Queue {
             pieces: VecDeque::new(),
+            arrived: None,
             data: 0,
             released: false,
             stopped: false,
@@ -122,6 +134,29 @@ impl Output {
         self.changed.notify_all();
     }
 
+    /// From now on it is noted what is written.
+    pub(super) fn watch(&self) {
+        self.lock().arrived = Some(Vec::new());
+    }
+
+    /// Nobody watches any more.
+    pub(super) fn unwatch(&self) {
+        self.lock().arrived = None;
+    }
+
+    /// What was written since this was called last.
+    pub(super) fn arrived(&self) -> Vec<Arrived> {
+        let mut queue = self.lock();
+        let arrived = queue.arrived.as_mut();
+        arrived.map(std::mem::take).unwrap_or_default()
+    }
+
+    fn note(&self, pages: impl Iterator<Item = Arrived>) {
+        if let Some(arrived) = &mut self.lock().arrived {
+            arrived.extend(pages);
+        }
+    }
+
     /// Lets go on what waits for it.
     pub(super) fn release(&self) {
         self.lock().released = true;
@@ -175,6 +210,7 @@ impl Writer {
         loop {
             let piece = self.output.take()?;
             heads.clear();
+            let mut zeros = None;
             match piece {
                 Piece::Raw(bytes) => heads = bytes,
                 Piece::Blocks { section, blocks } => {
@@ -199,6 +235,7 @@ impl Writer {
                     count,
                     fill,
                 } => {
+                    zeros = Some(Arrived { block, page, count });
                     let own = self.open_own(&mut heads)?;
                     let encoder = self.encoder()?;
                     for page in page..page.saturating_add(u64::from(count)) {
@@ -218,6 +255,12 @@ impl Writer {
                 }
                 Piece::Pages { contents, pages } => {
                     self.pages((*contents).as_ref(), &pages, &mut heads)?;
+                    let one = |&(PageKey { block, page }, _): &_| Arrived {
+                        block,
+                        page,
+                        count: 1,
+                    };
+                    self.output.note(pages.iter().map(one));
                     continue;
                 }
                 Piece::Discard(discard) => {
@@ -227,6 +270,7 @@ impl Writer {
             }
             let mut slices = [IoSlice::new(&heads)];
             write_all_vectored(&mut self.qemu, &mut slices).map_err(RelayError::Socket)?;
+            self.output.note(zeros.into_iter());
         }
     }
 

@@ -21,6 +21,7 @@ use transhume_protocol::link::{Digest, HintRun, SectionKind, Verdict};
 use transhume_protocol::qemu::{Block, Discard};
 
 use super::forgotten::Forgotten;
+use super::gate;
 use super::output::{Contents, Output, Piece};
 use super::postcopy::{self, Missing};
 use super::reads::{Plan, Read, join};
@@ -49,6 +50,7 @@ struct Awaited {
 
 #[derive(Debug)]
 struct BlockState {
+    name: String,
     /// Pages that the source has said something about.
     spoken: Bitmap,
     /// Pages that a disk reader is at.
@@ -249,6 +251,7 @@ impl Placement {
             .map(|block| {
                 let pages = block.length / PAGE_SIZE as u64;
                 BlockState {
+                    name: block.name.clone(),
                     spoken: Bitmap::new(pages),
                     reading: Bitmap::new(pages),
                     direct: self
@@ -306,6 +309,20 @@ impl Placement {
         Ok(())
     }
 
+    /// What is missing, if it is post-copy. From here on the output notes what it writes: what is missing now will
+    /// be noted.
+    pub(super) fn watch(&self) -> Option<Vec<gate::Block>> {
+        let state = self.lock();
+        let missing = state.missing.as_ref()?;
+        self.output.watch();
+        let blocks = state.blocks.iter().zip(missing.pages());
+        let block = |(block, missing): (&BlockState, &Bitmap)| gate::Block {
+            name: block.name.clone(),
+            missing: missing.clone(),
+        };
+        Some(blocks.map(block).collect())
+    }
+
     /// The package of devices follows, and is held.
     pub(super) fn package(&self) -> Result<(), RelayError> {
         let mut state = self.lock();
@@ -339,7 +356,9 @@ impl Placement {
         state.told = vec![false; blocks.len()];
         state.blocks = pages
             .iter()
-            .map(|pages| BlockState {
+            .zip(&blocks)
+            .map(|(pages, block)| BlockState {
+                name: block.name.clone(),
                 spoken: Bitmap::new(pages.len()),
                 reading: Bitmap::new(0),
                 direct: None,
@@ -350,7 +369,6 @@ impl Placement {
         }
         state.missing = Some(missing);
         state.packaged = true;
-        state.table.1.clone_from(&blocks);
         self.output.push(Piece::Blocks { section, blocks });
     }
 
@@ -358,10 +376,12 @@ impl Placement {
     /// is here as well.
     pub(super) fn received(&self, block: &str, bitmap: &[u8]) -> Result<Vec<u8>, RelayError> {
         let mut state = self.lock();
-        let blocks = &state.table.1;
-        let index = blocks.iter().position(|one| one.name == block);
+        let index = state.blocks.iter().position(|one| one.name == block);
         // A second time would count pages as missing that are on their way to QEMU.
-        let index = index.filter(|&index| !std::mem::replace(&mut state.told[index], true));
+        let index = index.filter(|&index| {
+            let told = state.told.get_mut(index);
+            told.is_some_and(|told| !std::mem::replace(told, true))
+        });
         let (Some(index), Some(missing)) = (index, &mut state.missing) else {
             return Err(RelayError::Misplaced("bitmap of received pages"));
         };

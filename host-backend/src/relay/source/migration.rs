@@ -25,10 +25,12 @@ use super::switchover::Switchover;
 use super::transmit::Packer;
 use crate::guest::DiskName;
 use crate::hypervisor;
+use crate::hypervisor::layout::main_memory_end;
 use crate::hypervisor::qmp::Event;
 use crate::hypervisor::stream::Door;
 use crate::link::session::{Rejoin, Session};
 use crate::link::{self, Connection, START_PATIENCE};
+use crate::pages::PAGE_SIZE;
 use crate::pages::digest::Digester;
 use crate::relay::Error;
 use crate::relay::error::RelayError;
@@ -228,8 +230,10 @@ impl Migration {
         self.enter(Phase::Prepare)?;
         let flow = Arc::new(Flow::new());
         let layout = std::mem::take(&mut self.facts.layout);
+        let frames = main_memory_end(&layout, PAGE_SIZE as u64);
         let hints = Arc::new(Hints::new(layout, Arc::clone(&flow)));
-        let mut reports = self.listen_to_agent(&hints);
+        let frames = self.is_post_copy().then_some(frames);
+        let mut reports = self.listen_to_agent(&hints, frames);
         let ready = self
             .prepare_destination(accepted, agreement, cancel)
             .await?;
@@ -299,7 +303,7 @@ impl Migration {
         })
     }
 
-    fn listen_to_agent(&self, hints: &Arc<Hints>) -> Reports {
+    fn listen_to_agent(&self, hints: &Arc<Hints>, frames: Option<u64>) -> Reports {
         let vm = &self.request.vm;
         let disks = self
             .facts
@@ -323,6 +327,7 @@ impl Migration {
             self.facts.offer.job,
             Arc::clone(hints),
             Arc::clone(&self.progress),
+            frames,
         )
     }
 

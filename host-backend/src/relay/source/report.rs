@@ -34,13 +34,15 @@ pub(super) struct Reports {
 }
 
 impl Reports {
-    /// Starts to listen to an agent by its socket, or tells why there is none.
+    /// Starts to listen to an agent by its socket, or tells why there is none. With `frames`, which no page frame
+    /// number reaches, the guest gets ready for a move by post-copy, too.
     pub(super) fn start(
         agent: Result<PathBuf, &'static str>,
         disks: Vec<DiskName>,
         session: u64,
         hints: Arc<Hints>,
         progress: Arc<Progress>,
+        frames: Option<u64>,
     ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let remarks = Arc::new(Mutex::new(Vec::new()));
@@ -57,6 +59,7 @@ impl Reports {
             ready,
             hints,
             progress,
+            frames,
         };
         let thread = std::thread::Builder::new().name("relay-agent".to_owned());
         let spawned = thread.spawn(move || {
@@ -123,6 +126,7 @@ struct Listener {
     ready: watch::Sender<bool>,
     hints: Arc<Hints>,
     progress: Arc<Progress>,
+    frames: Option<u64>,
 }
 
 impl Listener {
@@ -158,9 +162,17 @@ impl Listener {
         tracing::debug!(agent = greeting.agent, source = ?greeting.source, "agent answers");
         let mut first = FirstReport::default();
         let mut last: Option<Instant> = None;
+        let prepared = self.frames.map(|frames| agent.prepare_gate(frames));
+        let mut prepared = prepared.and_then(Result::ok);
         let listened = agent.start_reports(INTERVAL, CPU_PERMILLE).and_then(|()| {
             agent.listen(
-                || !self.stop.load(Ordering::Relaxed),
+                || {
+                    // Not before there is a report: that comes first.
+                    if let Some(prepared) = prepared.as_mut().filter(|_| *self.ready.borrow()) {
+                        prepared.go_on();
+                    }
+                    !self.stop.load(Ordering::Relaxed)
+                },
                 |reported| {
                     let report = match reported {
                         Reported::Part(ranges) if last.is_none() => {

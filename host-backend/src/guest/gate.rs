@@ -1,0 +1,202 @@
+//! Tells the agent what of the guest's memory is absent and what arrives, so that processes sleep and not CPUs.
+
+use std::io::{self, Write as _};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use transhume_protocol::agent::{
+    AgentMessage, FrameList, FrameRun, FrameRunEncoder, FrameRuns, GateCounts, HostMessage,
+    MAX_FRAME_LEN,
+};
+
+use super::channel::{Agent, printable, read, send};
+
+/// How long the agent may leave its channel full.
+const WRITE_PATIENCE: Duration = Duration::from_millis(500);
+/// How often it is said that somebody is here.
+const ALIVE: Duration = Duration::from_millis(150);
+/// Runs that a guest waits for and that are looked at, of one read.
+const MOST_WANTED: usize = 1024;
+
+/// What the agent says of it.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct GateNews {
+    /// Frames that processes wait for. Nothing a guest says is believed.
+    pub wanted: Vec<FrameRun>,
+    /// It is over, and that came of it.
+    pub over: Option<GateCounts>,
+    /// It can be begun: `Ok`, or why not.
+    ready: Option<Result<(), String>>,
+}
+
+/// Has a guest get ready for a move by post-copy, while its memory is all there: later that takes far longer.
+/// The host that it moves to goes on with it.
+pub struct Preparation {
+    stream: UnixStream,
+    frames: u64,
+    told: Option<Instant>,
+}
+
+impl Preparation {
+    /// Says what is to be said now: first that the gate is to be opened, then, a few times a second, that
+    /// somebody is here. What cannot be said is left: then the guest is not ready.
+    pub fn go_on(&mut self) {
+        let said = match self.told {
+            None => send(
+                &self.stream,
+                &HostMessage::GateOpen {
+                    frames: self.frames,
+                },
+            ),
+            Some(told) if told.elapsed() < ALIVE => return,
+            Some(_) => send(&self.stream, &HostMessage::GateArrived(FrameRuns::NONE)),
+        };
+        self.told = Some(Instant::now());
+        if let Err(error) = said {
+            tracing::debug!(%error, "agent's channel");
+        }
+    }
+}
+
+impl Drop for Preparation {
+    /// A guest that did not move needs it no more; one that moved is told by its new host.
+    fn drop(&mut self) {
+        if self.told.is_some() {
+            let _ = send(&self.stream, &HostMessage::GateClose);
+        }
+    }
+}
+
+impl Agent {
+    /// Begins to have the guest get ready; see [`Preparation`].
+    ///
+    /// # Errors
+    /// If the channel cannot be used.
+    pub fn prepare_gate(&self, frames: u64) -> io::Result<Preparation> {
+        Ok(Preparation {
+            stream: self.stream.try_clone()?,
+            frames,
+            told: None,
+        })
+    }
+
+    /// Asks for a gate. Blocks for `patience` at most.
+    ///
+    /// # Errors
+    /// Why there is none, for people.
+    pub fn open_gate(&mut self, frames: u64, patience: Duration) -> Result<(), String> {
+        let io = |error: io::Error| format!("the agent's channel cannot be used: {error}");
+        let deadline = Instant::now() + patience;
+        self.stream
+            .set_write_timeout(Some(WRITE_PATIENCE))
+            .map_err(io)?;
+        send(&self.stream, &HostMessage::GateOpen { frames }).map_err(io)?;
+        while Instant::now() < deadline {
+            if let Some(ready) = self.gate_news().map_err(io)?.ready {
+                return ready;
+            }
+        }
+        Err("the guest's agent does not answer; it may be an older one".to_owned())
+    }
+
+    /// Names absent frames, and then has the agent put whoever touches them to sleep.
+    ///
+    /// # Errors
+    /// If the agent does not read its channel.
+    pub fn name_absent(&mut self, runs: &[FrameRun]) -> io::Result<()> {
+        self.send_frames(FrameList::Absent, runs)?;
+        send(&self.stream, &HostMessage::GateWalk)
+    }
+
+    /// Says what has arrived.
+    ///
+    /// # Errors
+    /// If the agent does not read its channel.
+    pub fn name_arrived(&mut self, runs: &[FrameRun]) -> io::Result<()> {
+        self.send_frames(FrameList::Arrived, runs)
+    }
+
+    /// Says that somebody is here, as has to be said each second.
+    ///
+    /// # Errors
+    /// If the agent does not read its channel.
+    pub fn stay(&mut self) -> io::Result<()> {
+        send(&self.stream, &HostMessage::GateArrived(FrameRuns::NONE))
+    }
+
+    /// Ends it; what came of it, if the agent says so in time.
+    ///
+    /// # Errors
+    /// If the channel cannot be used.
+    pub fn close_gate(&mut self, patience: Duration) -> io::Result<Option<GateCounts>> {
+        let deadline = Instant::now() + patience;
+        send(&self.stream, &HostMessage::GateClose)?;
+        while Instant::now() < deadline {
+            let news = self.gate_news()?;
+            if news.over.is_some() {
+                return Ok(news.over);
+            }
+        }
+        Ok(None)
+    }
+
+    fn send_frames(&mut self, list: FrameList, runs: &[FrameRun]) -> io::Result<()> {
+        let mut out = vec![0; MAX_FRAME_LEN];
+        let mut runs = runs.iter().peekable();
+        while runs.peek().is_some() {
+            let mut message = FrameRunEncoder::new(&mut out, list);
+            // An empty message has room for any run.
+            while let Some(run) = runs.next_if(|run| message.add(**run)) {
+                debug_assert!(run.pages > 0, "a run without pages");
+            }
+            let length = message.finish().map_err(io::Error::other)?;
+            self.stream.write_all(&out[..length])?;
+        }
+        Ok(())
+    }
+
+    /// Waits this long for news at most.
+    ///
+    /// # Errors
+    /// If the channel cannot be used.
+    pub fn set_tick(&mut self, tick: Duration) -> io::Result<()> {
+        self.stream.set_read_timeout(Some(tick))
+    }
+
+    /// What the agent has said, or nothing when a tick has passed.
+    ///
+    /// # Errors
+    /// If the channel cannot be used, or was closed.
+    pub fn gate_news(&mut self) -> io::Result<GateNews> {
+        let mut news = GateNews::default();
+        let mut buffer = [0; 4096];
+        let Some(read) = read(&self.stream, &mut buffer)? else {
+            return Ok(news);
+        };
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let mut rest = &buffer[..read];
+        while !rest.is_empty() {
+            let taken = self.decoder.push(rest);
+            rest = &rest[taken..];
+            while let Some((kind, payload)) = self.decoder.next_frame() {
+                match AgentMessage::decode(kind, payload) {
+                    Ok(AgentMessage::GateReady) => news.ready = Some(Ok(())),
+                    Ok(AgentMessage::GateRefused { text }) => {
+                        let text = format!("the guest's agent says: {}", printable(text));
+                        news.ready = Some(Err(text));
+                    }
+                    Ok(AgentMessage::GateWanted(runs)) => {
+                        let room = MOST_WANTED.saturating_sub(news.wanted.len());
+                        let runs = runs.iter().map_while(Result::ok);
+                        news.wanted.extend(runs.take(room));
+                    }
+                    Ok(AgentMessage::GateOver(counts)) => news.over = Some(counts),
+                    _ => {}
+                }
+            }
+        }
+        Ok(news)
+    }
+}

@@ -1,0 +1,418 @@
+//! Processes of a VM in post-copy sleep where a whole CPU would stop: its agent is told which memory is absent,
+//! and what arrives; and it says what is waited for, which is asked for at the source.
+//!
+//! All of it may fail, and nothing waits for it: without it, it is plain post-copy.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use transhume_protocol::agent::{FrameRun, GateCounts};
+use transhume_protocol::qemu::return_path::Message;
+
+use super::output::{Arrived, Output};
+use super::placement::Placement;
+use super::reply::Reply;
+use crate::guest;
+use crate::hypervisor::Vm;
+use crate::hypervisor::layout::{Layout, Region, main_memory_end};
+use crate::pages::bitmap::Bitmap;
+use crate::pages::{PAGE_SIZE, PageKey};
+
+/// How long the agent may take to answer, from before the VM runs. It runs on memory that is partly absent itself.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Arrivals are told this late at most, about.
+const TICK: Duration = Duration::from_millis(3);
+/// The agent lets everybody go when it hears nothing for a second.
+const ALIVE: Duration = Duration::from_millis(200);
+/// How long the last word of the agent is waited for.
+const LAST_WORD: Duration = Duration::from_secs(3);
+/// Absent runs that are told, at most. Those beyond them stop a CPU as ever.
+const MOST_RUNS: usize = 1 << 18;
+/// Pages that are asked for with one message, at most: what a huge page of the guest has.
+const MOST_ASKED: u64 = 512;
+
+/// A VM's RAM block, as far as this needs it.
+pub(super) struct Block {
+    pub(super) name: String,
+    /// Pages that are missing.
+    pub(super) missing: Bitmap,
+}
+
+/// Ends it when it is dropped.
+pub(super) struct Gate {
+    stop: Arc<AtomicBool>,
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Begins, if the VM has an agent; best before the VM runs.
+pub(super) fn start(vm: Arc<Vm>, placement: Arc<Placement>, replies: mpsc::Sender<Reply>) -> Gate {
+    let stop = Arc::new(AtomicBool::new(false));
+    let gate = Gate {
+        stop: Arc::clone(&stop),
+    };
+    tokio::spawn(async move {
+        let layout = tokio::time::timeout(PATIENCE, Layout::read(vm.qmp())).await;
+        let Ok(Ok(layout)) = layout else {
+            tracing::info!(vm = vm.name(), "its memory's layout is not known: no gate");
+            return;
+        };
+        let run = move || {
+            let Some(socket) = vm.agent_socket() else {
+                return;
+            };
+            let name = vm.name();
+            match run(socket, layout.regions(), &placement, &replies, &stop) {
+                Ok(Some(counts)) => tell(name, &counts),
+                Ok(None) => {
+                    tracing::info!(vm = name, "the agent does not say what came of its gate");
+                }
+                Err(reason) => tracing::info!(
+                    vm = name,
+                    reason,
+                    "memory that is absent stops its CPUs, not only processes"
+                ),
+            }
+        };
+        let thread = std::thread::Builder::new().name("relay-gate".to_owned());
+        if let Err(error) = thread.spawn(run) {
+            tracing::warn!(%error, "a thread");
+        }
+    });
+    gate
+}
+
+fn tell(vm: &str, counts: &GateCounts) {
+    tracing::info!(
+        vm,
+        gated_pages = counts.gated,
+        waits = counts.waits,
+        waited_ms = counts.waited_us / 1000,
+        longest_ms = counts.longest_us / 1000,
+        passed = counts.passed,
+        expired = counts.expired,
+        "processes slept for memory that was absent"
+    );
+}
+
+fn run(
+    socket: &Path,
+    regions: &[Region],
+    placement: &Placement,
+    replies: &mpsc::Sender<Reply>,
+    stop: &AtomicBool,
+) -> Result<Option<GateCounts>, String> {
+    let began = Instant::now();
+    let io = |error: std::io::Error| format!("the agent's channel cannot be used: {error}");
+    let mut session = [0; 8];
+    getrandom::fill(&mut session).map_err(|error| error.to_string())?;
+    let (mut agent, _) = guest::connect(socket, Vec::new(), u64::from_ne_bytes(session), PATIENCE)?;
+    agent.set_tick(TICK).map_err(io)?;
+    agent.open_gate(main_memory_end(regions, PAGE_SIZE as u64), PATIENCE)?;
+    if stop.load(Ordering::Relaxed) {
+        agent.close_gate(LAST_WORD).map_err(io)?;
+        return Err("all of it was there before the agent was ready".to_owned());
+    }
+
+    let Some(blocks) = placement.watch() else {
+        return agent.close_gate(LAST_WORD).map_err(io);
+    };
+    let _watch = Watch(&placement.output);
+    let map = Map::new(regions, &blocks);
+    let mut absent = Absent { blocks };
+    agent.name_absent(&absent.runs(&map)).map_err(io)?;
+    let mut left = absent.count(&map);
+    let after_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+    tracing::info!(pages = left, after_ms, "the agent knows what is absent");
+    let mut last = Instant::now();
+    while left > 0 && !stop.load(Ordering::Relaxed) {
+        let arrived = placement.output.arrived();
+        let mut runs = Vec::new();
+        for one in arrived {
+            left -= absent.take(&map, one).min(left);
+            map.frames(one, |run| push(&mut runs, run));
+        }
+        if !runs.is_empty() {
+            agent.name_arrived(&runs).map_err(io)?;
+            last = Instant::now();
+        } else if last.elapsed() > ALIVE {
+            agent.stay().map_err(io)?;
+            last = Instant::now();
+        }
+        let news = agent.gate_news().map_err(io)?;
+        if news.over.is_some() {
+            return Ok(news.over);
+        }
+        for run in news.wanted {
+            map.pages(run, |wanted| {
+                if let Some((key, count)) = absent.ask(wanted) {
+                    let name = &absent.blocks[usize::from(key.block)].name;
+                    // The receiver ends only when the relay does.
+                    let _ = replies.send(Reply::ReturnPath(request(name, key.page, count)));
+                }
+            });
+        }
+    }
+    agent.close_gate(LAST_WORD).map_err(io)
+}
+
+/// Nothing is noted for nobody.
+struct Watch<'a>(&'a Output);
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        self.0.unwatch();
+    }
+}
+
+/// Joins a run with the one before.
+fn push(runs: &mut Vec<FrameRun>, run: FrameRun) {
+    match runs.last_mut() {
+        Some(last) if last.pfn + last.pages == run.pfn => last.pages += run.pages,
+        _ => runs.push(run),
+    }
+}
+
+fn request(block: &str, page: u64, count: u64) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let size = PAGE_SIZE as u64;
+    Message::RequestPagesOf {
+        block,
+        offset: page * size,
+        // MOST_ASKED pages at most.
+        length: u32::try_from(count * size).unwrap_or(0),
+    }
+    .encode(&mut bytes);
+    bytes
+}
+
+/// A stretch of page frames that a block backs.
+struct Stretch {
+    pfn: u64,
+    pages: u64,
+    block: u16,
+    first: u64,
+}
+
+/// Which frames are which pages.
+struct Map(Vec<Stretch>);
+
+impl Map {
+    fn new(regions: &[Region], blocks: &[Block]) -> Self {
+        let size = PAGE_SIZE as u64;
+        let stretch = |region: &Region| {
+            let block = blocks.iter().position(|block| block.name == region.block)?;
+            let aligned = [region.start, region.length, region.offset];
+            aligned.iter().all(|at| at % size == 0).then_some(Stretch {
+                pfn: region.start / size,
+                pages: region.length / size,
+                block: u16::try_from(block).ok()?,
+                first: region.offset / size,
+            })
+        };
+        Self(regions.iter().filter_map(stretch).collect())
+    }
+
+    /// The frames of pages.
+    fn frames(&self, pages: Arrived, mut each: impl FnMut(FrameRun)) {
+        let end = pages.page.saturating_add(u64::from(pages.count));
+        for one in self.0.iter().filter(|one| one.block == pages.block) {
+            let from = pages.page.max(one.first);
+            let to = end.min(one.first.saturating_add(one.pages));
+            if from < to {
+                each(FrameRun {
+                    pfn: one.pfn + (from - one.first),
+                    pages: to - from,
+                });
+            }
+        }
+    }
+
+    /// The pages of frames that a guest named: any numbers.
+    fn pages(&self, run: FrameRun, mut each: impl FnMut((PageKey, u64))) {
+        let end = run.pfn.saturating_add(run.pages.min(MOST_ASKED));
+        for one in &self.0 {
+            let from = run.pfn.max(one.pfn);
+            let to = end.min(one.pfn.saturating_add(one.pages));
+            if from < to {
+                let key = PageKey {
+                    block: one.block,
+                    page: one.first + (from - one.pfn),
+                };
+                each((key, to - from));
+            }
+        }
+    }
+}
+
+/// What was missing when it began and has neither come nor been asked for since.
+struct Absent {
+    blocks: Vec<Block>,
+}
+
+impl Absent {
+    /// Visits the missing pages of each stretch, as runs.
+    fn visit(&self, map: &Map, mut each: impl FnMut(FrameRun)) {
+        for one in &map.0 {
+            let missing = &self.blocks[usize::from(one.block)].missing;
+            let end = one.first.saturating_add(one.pages).min(missing.len());
+            let mut page = one.first;
+            while let Some(first) = missing.first_present(page, end) {
+                page = missing.first_absent(first, end).unwrap_or(end);
+                each(FrameRun {
+                    pfn: one.pfn + (first - one.first),
+                    pages: page - first,
+                });
+            }
+        }
+    }
+
+    fn runs(&self, map: &Map) -> Vec<FrameRun> {
+        let mut runs = Vec::new();
+        self.visit(map, |run| {
+            if runs.len() < MOST_RUNS {
+                runs.push(run);
+            }
+        });
+        runs
+    }
+
+    fn count(&self, map: &Map) -> u64 {
+        let mut pages = 0;
+        self.visit(map, |run| pages += run.pages);
+        pages
+    }
+
+    /// Pages have come; how many frames were absent until now.
+    fn take(&mut self, map: &Map, arrived: Arrived) -> u64 {
+        let mut frames = 0;
+        let Some(block) = self.blocks.get_mut(usize::from(arrived.block)) else {
+            return 0;
+        };
+        let end = arrived.page.saturating_add(u64::from(arrived.count));
+        for page in arrived.page..end {
+            if block.missing.remove(page) {
+                let one = Arrived {
+                    page,
+                    count: 1,
+                    ..arrived
+                };
+                map.frames(one, |run| frames += run.pages);
+            }
+        }
+        frames
+    }
+
+    /// What is to be asked for of pages that somebody waits for: those that are still absent. QEMU asks for a
+    /// page more than once, too, but only when it has to.
+    fn ask(&self, (key, count): (PageKey, u64)) -> Option<(PageKey, u64)> {
+        let missing = &self.blocks.get(usize::from(key.block))?.missing;
+        let end = key.page.saturating_add(count);
+        let first = missing.first_present(key.page, end)?;
+        let end = missing.first_absent(first, end).unwrap_or(end);
+        let block = key.block;
+        Some((PageKey { block, page: first }, end - first))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn region(start: u64, pages: u64, block: &str, offset: u64) -> Region {
+        Region {
+            start: start * 4096,
+            length: pages * 4096,
+            block: block.to_owned(),
+            offset: offset * 4096,
+        }
+    }
+
+    fn absent(missing: &[u64]) -> Absent {
+        let mut ram = Bitmap::new(64);
+        for &page in missing {
+            ram.insert(page);
+        }
+        let block = |name: &str, missing| Block {
+            name: name.to_owned(),
+            missing,
+        };
+        Absent {
+            blocks: vec![block("vga.vram", Bitmap::new(8)), block("pc.ram", ram)],
+        }
+    }
+
+    fn arrived(page: u64, count: u32) -> Arrived {
+        Arrived {
+            block: 1,
+            page,
+            count,
+        }
+    }
+
+    #[test]
+    fn pages_are_frames_below_and_above_the_hole() {
+        let regions = [
+            region(0, 32, "pc.ram", 0),
+            region(48, 8, "vga.vram", 0),
+            region(100, 32, "pc.ram", 32),
+            region(200, 1, "nobody's", 0),
+        ];
+        assert_eq!(main_memory_end(&regions, 4096), 132);
+        assert_eq!(main_memory_end(&[], 4096), 0);
+        let mut absent = absent(&[3, 4, 31, 32, 40]);
+        let map = Map::new(&regions, &absent.blocks);
+        let run = |pfn, pages| FrameRun { pfn, pages };
+        assert_eq!(
+            absent.runs(&map),
+            [run(3, 2), run(31, 1), run(100, 1), run(108, 1)]
+        );
+        assert_eq!(absent.count(&map), 5);
+
+        let mut told = Vec::new();
+        map.frames(arrived(30, 4), |run| push(&mut told, run));
+        assert_eq!(told, [run(30, 2), run(100, 2)]);
+        assert_eq!(absent.take(&map, arrived(30, 4)), 2);
+        assert_eq!(absent.take(&map, arrived(30, 4)), 0);
+        assert_eq!(absent.take(&map, arrived(63, 9)), 0);
+        assert_eq!(absent.count(&map), 3);
+    }
+
+    #[test]
+    fn a_guest_is_given_only_what_is_absent() {
+        let regions = [region(0, 32, "pc.ram", 0), region(100, 32, "pc.ram", 32)];
+        let absent = absent(&[3, 4, 5, 40]);
+        let map = Map::new(&regions, &absent.blocks);
+        let ask = |pfn, pages| {
+            let mut asked = Vec::new();
+            map.pages(FrameRun { pfn, pages }, |wanted| {
+                asked.extend(absent.ask(wanted).map(|(key, count)| (key.page, count)));
+            });
+            asked
+        };
+        assert_eq!(ask(0, 32), [(3, 3)]);
+        assert_eq!(ask(4, 1), [(4, 1)]);
+        assert_eq!(ask(6, 90), []);
+        assert_eq!(ask(108, u64::MAX), [(40, 1)]);
+        assert_eq!(ask(u64::MAX, u64::MAX), []);
+        assert_eq!(ask(0, 512), [(3, 3), (40, 1)]);
+        let bytes = request("pc.ram", 3, 2);
+        let (message, length) = Message::decode(&bytes).unwrap().unwrap();
+        assert_eq!(length, bytes.len());
+        let block = "pc.ram";
+        assert_eq!(
+            message,
+            Message::RequestPagesOf {
+                block,
+                offset: 3 * 4096,
+                length: 2 * 4096
+            }
+        );
+    }
+}
