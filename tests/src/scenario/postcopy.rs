@@ -1,5 +1,6 @@
 //! Post-copy: the guest runs at its destination while part of its memory is still at the source.
 
+use super::any_moment::state;
 use super::die::sigkill;
 use super::micro::{Micro, NAME, Qemus};
 use super::pair::{At, NEWEST, Pair};
@@ -128,6 +129,10 @@ fn cancel(bed: &Bed) -> Result<()> {
     pair.stayed(At::A, &mut life)?;
 
     let command = pair.begin_migration(At::A, &POST)?;
+    pair.wait("the second migration to begin", || {
+        let jobs = ask(&pair.a, &["job", "list"])?.expect(0)?;
+        Ok(jobs.value.as_array().is_some_and(|jobs| jobs.len() == 2))
+    })?;
     let job = job_in(&pair, At::A, "post-copy").map_err(shown)?;
     ask(&pair.a, &["job", "cancel", &job])?
         .refused(
@@ -161,12 +166,12 @@ fn link_breaks(bed: &Bed) -> Result<()> {
     pair.arrived(At::B, &mut life).map_err(shown)
 }
 
-/// The job's migration is past the hand-over, and the guest has asked for a page.
+/// The job's migration is past the hand-over, and the guest runs there.
 fn in_post_copy(pair: &Pair<'_>) -> Result<String> {
     let job = job_in(pair, At::A, "post-copy")?;
-    pair.wait("the guest to run there and to ask for a page", || {
-        let job = ask(&pair.a, &["job", "show", &job])?.expect(0)?;
-        Ok(job.number("/progress/requested-pages")? > 0)
+    // Not before it runs: QEMU cannot resume while it loads the devices.
+    pair.wait("the guest to run there", || {
+        Ok(state(pair, At::B)?.as_deref() == Some("running"))
     })?;
     Ok(job)
 }
