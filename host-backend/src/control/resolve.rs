@@ -211,11 +211,23 @@ impl Daemon {
         } else {
             let running = info.offer.as_ref().is_none_or(|offer| offer.running);
             let what = match here {
-                Some(here) => format!("{vm} {} here", run_on(&here, running).await?),
-                None => format!("its QEMU has ended here: start {vm} again"),
+                Some(here) => match run_on(&here, running).await {
+                    Ok(what) => Ok(format!("{vm} {what} here")),
+                    // It had sent its devices' state.
+                    Err(error) if info.progress.phase == Phase::PostCopy => Err(format!(
+                        "its QEMU here cannot take it back ({error}). What its guest had not written to disk is lost: \
+                         `transhume vm stop {vm} --force` ends what is left of it; then start it again"
+                    )),
+                    Err(error) => return Err(error.into()),
+                },
+                None => Ok(format!("its QEMU has ended here: start {vm} again")),
+            };
+            let (state, what) = match what {
+                Ok(what) => (JobState::Failed, what),
+                Err(lost) => (JobState::Unresolved, lost),
             };
             Ending::Settled(
-                JobState::Failed,
+                state,
                 format!("{says}: {to} did not take {vm} over; {what}"),
             )
         };

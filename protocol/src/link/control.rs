@@ -114,6 +114,9 @@ pub enum Control {
         /// All frames up to this number have come.
         received: u64,
     },
+    /// Source, before a QEMU that cannot go back from there goes over to post-copy: wait for the link however long
+    /// it is away, until the VM runs with you. Destination: so I do.
+    Endure,
     /// Source, on a new connection: the VM of that migration was handed over in post-copy, and the rest of its
     /// memory is to follow from here. What there is of an earlier session ends. Answered by
     /// [`Control::Resumed`], [`Control::Whole`], by [`Control::Outcome`] when the VM is lost, or by

@@ -255,7 +255,7 @@ impl<'a> Scene<'a> {
         );
         let in_time = |error| Error::Check(format!("{told}: {error}"));
         let may_be_lost = matches!(failure, Failure::Qemu(_));
-        let place = if self.is_lost(failure, &answer) {
+        let place = if self.is_lost(from, failure, &answer).map_err(in_time)? {
             for process in [At::A, At::B].map(|at| self.pair.qemus(at)).concat() {
                 sigkill(process)?;
             }
@@ -290,11 +290,28 @@ impl<'a> Scene<'a> {
 
     /// In post-copy each QEMU has a part of the memory that the other one does not have. And QEMU neither takes
     /// a VM back once its devices are on their way, nor resumes before they are loaded.
-    fn is_lost(&self, failure: Failure, answer: &Answer) -> bool {
-        let in_gap = answer.message().contains("The VM does not run at");
-        self.mode == Mode::Post
-            && answer.code == 5
-            && (matches!(failure, Failure::Qemu(_)) || in_gap)
+    fn is_lost(&self, from: At, failure: Failure, answer: &Answer) -> Result<bool> {
+        if self.mode == Mode::Pre || answer.code != 5 {
+            return Ok(false);
+        }
+        if matches!(failure, Failure::Qemu(_)) {
+            return Ok(true);
+        }
+        let mut lost = false;
+        self.pair.wait("the job to be settled", || {
+            let jobs = ask(self.pair.daemon(from), &["job", "list"])?.expect(0)?;
+            let job = jobs.value.as_array().and_then(|jobs| jobs.last());
+            let job = job.cloned().unwrap_or_default();
+            let error = job["error"].as_str().unwrap_or_default();
+            lost =
+                error.contains("cannot take it back") || error.contains("The VM does not run at");
+            Ok(job["state"] != "running" && job["in-doubt"] != true)
+        })?;
+        // A link is waited for.
+        check(!lost || matches!(failure, Failure::Daemon(_)), || {
+            format!("{failure:?} cost the guest: {answer}")
+        })?;
+        Ok(lost)
     }
 
     fn inject(&mut self, failure: Failure) -> Result<()> {

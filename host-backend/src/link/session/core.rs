@@ -44,6 +44,7 @@ struct State<R> {
     connections: BTreeMap<u8, Live>,
     carriers: Carrier,
     away: Option<Instant>,
+    patience: Duration,
     breaks: u32,
     /// Why the last connection broke.
     cause: Option<Error>,
@@ -61,7 +62,6 @@ pub(super) struct Core<R> {
     arrived: Condvar,
     /// A frame was taken to be sent, the peer has worked some off, or the end.
     room: Condvar,
-    patience: Duration,
     pub(super) bytes: AtomicU64,
 }
 
@@ -75,6 +75,7 @@ impl<R> Core<R> {
                 connections: BTreeMap::new(),
                 carriers: 0,
                 away: Some(Instant::now()),
+                patience,
                 breaks: 0,
                 cause: None,
                 over: false,
@@ -84,7 +85,6 @@ impl<R> Core<R> {
             work: Condvar::new(),
             arrived: Condvar::new(),
             room: Condvar::new(),
-            patience,
             bytes: AtomicU64::new(0),
         }
     }
@@ -161,6 +161,12 @@ impl<R> Core<R> {
         }
     }
 
+    /// From now on there may be no connection for so long.
+    pub(super) fn set_patience(&self, patience: Duration) {
+        self.lock().patience = patience;
+        self.arrived.notify_all();
+    }
+
     /// The next frame in order; waits for it as long as the session goes on. What came before its end is
     /// still handed out.
     pub(super) fn receive(&self) -> Result<Frame, Error> {
@@ -177,13 +183,13 @@ impl<R> Core<R> {
                 return Err(Self::why(&state));
             }
             let patience = match state.away {
-                Some(since) => self.patience.saturating_sub(since.elapsed()),
-                None => self.patience,
+                Some(since) => state.patience.saturating_sub(since.elapsed()),
+                None => state.patience,
             };
             if patience.is_zero() {
                 let cause = state.cause.take().map(|cause| cause.to_string());
                 let error = Error::Away {
-                    seconds: self.patience.as_secs(),
+                    seconds: state.patience.as_secs(),
                     cause: cause.unwrap_or_else(|| "no connection was made".to_owned()),
                 };
                 drop(state);

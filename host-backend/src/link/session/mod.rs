@@ -136,6 +136,11 @@ impl<P: Prepare> Session<P> {
         self.core.drain(patience);
     }
 
+    /// From now on there may be no connection for so long.
+    pub fn set_patience(&self, patience: Duration) {
+        self.core.set_patience(patience);
+    }
+
     /// Receives the next frame. What came before the session's end is still handed out.
     ///
     /// # Errors

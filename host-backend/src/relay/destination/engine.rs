@@ -212,6 +212,11 @@ impl Engine {
         self.placement.take_forgotten()
     }
 
+    /// From now on the link may be away for so long.
+    pub(super) fn set_link_patience(&self, patience: Duration) {
+        self.session.set_patience(patience);
+    }
+
     /// The hand-over is noted: QEMU may load the devices, and run the VM.
     pub(super) fn release(&self) {
         self.output.release();

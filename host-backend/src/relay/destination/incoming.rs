@@ -201,11 +201,11 @@ pub(super) async fn take(
     let vm = Arc::new(prepared.vm);
     let events = vm.qmp().events();
     let connections = wished.clamp(1, MOST_CONNECTIONS);
+    let patience = Duration::from_secs(patience.max(1).into());
     let received = async {
         let mut token = [0; 16];
         getrandom::fill(&mut token).map_err(|error| error.to_string())?;
         send(&mut connection, &Control::Ready { token, connections })?;
-        let patience = Duration::from_secs(patience.max(1).into());
         let text = |error: &dyn std::fmt::Display| error.to_string();
         let session = Session::begin(connection, patience, None, Ready::default)
             .map_err(|error| text(&error))?;
@@ -248,6 +248,7 @@ pub(super) async fn take(
     match run(&vm, &decision, &offer, &engine).await {
         Ok(()) => {
             reservation.kept = true;
+            engine.set_link_patience(patience);
             host.arrived(Arc::clone(&vm));
             engine.send(Control::Running);
             if engine.is_post_copy() {

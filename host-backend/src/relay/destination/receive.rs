@@ -17,6 +17,7 @@ use crate::link::session::{Ready, Session};
 use crate::link::{Payload, Pool};
 use crate::pages::hints::Place;
 use crate::pages::{PAGE_SIZE, PageKey};
+use crate::relay::IN_BETWEEN;
 use crate::relay::error::RelayError;
 use crate::relay::table;
 
@@ -77,6 +78,10 @@ impl Intake {
                 FrameKind::Control => match decode_control(&frame.payload)? {
                     Control::Commit => return Ok(()),
                     Control::Abort { reason } => return Err(RelayError::Aborted(reason)),
+                    Control::Endure => {
+                        self.session.set_patience(IN_BETWEEN);
+                        let _ = self.replies.send(Reply::Control(Control::Endure));
+                    }
                     _ => return Err(RelayError::Misplaced("control message")),
                 },
                 FrameKind::Verdict | FrameKind::ReturnPath | FrameKind::Ack => {

@@ -25,9 +25,9 @@ use crate::hypervisor::Vm;
 use crate::hypervisor::qmp::Event;
 use crate::hypervisor::qmp_commands::Migration as Said;
 use crate::link::PATIENCE;
-use crate::relay::Error;
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Counter, Phase, PostCopy, Progress, Summary};
+use crate::relay::{Error, has_no_way_back};
 
 /// How often QEMU is asked how far it is.
 const POLL: Duration = Duration::from_millis(50);
@@ -147,14 +147,21 @@ impl StreamReader {
 /// When QEMU may go over to post-copy.
 pub(super) struct Start {
     wanted: bool,
+    /// QEMU cannot go back once it has written its devices' state.
+    one_way: bool,
+    asked: bool,
 }
 
 impl Start {
-    pub(super) fn new(wanted: bool) -> Self {
-        Self { wanted }
+    pub(super) fn new(wanted: bool, one_way: bool) -> Self {
+        Self {
+            wanted,
+            one_way,
+            asked: false,
+        }
     }
 
-    /// Lets QEMU go over when all memory was scanned once.
+    /// Lets QEMU go over when all memory was scanned once, and the destination waits for the link.
     pub(super) async fn follow(
         &mut self,
         said: &Said,
@@ -163,6 +170,14 @@ impl Start {
     ) -> Result<(), Stop> {
         let scans = said.ram.map_or(0, |ram| ram.dirty_sync_count);
         if !self.wanted || scans < SCANS {
+            return Ok(());
+        }
+        if self.one_way && !self.asked {
+            self.asked = true;
+            let endure = encode_control(&Control::Endure).map_err(RelayError::from)?;
+            shared.flow.push_urgent(Next::Control(endure));
+        }
+        if self.one_way && !shared.endures() {
             return Ok(());
         }
         self.wanted = false;
@@ -189,7 +204,7 @@ impl Migration {
     ) -> Result<Copied, Stop> {
         let qmp = self.request.vm.qmp();
         self.enter(Phase::PostCopy)?;
-        shared.open_hand();
+        shared.open_hand(has_no_way_back(self.facts.offer.qemu));
         qmp.migrate_continue().await?;
         let copied = |completed, post_copy| Copied {
             shared: Arc::clone(shared),
@@ -213,6 +228,7 @@ impl Migration {
                     }
                 },
                 () = shared.failure() => break self.why_failed(shared).await,
+                () = tokio::time::sleep(POLL) => show(shared, None, &self.progress),
             }
         };
         match shared.withdraw() {
@@ -229,7 +245,9 @@ impl Migration {
             .take()
             .map(|reports| reports.finish())
             .unwrap_or_default();
-        let running = match self.taken(&copied.shared).await {
+        let taken = self.taken(&copied.shared).await;
+        copied.shared.set_link_patience(self.request.link_patience);
+        let running = match taken {
             Some(Ok(())) => Instant::now(),
             Some(Err(reason)) => return Err(self.undo(Stop::Failed(reason)).await),
             // The link ended before the destination answered.

@@ -22,6 +22,7 @@ use super::transmit::{Packer, Transmitter};
 use crate::hypervisor::stream;
 use crate::link::session::Session;
 use crate::pages::digest::Digester;
+use crate::relay::IN_BETWEEN;
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Counter, Progress};
 use crate::relay::threads;
@@ -43,6 +44,8 @@ enum Hand {
 #[derive(Default)]
 struct State {
     hand: Hand,
+    /// The destination waits for the link however long it is away.
+    endures: bool,
     /// QEMU's end of its socket, until the stream may hand the VM over.
     theirs: Option<OwnedFd>,
     /// The first error.
@@ -242,13 +245,27 @@ impl Shared {
         self.lock().theirs = Some(theirs);
     }
 
-    /// From here on the stream may hand the VM over. The journal says so.
-    pub(super) fn open_hand(&self) {
+    /// From here on the stream may hand the VM over. The journal says so. `one_way`: QEMU cannot go back once it
+    /// has written its devices' state.
+    pub(super) fn open_hand(&self, one_way: bool) {
         let mut state = self.lock();
         state.hand = Hand::Open;
+        if one_way {
+            self.session.set_patience(IN_BETWEEN);
+        }
         if let Some(theirs) = state.theirs.take() {
             stream::narrow(&theirs);
         }
+    }
+
+    /// The destination has agreed to wait for the link however long it is away.
+    pub(super) fn set_endures(&self) {
+        self.lock().endures = true;
+    }
+
+    /// Whether it has.
+    pub(super) fn endures(&self) -> bool {
+        self.lock().endures
     }
 
     /// Whether the stream may hand the VM over.
@@ -317,6 +334,11 @@ impl Shared {
             self.tell_qemu(&message)?;
         }
         Ok(())
+    }
+
+    /// From now on the link may be away for so long.
+    pub(super) fn set_link_patience(&self, patience: Duration) {
+        self.session.set_patience(patience);
     }
 
     /// For how long the link has been away.
