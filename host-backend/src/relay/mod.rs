@@ -13,13 +13,8 @@ mod error;
 pub mod progress;
 pub mod source;
 /// How long the link may be away while neither host's QEMU can run a VM in post-copy: the source's has written
-/// its devices' state and cannot go back (since 8.0 at the latest; 7.2 can), and the destination's has not loaded it.
+/// its devices' state and does not go back, and the destination's has not loaded it.
 const IN_BETWEEN: std::time::Duration = std::time::Duration::from_secs(86_400);
-
-/// Whether a QEMU of that version cannot go back then.
-fn has_no_way_back(version: [u32; 3]) -> bool {
-    version >= [8, 0, 0]
-}
 
 mod table;
 mod threads;

@@ -32,9 +32,9 @@ use crate::link::session::{Rejoin, Session};
 use crate::link::{self, Connection, START_PATIENCE};
 use crate::pages::PAGE_SIZE;
 use crate::pages::digest::Digester;
+use crate::relay::Error;
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Counter, Phase, Progress};
-use crate::relay::{Error, has_no_way_back};
 
 /// How long the first report of the page cache is waited for, once the destination is ready.
 const REPORT_PATIENCE: Duration = Duration::from_secs(3);
@@ -446,8 +446,7 @@ impl Migration {
     ) -> Result<Copied, Stop> {
         let qmp = self.request.vm.qmp();
         let mut switchover = Switchover::new(self.request.goal);
-        let one_way = has_no_way_back(self.facts.offer.qemu);
-        let mut start = Start::new(self.is_post_copy(), one_way);
+        let mut start = Start::new(self.is_post_copy());
         let done = |paused: Option<Instant>| {
             let completed = Instant::now();
             Copied {
@@ -463,7 +462,10 @@ impl Migration {
         loop {
             tokio::select! {
                 biased;
-                () = cancelled(cancel) => return Err(Stop::Cancelled),
+                // A QEMU that is about to go over to post-copy can take a cancel half, and hang.
+                () = cancelled(cancel), if !(self.is_post_copy() && paused.is_some()) => {
+                    return Err(Stop::Cancelled);
+                }
                 event = events.recv() => match event {
                     Ok(event) => {
                         if event.name == "STOP" {

@@ -25,9 +25,9 @@ use crate::hypervisor::Vm;
 use crate::hypervisor::qmp::Event;
 use crate::hypervisor::qmp_commands::Migration as Said;
 use crate::link::PATIENCE;
+use crate::relay::Error;
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Counter, Phase, PostCopy, Progress, Summary};
-use crate::relay::{Error, has_no_way_back};
 
 /// How often QEMU is asked how far it is.
 const POLL: Duration = Duration::from_millis(50);
@@ -147,16 +147,14 @@ impl StreamReader {
 /// When QEMU may go over to post-copy.
 pub(super) struct Start {
     wanted: bool,
-    /// QEMU cannot go back once it has written its devices' state.
-    one_way: bool,
+    /// The destination was asked to wait for the link from then on.
     asked: bool,
 }
 
 impl Start {
-    pub(super) fn new(wanted: bool, one_way: bool) -> Self {
+    pub(super) fn new(wanted: bool) -> Self {
         Self {
             wanted,
-            one_way,
             asked: false,
         }
     }
@@ -172,12 +170,12 @@ impl Start {
         if !self.wanted || scans < SCANS {
             return Ok(());
         }
-        if self.one_way && !self.asked {
+        if !self.asked {
             self.asked = true;
             let endure = encode_control(&Control::Endure).map_err(RelayError::from)?;
             shared.flow.push_urgent(Next::Control(endure));
         }
-        if self.one_way && !shared.endures() {
+        if !shared.endures() {
             return Ok(());
         }
         self.wanted = false;
@@ -204,7 +202,7 @@ impl Migration {
     ) -> Result<Copied, Stop> {
         let qmp = self.request.vm.qmp();
         self.enter(Phase::PostCopy)?;
-        shared.open_hand(has_no_way_back(self.facts.offer.qemu));
+        shared.open_hand();
         qmp.migrate_continue().await?;
         let copied = |completed, post_copy| Copied {
             shared: Arc::clone(shared),

@@ -245,14 +245,11 @@ impl Shared {
         self.lock().theirs = Some(theirs);
     }
 
-    /// From here on the stream may hand the VM over. The journal says so. `one_way`: QEMU cannot go back once it
-    /// has written its devices' state.
-    pub(super) fn open_hand(&self, one_way: bool) {
+    /// From here on the stream may hand the VM over, and QEMU does not go back. The journal says so.
+    pub(super) fn open_hand(&self) {
         let mut state = self.lock();
         state.hand = Hand::Open;
-        if one_way {
-            self.session.set_patience(IN_BETWEEN);
-        }
+        self.session.set_patience(IN_BETWEEN);
         if let Some(theirs) = state.theirs.take() {
             stream::narrow(&theirs);
         }
