@@ -449,7 +449,9 @@ fn many(bed: &Bed, qemus: Qemus, mode: Mode) -> Result<()> {
     // Whatever failed, it is not all that does.
     check(moved > 0, || "No migration ever succeeded".into())?;
     let at = scene.at;
-    scene.pair.hosts.shape(None)?;
+    if mode == Mode::Post {
+        scene.pair.hosts.shape(None)?;
+    }
     scene.pair.moves(at, &mut scene.life)?;
     drop(scene.life);
     let there = at.other();
