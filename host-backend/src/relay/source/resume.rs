@@ -118,12 +118,17 @@ impl Rest {
     }
 
     async fn try_once(&self, progress: &Arc<Progress>) -> Result<(), Not> {
-        if self.is_sent().await? {
+        let sent = self.is_sent().await;
+        if matches!(sent, Ok(true)) {
             return Ok(());
         }
         let rest = self.clone();
         let asked = tokio::task::spawn_blocking(move || rest.ask()).await;
         let answer = asked.map_err(|error| Not::Now(error.to_string()))??;
+        // QEMU 7.2 can wait for ever for a last word that was lost.
+        if !matches!(answer, Answer::Whole) {
+            sent?;
+        }
         let Answer::Begun {
             connection,
             token,
