@@ -6,7 +6,7 @@ use crate::{Error, Result};
 use std::path::Path;
 
 /// What must be there, and the package that brings it.
-const TOOLS: [(&str, &str); 12] = [
+const TOOLS: [(&str, &str); 13] = [
     ("make", "make"),
     ("gcc", "gcc"),
     ("gcc-12", "gcc-12"),
@@ -19,6 +19,8 @@ const TOOLS: [(&str, &str); 12] = [
     ("ip", "iproute2"),
     ("tc", "iproute2"),
     ("dpkg-deb", "dpkg"),
+    // For modules of Linux 6.12.117 and later, whose headers have type information.
+    ("pahole", "pahole"),
 ];
 
 /// Libraries that the kernel's own build tools are linked with, or the Rust build links to.
