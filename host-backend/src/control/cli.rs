@@ -6,7 +6,8 @@ use super::show;
 use super::{Error, Result};
 use crate::hypervisor::definition;
 use crate::pki::{self, Authority};
-use crate::relay::source::{Goal, Mode};
+use crate::relay::Mode;
+use crate::relay::source::Goal;
 use clap::{Args, Parser, Subcommand};
 use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
@@ -61,7 +62,8 @@ enum Command {
     #[command(after_help = format!(
         "Examples:\n  transhume migrate web1 --to hostb --dry-run\n  transhume migrate web1 --to hostb\n  \
          transhume migrate web1 --to hostb --json > report.json\n  \
-         transhume migrate web1 --to hostb --deadline 120 --max-downtime 500\n\n{EXIT_CODES}"
+         transhume migrate web1 --to hostb --deadline 120 --max-downtime 500\n  \
+         transhume migrate web1 --to hostb --mode pre\n\n{EXIT_CODES}"
     ))]
     Migrate(MigrateArgs),
     /// Make and show certificates for the link between hosts
@@ -203,8 +205,8 @@ struct MigrateArgs {
     /// QEMU may slow the guest down if it writes faster than the link carries
     #[arg(long)]
     may_throttle: bool,
-    /// How memory moves: all of it before the VM runs there (pre), or once, and what was written meanwhile
-    /// after it runs there (post)
+    /// How memory moves: all of it before the VM runs there (pre); once, and what was written meanwhile after it
+    /// runs there (post); or as post only when pre would not end, or not in time (auto)
     #[arg(long, value_enum, default_value_t)]
     mode: Mode,
     /// Do not wait for its end

@@ -2,6 +2,7 @@
 
 use super::api::{JobInfo, JobState, MachineInfo, Response, VmInfo};
 use crate::relay::progress::{Phase, Snapshot, Summary, Traffic};
+use crate::relay::{Choice, Mode};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fmt::Write;
 use std::time::{Duration, Instant};
@@ -321,6 +322,15 @@ fn summary(summary: &Summary) -> String {
         duration(downtime.devices_ms),
         duration(downtime.handover_ms)
     );
+    if let Some(expected) = &summary.expected {
+        let _ = writeln!(
+            text,
+            "  expected       {:>10}  (downtime {}; so it looked after {})",
+            duration(expected.total_ms),
+            duration(expected.downtime_ms),
+            duration(expected.made_ms)
+        );
+    }
     if let Some(post) = &summary.post_copy {
         let _ = writeln!(
             text,
@@ -346,6 +356,13 @@ fn summary(summary: &Summary) -> String {
         "  page cache     {:>10}  named by the guest's agent",
         bytes(summary.hinted_pages * PAGE)
     );
+    if let Some(Choice { mode, why }) = &summary.choice {
+        let mode = match mode {
+            Mode::Post => "post-copy",
+            _ => "pre-copy",
+        };
+        let _ = write!(text, "\n  {mode:<14} because {why}");
+    }
     for remark in &summary.remarks {
         let _ = write!(text, "\n  note: {remark}");
     }
@@ -418,6 +435,7 @@ pub(super) struct Progress {
     before: Option<(Instant, Traffic)>,
     rates: Option<(f64, f64)>,
     advised: bool,
+    goes_over: bool,
 }
 
 impl Progress {
@@ -438,6 +456,7 @@ impl Progress {
             before: None,
             rates: None,
             advised: false,
+            goes_over: false,
         }
     }
 
@@ -470,6 +489,7 @@ impl Progress {
             return;
         }
         self.advise(job);
+        self.explain(job);
         self.measure(job.progress.traffic);
         let text = moment(job, self.rates);
         if let Some(bar) = &self.bar {
@@ -504,7 +524,21 @@ impl Progress {
         if std::mem::replace(&mut self.advised, true) {
             return;
         }
-        let text = format!("{}: {advice}", job.vm);
+        self.say(&format!("{}: {advice}", job.vm));
+    }
+
+    /// Tells once why the VM goes over to post-copy.
+    fn explain(&mut self, job: &JobInfo) {
+        let choice = job.progress.choice.as_ref();
+        let Some(choice) = choice.filter(|choice| choice.mode == Mode::Post) else {
+            return;
+        };
+        if !std::mem::replace(&mut self.goes_over, true) {
+            self.say(&format!("{}: post-copy, because {}", job.vm, choice.why));
+        }
+    }
+
+    fn say(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.println(text),
             None => eprintln!("{text}"),

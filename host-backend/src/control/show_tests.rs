@@ -1,6 +1,6 @@
 use super::super::api::{Failure, FailureKind};
 use super::*;
-use crate::relay::progress::{Downtime, Phases, PostCopy};
+use crate::relay::progress::{Downtime, Expected, Phases, PostCopy};
 
 fn job(state: JobState) -> JobInfo {
     JobInfo {
@@ -28,6 +28,7 @@ fn job(state: JobState) -> JobInfo {
             link_away_ms: 0,
             requested_pages: 0,
             waits_for: None,
+            choice: None,
             forecast: None,
         },
         offer: None,
@@ -95,6 +96,15 @@ fn sums_up_with_the_downtime_in_its_parts() {
             total_ms: 43.0,
         },
         post_copy: None,
+        choice: Some(Choice {
+            mode: Mode::Pre,
+            why: "the guest writes 20 MB/s, the link takes 100 MB/s".to_owned(),
+        }),
+        expected: Some(Expected {
+            made_ms: 3000.0,
+            total_ms: 6100.0,
+            downtime_ms: 110.0,
+        }),
         traffic: job.progress.traffic,
         hinted_pages: 600,
         remarks: vec!["the agent has no module".to_owned()],
@@ -103,6 +113,7 @@ fn sums_up_with_the_downtime_in_its_parts() {
 web1 runs on hostb now; it left hosta in 5.82 s.
   until then         5.78 s  (negotiation 128 ms, preparation 650 ms, pre-copy 5.00 s)
   downtime            43 ms  (memory 12 ms, devices 20 ms, hand-over 11 ms)
+  expected           6.10 s  (downtime 110 ms; so it looked after 3.00 s)
   from disk        2.00 MiB  50.0 %
   zero pages       1.00 MiB  25.0 %
   data             1.00 MiB  25.0 %
@@ -111,6 +122,7 @@ web1 runs on hostb now; it left hosta in 5.82 s.
   disk differed         0 B   0.0 %
   on the wire      2.00 MiB  of 4.00 MiB that QEMU sent
   page cache       2.34 MiB  named by the guest's agent
+  pre-copy       because the guest writes 20 MB/s, the link takes 100 MB/s
   note: the agent has no module";
     assert_eq!(super::job(&job), expected);
     if let Some(summary) = &mut job.summary {

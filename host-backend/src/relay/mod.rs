@@ -10,6 +10,7 @@
 
 pub mod destination;
 mod error;
+mod mode;
 pub mod progress;
 pub mod source;
 /// How long the link may be away while neither host's QEMU can run a VM in post-copy: the source's has written
@@ -20,3 +21,4 @@ mod table;
 mod threads;
 
 pub use error::{Error, ErrorKind, Stays};
+pub use mode::{Choice, Mode};

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::mode::Choice;
+
 /// Where a migration stands. The contract of each phase says who runs the VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -78,8 +80,23 @@ pub struct Forecast {
     pub left_ms: Option<f64>,
     /// How long nobody would run the VM if it were paused now, in milliseconds.
     pub downtime_ms: f64,
+    /// How long nobody will run it then, in milliseconds; absent when that will not be.
+    #[serde(default)]
+    pub pause_ms: Option<f64>,
     /// Why the goal will not be met, and what would meet it.
     pub advice: Option<String>,
+}
+
+/// What was expected, to be compared with what came.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Expected {
+    /// When that was said, in milliseconds since the command.
+    pub made_ms: f64,
+    /// From the command to the end, in milliseconds.
+    pub total_ms: f64,
+    /// How long nobody would run the VM, in milliseconds.
+    pub downtime_ms: f64,
 }
 
 /// A moment of a running migration.
@@ -107,6 +124,9 @@ pub struct Snapshot {
     /// What it waits for and why, if it does not go on: a host whose post-copy was cut off.
     #[serde(default)]
     pub waits_for: Option<String>,
+    /// How memory moves as it looks now, and why.
+    #[serde(default)]
+    pub choice: Option<Choice>,
     /// What is expected, once that can be said.
     #[serde(default)]
     pub forecast: Option<Forecast>,
@@ -169,6 +189,12 @@ pub struct Summary {
     /// What came afterwards, in post-copy; `total_ms` includes it.
     #[serde(default)]
     pub post_copy: Option<PostCopy>,
+    /// How memory moved, and why.
+    #[serde(default)]
+    pub choice: Option<Choice>,
+    /// What was expected: by the first forecast after one pass over memory, or when post-copy began.
+    #[serde(default)]
+    pub expected: Option<Expected>,
     /// What moved.
     pub traffic: Traffic,
     /// Page frames that the guest's agent named as clean page cache, in its last report.
@@ -184,6 +210,8 @@ pub struct Progress {
     phase: Mutex<(Phase, Phases, Instant)>,
     counters: [AtomicU64; COUNTERS],
     forecast: Mutex<Option<Forecast>>,
+    expected: Mutex<Option<Expected>>,
+    choice: Mutex<Option<Choice>>,
     waits_for: Mutex<Option<String>>,
 }
 
@@ -228,6 +256,8 @@ impl Progress {
             phase: Mutex::new((Phase::Negotiate, Phases::default(), started)),
             counters: [const { AtomicU64::new(0) }; COUNTERS],
             forecast: Mutex::default(),
+            expected: Mutex::default(),
+            choice: Mutex::default(),
             waits_for: Mutex::default(),
         }
     }
@@ -271,6 +301,27 @@ impl Progress {
     pub fn forecast(&self) -> Option<Forecast> {
         let forecast = self.forecast.lock();
         forecast.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Keeps a prediction for the end.
+    pub fn predict(&self, expected: Expected) {
+        *self.expected.lock().unwrap_or_else(PoisonError::into_inner) = Some(expected);
+    }
+
+    /// The last one.
+    pub fn predicted(&self) -> Option<Expected> {
+        *self.expected.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says how memory moves.
+    pub fn choose(&self, choice: Choice) {
+        *self.choice.lock().unwrap_or_else(PoisonError::into_inner) = Some(choice);
+    }
+
+    /// How memory moves.
+    pub fn choice(&self) -> Option<Choice> {
+        let choice = self.choice.lock();
+        choice.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Says what it waits for, or that it goes on.
@@ -330,6 +381,7 @@ impl Progress {
             link_away_ms: self.get(Counter::LinkAwayMs),
             requested_pages: self.get(Counter::RequestedPages),
             waits_for: self.waits_for(),
+            choice: self.choice(),
             forecast: self.forecast(),
         }
     }

@@ -40,6 +40,17 @@ pub struct OfferedDisk {
     pub size: u64,
 }
 
+/// Whether a VM comes in post-copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PostCopy {
+    /// It does not.
+    No,
+    /// It may, if the destination can take it so.
+    Perhaps,
+    /// It does, or the migration fails.
+    Yes,
+}
+
 /// Messages that drive a migration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Control {
@@ -66,7 +77,7 @@ pub enum Control {
         /// How many seconds the link may be away before the migration ends.
         patience: u16,
         /// Whether the VM may run at the destination before all of its memory is there.
-        post_copy: bool,
+        post_copy: PostCopy,
     },
     /// Destination: my QEMU waits for the stream. The session begins.
     Ready {
@@ -74,6 +85,8 @@ pub enum Control {
         token: [u8; 16],
         /// Connections that the session has, at least 1.
         connections: u8,
+        /// For people: why the VM cannot come in post-copy, if the source would leave that to the destination.
+        no_post_copy: Option<String>,
     },
     /// Source: the VM is paused here and its whole state is with you; it is yours. In post-copy part of its
     /// memory follows.

@@ -103,8 +103,17 @@ impl Daemon {
             .open(&log)
             .map_err(Error::file("open", &log))?;
         let errors = output.try_clone().map_err(Error::file("copy", &log))?;
-        let mut run = host
-            .run(programs.join("transhumed"))?
+        let program = programs.join("transhumed");
+        let run = if host.userfaultfd {
+            host.run(program)?
+        } else {
+            // In a mount namespace of its own.
+            host.run("unshare")?
+                .args(["--mount", "sh", "-c"])
+                .arg("mount --bind /dev/null /dev/userfaultfd && exec \"$0\" \"$@\"")
+                .arg(program)
+        };
+        let mut run = run
             .arg("--config")
             .arg(&configuration)
             .cure("Build it: cargo build --release -p transhume-host");

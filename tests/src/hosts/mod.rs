@@ -52,6 +52,8 @@ pub struct Host {
     pub rules: Option<String>,
     /// Through how many channels its QEMUs hand memory over, if its configuration says.
     pub qemu_channels: Option<u8>,
+    /// Whether a QEMU on it can take a VM in post-copy.
+    pub userfaultfd: bool,
     namespace: String,
 }
 
@@ -147,6 +149,7 @@ impl Hosts {
                 folder,
                 rules: None,
                 qemu_channels: None,
+                userfaultfd: true,
                 namespace: format!("{unique}-{name}"),
             })
         };

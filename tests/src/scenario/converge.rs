@@ -30,7 +30,7 @@ fn converge(bed: &Bed) -> Result<()> {
     let mut life = pair.boot(&micro)?;
     let shown = |error| pair.with_logs(error);
 
-    let command = pair.begin_migration(At::A, &["--deadline", "25"])?;
+    let command = pair.begin_migration(At::A, &["--mode", "pre", "--deadline", "25"])?;
     let job = pair.in_pre_copy(At::A).map_err(shown)?;
     pair.wait("the word that it does not come to an end", || {
         let job = ask(&pair.a, &["job", "show", &job])?.expect(0)?;
@@ -44,16 +44,30 @@ fn converge(bed: &Bed) -> Result<()> {
     })?;
     let answer = command.end()?.refused(
         4,
-        &["deadline has passed", "--max-downtime", "runs on at hosta"],
+        &[
+            "deadline has passed",
+            "--max-downtime",
+            "--mode auto",
+            "runs on at hosta",
+        ],
     );
     println!("  {}", answer.map_err(shown)?.message());
     pair.stayed(At::A, &mut life)?;
 
-    let options = ["--max-downtime", "60000", "--deadline", "120"];
+    let options = [
+        "--mode",
+        "pre",
+        "--max-downtime",
+        "60000",
+        "--deadline",
+        "120",
+    ];
     pair.migrate(At::A, &options)?.expect(0).map_err(shown)?;
     pair.arrived(At::B, &mut life)?;
 
     let options = [
+        "--mode",
+        "pre",
         "--may-throttle",
         "--max-downtime",
         "2000",

@@ -14,7 +14,7 @@ use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 use transhume_protocol::link::{
     BatchBuilder, BatchEncoding, Control, Cover, FRAME_HEADER_LEN, FrameHeader, FrameKind,
-    LinkError, Offer, OfferedDisk, PREAMBLE_LEN, Preamble, SectionKind, decode_control,
+    LinkError, Offer, OfferedDisk, PREAMBLE_LEN, PostCopy, Preamble, SectionKind, decode_control,
     encode_control,
 };
 
@@ -220,7 +220,7 @@ fn false_source(bed: &Bed) -> Result<()> {
             switchover_ack: true,
             connections: 1,
             patience: 1,
-            post_copy: false,
+            post_copy: PostCopy::No,
         })?;
         match link.hear()? {
             Some(Control::Ready { .. }) => {}

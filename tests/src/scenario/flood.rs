@@ -15,7 +15,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 use transhume_protocol::link::{
-    Control, Cover, FrameHeader, FrameKind, Numbering, Preamble, encode_control,
+    Control, Cover, FrameHeader, FrameKind, Numbering, PostCopy, Preamble, encode_control,
 };
 
 /// What the link carries meanwhile, in Mbit/s: less than the guest writes, so that the migration beside does not end
@@ -79,7 +79,7 @@ fn session(pair: &Pair<'_>, job: u64) -> Result<(Link, [u8; 16])> {
         switchover_ack: true,
         connections: 2,
         patience: 2,
-        post_copy: false,
+        post_copy: PostCopy::No,
     })?;
     match link.hear()? {
         Some(Control::Ready { token, .. }) => Ok((link, token)),

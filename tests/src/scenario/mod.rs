@@ -6,6 +6,7 @@ mod apart;
 mod bed;
 mod broken_start;
 mod channels;
+mod choice;
 mod converge;
 mod die;
 mod false_source;
@@ -49,6 +50,7 @@ pub fn all() -> Vec<Scenario> {
         migrate::scenarios(),
         channels::scenarios(),
         converge::scenarios(),
+        choice::scenarios(),
         postcopy::scenarios(),
         lie::scenarios(),
         die::scenarios(),

@@ -61,7 +61,7 @@ pub(super) struct Pair<'a> {
 impl<'a> Pair<'a> {
     /// Two hosts and their daemons, no guest yet.
     pub(super) fn new(bed: &'a Bed, qemus: Qemus, rate: Rate) -> Result<Self> {
-        Self::linked(bed, qemus, Hosts::new(rate)?)
+        Self::on(bed, qemus, Hosts::new(rate)?)
     }
 
     /// The same with QEMUs that hand memory over through so many channels.
@@ -75,21 +75,21 @@ impl<'a> Pair<'a> {
         for host in [&mut hosts.a, &mut hosts.b] {
             host.qemu_channels = Some(channels);
         }
-        Self::linked(bed, qemus, hosts)
+        Self::on(bed, qemus, hosts)
     }
 
     /// The same without encryption, to speak to a daemon as another host would.
     pub(super) fn plain(bed: &'a Bed, qemus: Qemus, rate: Rate) -> Result<Self> {
         let mut hosts = Hosts::new(rate)?;
         hosts.link = Link::Plain;
-        Self::linked(bed, qemus, hosts)
+        Self::on(bed, qemus, hosts)
     }
 
     /// The same with little room for the daemons' state: see [`Pair::fill_state`].
     pub(super) fn with_small_state(bed: &'a Bed, qemus: Qemus, rate: Rate) -> Result<Self> {
         let mut hosts = Hosts::new(rate)?;
         hosts.limit_state()?;
-        Self::linked(bed, qemus, hosts)
+        Self::on(bed, qemus, hosts)
     }
 
     /// Leaves no room for a daemon's state.
@@ -106,7 +106,8 @@ impl<'a> Pair<'a> {
         fs::remove_file(&path).map_err(Error::file("remove", &path))
     }
 
-    fn linked(bed: &'a Bed, qemus: Qemus, hosts: Hosts) -> Result<Self> {
+    /// Two daemons on these hosts.
+    pub(super) fn on(bed: &'a Bed, qemus: Qemus, hosts: Hosts) -> Result<Self> {
         let qemus = (bed.packages.qemu(qemus.0)?, bed.packages.qemu(qemus.1)?);
         let programs = bed.programs()?;
         let a = Daemon::start(&hosts, &hosts.a, programs, &qemus.0)?;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{broadcast, watch};
 use tokio::time::timeout;
-use transhume_protocol::link::{Control, Offer};
+use transhume_protocol::link::{Control, Offer, PostCopy};
 
 use super::arrivals::Stage;
 use super::engine::{Engine, Target, Way};
@@ -198,6 +198,7 @@ pub(super) async fn take(
             return send(&mut connection, &Control::Abort { reason });
         }
     };
+    let no_post_copy = prepared.no_post_copy;
     let vm = Arc::new(prepared.vm);
     let events = vm.qmp().events();
     let connections = wished.clamp(1, MOST_CONNECTIONS);
@@ -205,7 +206,12 @@ pub(super) async fn take(
     let received = async {
         let mut token = [0; 16];
         getrandom::fill(&mut token).map_err(|error| error.to_string())?;
-        send(&mut connection, &Control::Ready { token, connections })?;
+        let ready = Control::Ready {
+            token,
+            connections,
+            no_post_copy,
+        };
+        send(&mut connection, &ready)?;
         let text = |error: &dyn std::fmt::Display| error.to_string();
         let session = Session::begin(connection, patience, None, Ready::default)
             .map_err(|error| text(&error))?;
@@ -398,6 +404,8 @@ async fn run(vm: &Vm, decision: &Decision, offer: &Offer, engine: &Engine) -> Re
 struct Prepared {
     vm: Vm,
     target: Target,
+    /// Why it does not wait for one in post-copy, which was left to it.
+    no_post_copy: Option<String>,
 }
 
 impl Prepared {
@@ -406,7 +414,7 @@ impl Prepared {
         settings: &LaunchSettings,
         offer: &Offer,
         switchover_ack: bool,
-        post_copy: bool,
+        post_copy: PostCopy,
     ) -> Result<Self, String> {
         let volumes = open_volumes(fit, settings);
         let files = settings.files(&fit.definition.name);
@@ -432,8 +440,11 @@ impl Prepared {
             }
         };
         let volumes = volumes.and_then(|volumes| check_sizes(fit, offer, volumes));
-        let post_copy = post_copy.then_some(settings.host.as_str());
-        let stream = connect(&vm, switchover_ack, offer.running, post_copy).await;
+        let taken = take_post_copy(&vm, post_copy, &settings.host).await;
+        let stream = match &taken {
+            Err(reason) if post_copy == PostCopy::Yes => Err(reason.clone()),
+            _ => connect(&vm, switchover_ack, offer.running).await,
+        };
         match (stream, volumes) {
             (Ok(qemu), Ok(volumes)) => Ok(Self {
                 target: Target {
@@ -441,12 +452,13 @@ impl Prepared {
                     volumes,
                     memory: reach_memory(&vm).await,
                     memory_bytes: fit.definition.memory.bytes(),
-                    way: match post_copy {
-                        Some(_) => Way::PostCopy,
-                        None => Way::PreCopy,
+                    way: match taken {
+                        Ok(true) => Way::PostCopy,
+                        _ => Way::PreCopy,
                     },
                 },
                 vm,
+                no_post_copy: taken.err(),
             }),
             (Err(reason), _) | (_, Err(reason)) => {
                 if vm.kill().await.is_ok() {
@@ -523,13 +535,20 @@ fn check_sizes(
     Ok(volumes)
 }
 
-/// Lets QEMU take the stream from a socket of ours. `post_copy`: this host's name, if it may come so.
-async fn connect(
-    vm: &Vm,
-    switchover_ack: bool,
-    running: bool,
-    post_copy: Option<&str>,
-) -> Result<UnixStream, String> {
+/// Lets QEMU take a VM in post-copy if one may come so, which is returned, or tells why it does not.
+async fn take_post_copy(vm: &Vm, post_copy: PostCopy, host: &str) -> Result<bool, String> {
+    if post_copy == PostCopy::No {
+        return Ok(false);
+    }
+    // QEMU looks at the kernel then.
+    let set = vm.qmp().migrate_set_capabilities(&[("postcopy-ram", true)]);
+    set.await
+        .map_err(|error| postcopy::unsupported(host, &error))?;
+    Ok(true)
+}
+
+/// Lets QEMU take the stream from a socket of ours.
+async fn connect(vm: &Vm, switchover_ack: bool, running: bool) -> Result<UnixStream, String> {
     let text = |error: crate::hypervisor::Error| error.to_string();
     let mut capabilities = vec![("return-path", true), ("events", true)];
     if running {
@@ -544,12 +563,6 @@ async fn connect(
         .migrate_set_capabilities(&capabilities)
         .await
         .map_err(text)?;
-    if let Some(host) = post_copy {
-        // QEMU looks at the kernel then.
-        let set = vm.qmp().migrate_set_capabilities(&[("postcopy-ram", true)]);
-        set.await
-            .map_err(|error| postcopy::unsupported(host, &error))?;
-    }
     let (ours, theirs) = stream::pair().map_err(|error| error.to_string())?;
     vm.qmp().migrate_incoming(theirs).await.map_err(text)?;
     Ok(ours)

@@ -96,6 +96,8 @@ impl Migration {
                 total_ms: ms(copied.paused, running),
             },
             post_copy: None,
+            choice: snapshot.choice,
+            expected: self.progress.predicted(),
             traffic: snapshot.traffic,
             hinted_pages: snapshot.hinted_pages,
             remarks,

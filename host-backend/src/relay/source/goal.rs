@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::relay::Mode;
 use crate::relay::progress::Forecast;
 
 /// Pause that is aimed at where nothing is said, in milliseconds, by the number of scans of memory so far: a
@@ -17,29 +18,9 @@ const USUAL_MS: [(u64, f64); 2] = [(4, 80.0), (8, 150.0)];
 /// The longest of them.
 const LONGEST_MS: f64 = 300.0;
 /// Of the pause, what does not depend on memory: devices, the hand-over, in milliseconds.
-const FIXED_MS: f64 = 30.0;
-/// Scans after which a forecast can be made: the first one says nothing of what is written.
-const SCANS: u64 = 2;
+pub(super) const FIXED_MS: f64 = 30.0;
 /// A forecast is given up beyond this, in milliseconds.
 const NEVER_MS: f64 = 86_400e3;
-
-/// How memory moves.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Mode {
-    /// All of it before the VM runs at its destination.
-    #[default]
-    Pre,
-    /// Once; then the VM runs at its destination, and what it wrote meanwhile follows.
-    Post,
-}
-
-impl Mode {
-    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
-    fn is_default(&self) -> bool {
-        *self == Self::default()
-    }
-}
 
 /// What an operator wants.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,6 +49,8 @@ pub(super) struct Seen {
     pub(super) written: f64,
     /// Page data that the link takes, in bytes a second.
     pub(super) link: f64,
+    /// The link was busy for long enough to know that.
+    pub(super) measured: bool,
     /// What the relay takes of QEMU's stream, in bytes a second; more than the link while disks help.
     pub(super) stream: f64,
     /// Since the command.
@@ -106,9 +89,10 @@ impl Goal {
             .is_some_and(|deadline| ms(elapsed) > deadline)
     }
 
-    /// What is expected; nothing before there is something to go by.
+    /// What is expected; nothing before there is something to go by. During the first scan of memory nothing
+    /// is known of what the guest writes.
     pub(super) fn forecast(&self, seen: &Seen) -> Option<Forecast> {
-        if seen.scans < SCANS || seen.link <= 1.0 {
+        if seen.scans == 0 || !seen.measured {
             return None;
         }
         let pause = self.max_downtime_ms.map_or(LONGEST_MS, f64::from);
@@ -130,13 +114,12 @@ impl Goal {
         Some(Forecast {
             left_ms,
             downtime_ms: now,
+            pause_ms: comes.then_some(scan + FIXED_MS),
             advice,
         })
     }
 
     fn advice(&self, seen: &Seen, comes: bool) -> String {
-        let rate = |bytes: f64| format!("{:.0} MB/s", bytes / 1e6);
-        let (written, link) = (rate(seen.written), rate(seen.link));
         let mut ways = Vec::new();
         if comes {
             ways.push("a later --deadline".to_owned());
@@ -144,6 +127,9 @@ impl Goal {
             // What is written during one scan is what the pause would have to carry.
             let needed = (1e3 * seen.remaining.max(seen.written) / seen.link + FIXED_MS) / 100.0;
             ways.push(format!("--max-downtime {:.0}", needed.ceil() * 100.0));
+        }
+        if self.mode == Mode::Pre {
+            ways.push("--mode auto, which goes over to post-copy".to_owned());
         }
         if !self.may_throttle {
             ways.push("--may-throttle, which slows the guest down".to_owned());
@@ -155,7 +141,8 @@ impl Goal {
             "it does not come to an end"
         };
         format!(
-            "{what}: the guest writes {written}, the link takes {link}. What would do: {}",
+            "{what}: {}. What would do: {}",
+            seen.balance(),
             ways.join("; or ")
         )
     }
@@ -166,9 +153,16 @@ impl Seen {
     fn scan_ms(&self) -> f64 {
         1e3 * self.remaining / self.stream.max(self.link).max(1.0)
     }
+
+    /// What the guest and the link do, for people.
+    pub(super) fn balance(&self) -> String {
+        let rate = |bytes: f64| format!("{:.0} MB/s", bytes / 1e6);
+        let (written, link) = (rate(self.written), rate(self.link));
+        format!("the guest writes {written}, the link takes {link}")
+    }
 }
 
-fn ms(duration: Duration) -> f64 {
+pub(super) fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
 
@@ -182,6 +176,7 @@ mod tests {
         remaining: 50e6,
         written: 20e6,
         link: 100e6,
+        measured: true,
         stream: 100e6,
         elapsed: Duration::from_secs(5),
     };
@@ -193,8 +188,9 @@ mod tests {
         assert_eq!(forecast.left_ms, Some(630.0));
         assert_eq!(forecast.downtime_ms, 530.0);
         assert_eq!(forecast.advice, None);
-        let first = Seen { scans: 1, ..SEEN };
-        assert_eq!(Goal::default().forecast(&first), None);
+        assert_eq!(forecast.pause_ms, Some(130.0));
+        let before = Seen { scans: 0, ..SEEN };
+        assert_eq!(Goal::default().forecast(&before), None);
     }
 
     #[test]

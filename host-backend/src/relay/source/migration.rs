@@ -8,12 +8,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::{broadcast, watch};
 use tokio::time::{MissedTickBehavior, interval, timeout};
-use transhume_protocol::link::Control;
+use transhume_protocol::link::{Control, PostCopy};
 
 use super::agreement::{Accepted, Agreement, Disagreement};
+use super::choice::{self, Choice};
 use super::facts::{self, Facts, Plan};
 use super::flow::Flow;
-use super::goal::Mode;
 use super::hints::Hints;
 use super::link_rate::LinkRate;
 use super::postcopy::Start;
@@ -32,9 +32,9 @@ use crate::link::session::{Rejoin, Session};
 use crate::link::{self, Connection, START_PATIENCE};
 use crate::pages::PAGE_SIZE;
 use crate::pages::digest::Digester;
-use crate::relay::Error;
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Counter, Phase, Progress};
+use crate::relay::{Choice as Chosen, Error, Mode};
 
 /// How long the first report of the page cache is waited for, once the destination is ready.
 const REPORT_PATIENCE: Duration = Duration::from_secs(3);
@@ -124,6 +124,7 @@ struct Ready {
     token: [u8; 16],
     connections: u8,
     switchover_ack: bool,
+    no_post_copy: Option<String>,
 }
 
 /// Why it does not.
@@ -134,7 +135,7 @@ enum NotReady {
 }
 
 /// Has the destination start its QEMU. Blocks.
-fn prepare(accepted: Accepted, patience: u16, post_copy: bool) -> Result<Ready, NotReady> {
+fn prepare(accepted: Accepted, patience: u16, post_copy: PostCopy) -> Result<Ready, NotReady> {
     let Accepted {
         mut connection,
         switchover_ack,
@@ -148,11 +149,16 @@ fn prepare(accepted: Accepted, patience: u16, post_copy: bool) -> Result<Ready, 
     };
     connection.send(&prepare).map_err(NotReady::Link)?;
     match connection.receive(START_PATIENCE).map_err(NotReady::Link)? {
-        Control::Ready { token, connections } => Ok(Ready {
+        Control::Ready {
+            token,
+            connections,
+            no_post_copy,
+        } => Ok(Ready {
             connection,
             token,
             connections,
             switchover_ack,
+            no_post_copy,
         }),
         Control::Abort { reason } => Err(NotReady::GaveUp(reason)),
         _ => Err(NotReady::Link(link::Error::Unexpected(
@@ -193,6 +199,8 @@ pub(super) struct Migration {
     pub(super) before: Option<Before>,
     /// The link, from when the destination is ready.
     pub(super) session: Option<Session<Packer>>,
+    /// What both QEMUs are ready for.
+    post_copy: PostCopy,
     /// The destination may have a QEMU for this migration.
     pub(super) may_wait_for_us: bool,
     /// How often the link broke before the session.
@@ -206,6 +214,16 @@ impl Migration {
         progress: Arc<Progress>,
         journal: Arc<dyn Journal>,
     ) -> Self {
+        let known = |wanted: &str| facts.capabilities.iter().any(|(name, _)| name == wanted);
+        let channels =
+            request.qemu_channels > 1 && known("multifd") && tells_order(facts.offer.qemu);
+        let (post_copy, chosen) = choice::wish(
+            &request.goal,
+            facts.running,
+            known("postcopy-ram"),
+            channels,
+        );
+        progress.choose(chosen);
         Self {
             request,
             facts,
@@ -215,6 +233,7 @@ impl Migration {
             reports: None,
             before: None,
             session: None,
+            post_copy,
             may_wait_for_us: false,
             early_breaks: 0,
         }
@@ -232,12 +251,16 @@ impl Migration {
         let layout = std::mem::take(&mut self.facts.layout);
         let frames = main_memory_end(&layout, PAGE_SIZE as u64);
         let hints = Arc::new(Hints::new(layout, Arc::clone(&flow)));
-        let frames = self.is_post_copy().then_some(frames);
         let mut reports = self.listen_to_agent(&hints, frames);
         let ready = self
             .prepare_destination(accepted, agreement, cancel)
             .await?;
         let switchover_ack = ready.switchover_ack;
+        if let Some(why) = &ready.no_post_copy {
+            self.post_copy = PostCopy::No;
+            let (mode, why) = (Mode::Pre, why.clone());
+            self.progress.choose(Chosen { mode, why });
+        }
         let rate = Arc::new(LinkRate::default());
         let session = self.begin_session(ready, &rate)?;
         let door = self.channels();
@@ -249,7 +272,7 @@ impl Migration {
             known,
             switchover_ack,
             goal.may_throttle,
-            self.is_post_copy(),
+            self.may_go_over(),
             channels,
         )
         .await?;
@@ -273,7 +296,7 @@ impl Migration {
         ));
         self.shared = Some(Arc::clone(&shared));
         match theirs {
-            Some(theirs) if self.is_post_copy() => shared.keep(theirs),
+            Some(theirs) if self.may_go_over() => shared.keep(theirs),
             // QEMU's alone: the stream ends when it closes its socket.
             theirs => drop(theirs),
         }
@@ -282,9 +305,9 @@ impl Migration {
         self.watch(&shared, events, cancel).await
     }
 
-    /// A paused VM gains nothing by running at its destination early.
-    fn is_post_copy(&self) -> bool {
-        self.request.goal.mode == Mode::Post && self.facts.running
+    /// Whether both QEMUs are ready for post-copy.
+    fn may_go_over(&self) -> bool {
+        self.post_copy != PostCopy::No
     }
 
     /// Enters a phase, which is noted first.
@@ -303,7 +326,7 @@ impl Migration {
         })
     }
 
-    fn listen_to_agent(&self, hints: &Arc<Hints>, frames: Option<u64>) -> Reports {
+    fn listen_to_agent(&self, hints: &Arc<Hints>, frames: u64) -> Reports {
         let vm = &self.request.vm;
         let disks = self
             .facts
@@ -340,7 +363,7 @@ impl Migration {
     ) -> Result<Ready, Stop> {
         let patience = self.request.link_patience.as_secs();
         let patience = u16::try_from(patience).unwrap_or(u16::MAX);
-        let post_copy = self.is_post_copy();
+        let post_copy = self.post_copy;
         self.may_wait_for_us = true;
         loop {
             let prepared =
@@ -398,7 +421,7 @@ impl Migration {
     fn channels(&self) -> Option<(Door, NonZeroU8)> {
         let known = &self.facts.capabilities;
         let known = known.iter().any(|(name, _)| name == "multifd");
-        if !known || self.is_post_copy() || !tells_order(self.facts.offer.qemu) {
+        if !known || self.may_go_over() || !tells_order(self.facts.offer.qemu) {
             return None;
         }
         let channels =
@@ -446,7 +469,13 @@ impl Migration {
     ) -> Result<Copied, Stop> {
         let qmp = self.request.vm.qmp();
         let mut switchover = Switchover::new(self.request.goal);
-        let mut start = Start::new(self.is_post_copy());
+        let mut choice = Choice::new(
+            self.request.goal,
+            self.post_copy,
+            Arc::clone(&self.progress),
+        );
+        let mut start = Start::default();
+        let (mut seen, mut continued) = (None, false);
         let done = |paused: Option<Instant>| {
             let completed = Instant::now();
             Copied {
@@ -463,7 +492,7 @@ impl Migration {
             tokio::select! {
                 biased;
                 // A QEMU that is about to go over to post-copy can take a cancel half, and hang.
-                () = cancelled(cancel), if !(self.is_post_copy() && paused.is_some()) => {
+                () = cancelled(cancel), if !(start.has_begun() && paused.is_some()) => {
                     return Err(Stop::Cancelled);
                 }
                 event = events.recv() => match event {
@@ -476,8 +505,13 @@ impl Migration {
                         if event.name == "MIGRATION" && status == Some("completed") {
                             return Ok(done(paused));
                         }
-                        if event.name == "MIGRATION" && status == Some("pre-switchover") && shared.link_away().is_none() {
-                            return self.let_go(shared, events, paused.unwrap_or_else(Instant::now)).await;
+                        if event.name == "MIGRATION" && status == Some("pre-switchover") {
+                            if !start.has_begun() {
+                                continued = true;
+                                qmp.migrate_continue().await?;
+                            } else if shared.link_away().is_none() {
+                                return self.let_go(shared, events, paused.unwrap_or_else(Instant::now)).await;
+                            }
                         }
                         if event.name == "MIGRATION" && status == Some("failed") {
                             return Err(self.why_failed(shared).await);
@@ -505,16 +539,29 @@ impl Migration {
                     let migration = qmp.query_migrate().await?;
                     match migration.status.as_deref() {
                         Some("completed") => return Ok(done(paused)),
+                        // Its event was missed.
+                        Some("pre-switchover") if !start.has_begun() && !continued => {
+                            continued = true;
+                            qmp.migrate_continue().await?;
+                        }
                         // Its event came while the link was away.
-                        Some("pre-switchover") if away.is_none() => {
+                        Some("pre-switchover") if away.is_none() && start.has_begun() => {
                             return self.let_go(shared, events, paused.unwrap_or_else(Instant::now)).await;
                         }
                         Some("failed" | "cancelled") => {
                             return Err(self.why_failed(shared).await);
                         }
                         _ => {
-                            switchover.follow(&migration, shared, qmp).await?;
-                            start.follow(&migration, shared, qmp).await?;
+                            if let Some(now) = switchover.follow(&migration, shared, qmp).await? {
+                                choice.consider(&now, shared.flow.round_trip());
+                                seen = Some(now);
+                            }
+                            if choice.is_likely() && let Some(reports) = &self.reports {
+                                reports.prepare_gate();
+                            }
+                            if let Some(seen) = seen.as_ref().filter(|_| paused.is_none()) {
+                                start.follow(seen, &choice, shared, qmp).await?;
+                            }
                         }
                     }
                 }

@@ -7,6 +7,7 @@ mod agreement;
 mod answers;
 mod buffers;
 mod channel;
+mod choice;
 mod collect;
 mod compression;
 mod ending;
@@ -35,7 +36,7 @@ mod transmit;
 
 use crate::link::{sync, window};
 pub use facts::Plan;
-pub use goal::{Goal, Mode};
+pub use goal::Goal;
 pub use migration::migrate;
 pub use request::{Destination, Journal, Outcome, Request, ask};
 pub use resume::Rest;

@@ -16,7 +16,9 @@ use transhume_protocol::link::{Control, encode_control};
 use transhume_protocol::qemu::{Command, CommandKind, Discard};
 
 use super::buffers::Buffer;
+use super::choice::Choice;
 use super::flow::Next;
+use super::goal::Seen;
 use super::migration::{Copied, Migration, Stop};
 use super::resume::Rest;
 use super::shared::Shared;
@@ -144,30 +146,32 @@ impl StreamReader {
     }
 }
 
-/// When QEMU may go over to post-copy.
+/// Lets QEMU go over to post-copy.
+#[derive(Default)]
 pub(super) struct Start {
-    wanted: bool,
     /// The destination was asked to wait for the link from then on.
     asked: bool,
+    begun: bool,
 }
 
 impl Start {
-    pub(super) fn new(wanted: bool) -> Self {
-        Self {
-            wanted,
-            asked: false,
-        }
+    /// Whether QEMU was told to.
+    pub(super) fn has_begun(&self) -> bool {
+        self.begun
     }
 
-    /// Lets QEMU go over when all memory was scanned once, and the destination waits for the link.
+    /// Lets QEMU go over when that was chosen, all memory was scanned once if there is time, and the destination
+    /// waits for the link.
     pub(super) async fn follow(
         &mut self,
-        said: &Said,
+        seen: &Seen,
+        choice: &Choice,
         shared: &Shared,
         qmp: &crate::hypervisor::Qmp,
     ) -> Result<(), Stop> {
-        let scans = said.ram.map_or(0, |ram| ram.dirty_sync_count);
-        if !self.wanted || scans < SCANS {
+        let round_trip = shared.flow.round_trip();
+        let is_time = seen.scans >= SCANS || choice.is_urgent(seen, round_trip);
+        if self.begun || !choice.is_post() || !is_time {
             return Ok(());
         }
         if !self.asked {
@@ -178,7 +182,8 @@ impl Start {
         if !shared.endures() {
             return Ok(());
         }
-        self.wanted = false;
+        self.begun = true;
+        choice.begins(seen, round_trip);
         qmp.migrate_start_postcopy().await?;
         // A QEMU that waits for the destination's leave would also wait with post-copy.
         shared.release_switchover()?;

@@ -31,18 +31,19 @@ pub(super) struct Reports {
     stop: Arc<AtomicBool>,
     remarks: Arc<Mutex<Vec<String>>>,
     first: watch::Receiver<bool>,
+    gate: Arc<AtomicBool>,
 }
 
 impl Reports {
-    /// Starts to listen to an agent by its socket, or tells why there is none. With `frames`, which no page frame
-    /// number reaches, the guest gets ready for a move by post-copy, too.
+    /// Starts to listen to an agent by its socket, or tells why there is none. No page frame number reaches
+    /// `frames`.
     pub(super) fn start(
         agent: Result<PathBuf, &'static str>,
         disks: Vec<DiskName>,
         session: u64,
         hints: Arc<Hints>,
         progress: Arc<Progress>,
-        frames: Option<u64>,
+        frames: u64,
     ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let remarks = Arc::new(Mutex::new(Vec::new()));
@@ -51,6 +52,7 @@ impl Reports {
             stop: Arc::clone(&stop),
             remarks: Arc::clone(&remarks),
             first,
+            gate: Arc::default(),
         };
         let span = tracing::Span::current();
         let listener = Listener {
@@ -60,6 +62,7 @@ impl Reports {
             hints,
             progress,
             frames,
+            gate: Arc::clone(&reports.gate),
         };
         let thread = std::thread::Builder::new().name("relay-agent".to_owned());
         let spawned = thread.spawn(move || {
@@ -74,6 +77,11 @@ impl Reports {
 
     fn remark(&self, text: String) {
         remark(&self.remarks, text);
+    }
+
+    /// Has the guest get ready for a move by post-copy, when its first report is there.
+    pub(super) fn prepare_gate(&self) {
+        self.gate.store(true, Ordering::Relaxed);
     }
 
     /// Waits for the first part of a report, or until it is clear that none will come.
@@ -126,7 +134,8 @@ struct Listener {
     ready: watch::Sender<bool>,
     hints: Arc<Hints>,
     progress: Arc<Progress>,
-    frames: Option<u64>,
+    frames: u64,
+    gate: Arc<AtomicBool>,
 }
 
 impl Listener {
@@ -162,13 +171,13 @@ impl Listener {
         tracing::debug!(agent = greeting.agent, source = ?greeting.source, "agent answers");
         let mut first = FirstReport::default();
         let mut last: Option<Instant> = None;
-        let prepared = self.frames.map(|frames| agent.prepare_gate(frames));
-        let mut prepared = prepared.and_then(Result::ok);
+        let mut prepared = agent.prepare_gate(self.frames).ok();
         let listened = agent.start_reports(INTERVAL, CPU_PERMILLE).and_then(|()| {
             agent.listen(
                 || {
                     // Not before there is a report: that comes first.
-                    if let Some(prepared) = prepared.as_mut().filter(|_| *self.ready.borrow()) {
+                    let due = self.gate.load(Ordering::Relaxed) && *self.ready.borrow();
+                    if let Some(prepared) = prepared.as_mut().filter(|_| due) {
                         prepared.go_on();
                     }
                     !self.stop.load(Ordering::Relaxed)

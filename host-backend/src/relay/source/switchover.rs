@@ -41,15 +41,15 @@ impl Switchover {
         }
     }
 
-    /// Looks at the migration as QEMU sees it, and steers.
+    /// Looks at the migration as QEMU sees it, and steers. Returns what is seen, if it was time for a look.
     pub(super) async fn follow(
         &mut self,
         migration: &Migration,
         shared: &Shared,
         qmp: &Qmp,
-    ) -> Result<(), RelayError> {
+    ) -> Result<Option<Seen>, RelayError> {
         let Some(ram) = migration.ram else {
-            return Ok(());
+            return Ok(None);
         };
         shared
             .progress
@@ -61,7 +61,7 @@ impl Switchover {
         let bytes = shared.progress.get(Counter::StreamBytes);
         let seconds = self.at.elapsed().as_secs_f64();
         if seconds < 0.1 {
-            return Ok(());
+            return Ok(None);
         }
         let stream = (bytes - self.bytes) as f64 / seconds;
         self.bytes = bytes;
@@ -72,12 +72,10 @@ impl Switchover {
             remaining: ram.remaining as f64,
             written: ram.dirty_pages_rate as f64 * PAGE_SIZE as f64,
             link: link.unwrap_or(ASSUMED_RATE),
+            measured: link.is_some(),
             stream,
             elapsed: shared.progress.elapsed(),
         };
-        if link.is_some() {
-            shared.progress.expect(self.goal.forecast(&seen));
-        }
         let limit_ms = limit(self.goal.pause_ms(&seen), seen.link, stream);
         if limit_ms != self.limit_ms {
             self.limit_ms = limit_ms;
@@ -89,7 +87,7 @@ impl Switchover {
                 tracing::debug!(%error, "downtime-limit not set");
             }
         }
-        Ok(())
+        Ok(Some(seen))
     }
 }
 
