@@ -1,8 +1,8 @@
 //! A migration chooses by itself between pre-copy and post-copy, and says why.
 
-use super::micro::Micro;
+use super::micro::{Micro, NAME};
 use super::pair::{At, NEWEST, Pair};
-use super::transhume::Answer;
+use super::transhume::{Answer, ask};
 use super::{Bed, Scenario};
 use crate::Result;
 use crate::error::check;
@@ -33,8 +33,8 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 
 fn busy(bed: &Bed) -> Result<Micro> {
     Ok(Micro {
-        memory: 128,
-        parameters: "cache=16M data=64M rate=60M".into(),
+        memory: 64,
+        parameters: "cache=8M data=32M rate=60M".into(),
         ..Micro::new(bed)?
     })
 }
@@ -86,7 +86,7 @@ fn choice(bed: &Bed) -> Result<()> {
         "post",
         &["the guest writes", "would not come to an end"],
     )?;
-    // Before all of memory was sent once: that would take a minute.
+    // Before all of memory was sent once: that would take half a minute.
     pair.hosts.shape(Some(SLOW / 5))?;
     let deadline = ["--deadline", "8"];
     let answer = pair.moves_by(At::B, &deadline, &mut life).map_err(shown)?;
@@ -98,6 +98,7 @@ fn choice(bed: &Bed) -> Result<()> {
         format!("It ran there too late: {answer}")
     })?;
     drop(life);
+    ask(&pair.a, &["vm", "stop", NAME, "--force"])?.expect(0)?;
 
     pair.hosts.shape(Some(SLOW))?;
     let mut life = pair.boot(&quiet(bed)?)?;

@@ -12,8 +12,10 @@ use super::goal::{FIXED_MS, Goal, Seen, ms};
 use crate::relay::progress::{Expected, Forecast, Progress};
 use crate::relay::{Choice as Chosen, Mode};
 
-/// Scans of memory after which a guest is no longer believed to stop writing.
-const MOST_SCANS: u64 = 10;
+/// How often as long as the first pass over memory the rest of pre-copy may take, and how long in any case: after
+/// that forecasts of its end are no longer believed.
+const MOST_PASSES: u32 = 2;
+const LEAST_REST: Duration = Duration::from_secs(10);
 /// After the first doubt the guest's agent gets ready for post-copy; so long at most, or until memory was scanned
 /// once more.
 const DOUBT: Duration = Duration::from_secs(2);
@@ -58,6 +60,8 @@ pub(super) struct Choice {
     post: bool,
     /// Since when pre-copy looks as if it would not do, and in which scan it did first.
     doubt: Option<(Instant, u64)>,
+    /// When the first pass over memory had ended.
+    passed: Option<Duration>,
     /// The scan in which the prediction was made that is told in the end.
     predicted: Option<u64>,
 }
@@ -71,6 +75,7 @@ impl Choice {
             open: possible == PostCopy::Perhaps,
             post: possible == PostCopy::Yes,
             doubt: None,
+            passed: None,
             predicted: None,
         }
     }
@@ -86,33 +91,40 @@ impl Choice {
     }
 
     /// Whether it is to go over now, though memory was not scanned once.
-    pub(super) fn is_urgent(&self, seen: &Seen, round_trip: Duration) -> bool {
-        self.post && self.goal.mode == Mode::Auto && self.is_last_moment(seen, round_trip)
+    pub(super) fn is_urgent(&self, seen: &Seen) -> bool {
+        self.post && self.goal.mode == Mode::Auto && self.is_last_moment(seen)
     }
 
     /// Takes a look at the migration.
-    pub(super) fn consider(&mut self, seen: &Seen, round_trip: Duration) {
+    pub(super) fn consider(&mut self, seen: &Seen) {
         let forecast = self.goal.forecast(seen);
+        if seen.scans > 1 {
+            self.passed.get_or_insert(seen.elapsed);
+        }
         if !self.post {
             self.predict(seen, forecast.as_ref());
         }
         if self.open {
-            self.decide(seen, round_trip, forecast.as_ref());
+            self.decide(seen, forecast.as_ref());
         }
         // What would help pre-copy helps nobody any more.
         self.progress.expect(forecast.filter(|_| !self.post));
     }
 
-    fn decide(&mut self, seen: &Seen, round_trip: Duration, forecast: Option<&Forecast>) {
-        let urgent = self.is_last_moment(seen, round_trip);
-        let Some(why) = against_pre_copy(seen, urgent, forecast) else {
+    fn decide(&mut self, seen: &Seen, forecast: Option<&Forecast>) {
+        let urgent = self.is_last_moment(seen);
+        let patience = self
+            .passed
+            .map(|passed| passed + (MOST_PASSES * passed).max(LEAST_REST));
+        let endless = patience.is_some_and(|patience| seen.elapsed > patience);
+        let Some(why) = against_pre_copy(seen, urgent, endless, forecast) else {
             self.doubt = None;
             if forecast.is_some() && seen.scans > 1 {
                 self.choose(Mode::Pre, seen.balance());
             }
             return;
         };
-        let pause = post_copy_pause(round_trip);
+        let pause = post_copy_pause(seen);
         if let Some(most) = self.goal.max_downtime_ms
             && pause > f64::from(most)
         {
@@ -133,8 +145,8 @@ impl Choice {
     }
 
     /// Whether the deadline is so near that the VM has to go over to be there in time.
-    fn is_last_moment(&self, seen: &Seen, round_trip: Duration) -> bool {
-        let soon = seen.elapsed + Duration::from_secs_f64(2e-3 * post_copy_pause(round_trip));
+    fn is_last_moment(&self, seen: &Seen) -> bool {
+        let soon = seen.elapsed + Duration::from_secs_f64(2e-3 * post_copy_pause(seen));
         self.goal.is_over(soon + LAST_MOMENT)
     }
 
@@ -155,8 +167,8 @@ impl Choice {
     }
 
     /// The VM goes over to post-copy now.
-    pub(super) fn begins(&self, seen: &Seen, round_trip: Duration) {
-        let pause = post_copy_pause(round_trip);
+    pub(super) fn begins(&self, seen: &Seen) {
+        let pause = post_copy_pause(seen);
         let rest = 1e3 * seen.remaining / seen.link.max(1.0);
         self.tell(seen, ms(seen.elapsed) + pause + rest, pause);
     }
@@ -171,12 +183,17 @@ impl Choice {
 }
 
 /// The pause of post-copy, in milliseconds.
-fn post_copy_pause(round_trip: Duration) -> f64 {
-    FIXED_MS + ROUND_TRIPS * ms(round_trip)
+fn post_copy_pause(seen: &Seen) -> f64 {
+    FIXED_MS + ROUND_TRIPS * ms(seen.round_trip) + 1e3 * seen.behind / seen.link.max(1.0)
 }
 
 /// Why pre-copy will not do.
-fn against_pre_copy(seen: &Seen, urgent: bool, forecast: Option<&Forecast>) -> Option<String> {
+fn against_pre_copy(
+    seen: &Seen,
+    urgent: bool,
+    endless: bool,
+    forecast: Option<&Forecast>,
+) -> Option<String> {
     if seen.scans < 2 {
         let why = "one pass over memory would take until the --deadline";
         return urgent.then(|| why.to_owned());
@@ -191,15 +208,13 @@ fn against_pre_copy(seen: &Seen, urgent: bool, forecast: Option<&Forecast>) -> O
             "{balance}: pre-copy would not end by the --deadline"
         ));
     }
-    (seen.scans > MOST_SCANS)
-        .then(|| format!("{balance}: pre-copy has not ended in {MOST_SCANS} passes over memory"))
+    endless.then(|| format!("{balance}: pre-copy should have ended long ago"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const TRIP: Duration = Duration::from_millis(1);
     const SEEN: Seen = Seen {
         scans: 2,
         remaining: 100e6,
@@ -207,6 +222,8 @@ mod tests {
         link: 100e6,
         measured: true,
         stream: 100e6,
+        behind: 0.0,
+        round_trip: Duration::from_millis(1),
         elapsed: Duration::from_secs(5),
     };
     const BUSY: Seen = Seen {
@@ -257,7 +274,7 @@ mod tests {
     fn a_guest_that_writes_little_stays_with_pre_copy() {
         let (mut choice, progress) = choice(Goal::default());
         for scans in 1..6 {
-            choice.consider(&Seen { scans, ..SEEN }, TRIP);
+            choice.consider(&Seen { scans, ..SEEN });
         }
         assert!(!choice.is_post() && !choice.is_likely());
         let (mode, why) = chosen(&progress);
@@ -268,19 +285,19 @@ mod tests {
     #[test]
     fn one_that_writes_more_than_the_link_carries_goes_over_after_another_look() {
         let (mut choice, progress) = choice(Goal::default());
-        choice.consider(&BUSY, TRIP);
+        choice.consider(&BUSY);
         assert!(choice.is_likely() && !choice.is_post());
         // A quiet moment ends the doubt.
-        choice.consider(&SEEN, TRIP);
+        choice.consider(&SEEN);
         assert!(!choice.is_likely());
         for scans in [3, 4] {
-            choice.consider(&Seen { scans, ..BUSY }, TRIP);
+            choice.consider(&Seen { scans, ..BUSY });
         }
         assert!(choice.is_post());
         let (mode, why) = chosen(&progress);
         assert!(mode == Mode::Post && why.contains("200 MB/s"), "{why}");
         assert_eq!(progress.forecast(), None);
-        choice.begins(&BUSY, TRIP);
+        choice.begins(&BUSY);
         // 100 MB at 100 MB/s after 5 s, and the pause.
         let expected = progress.predicted().unwrap();
         assert!((6000.0..6100.0).contains(&expected.total_ms));
@@ -289,10 +306,20 @@ mod tests {
     #[test]
     fn one_that_never_ends_though_it_should_goes_over() {
         let (mut choice, _) = choice(Goal::default());
-        for scans in 2..=MOST_SCANS + 2 {
-            assert!(!choice.is_post());
-            choice.consider(&Seen { scans, ..SEEN }, TRIP);
+        for (scans, seconds) in (2..).zip([4, 8, 12, 15]) {
+            assert!(!choice.is_likely());
+            let elapsed = Duration::from_secs(seconds);
+            choice.consider(&Seen {
+                scans,
+                elapsed,
+                ..SEEN
+            });
         }
+        choice.consider(&Seen {
+            scans: 6,
+            elapsed: Duration::from_secs(16),
+            ..SEEN
+        });
         assert!(choice.is_post());
     }
 
@@ -304,12 +331,12 @@ mod tests {
         };
         let (mut late, progress) = choice(goal);
         let first = Seen { scans: 1, ..SEEN };
-        late.consider(&first, TRIP);
-        assert!(late.is_post() && late.is_urgent(&first, TRIP));
+        late.consider(&first);
+        assert!(late.is_post() && late.is_urgent(&first));
         assert!(chosen(&progress).1.contains("--deadline"));
         let (mut early, _) = choice(goal);
         let elapsed = Duration::from_secs(1);
-        early.consider(&Seen { elapsed, ..first }, TRIP);
+        early.consider(&Seen { elapsed, ..first });
         assert!(!early.is_likely());
     }
 
@@ -320,9 +347,13 @@ mod tests {
             ..Goal::default()
         };
         let (mut choice, progress) = choice(goal);
-        let far = Duration::from_millis(80);
         for scans in 2..6 {
-            choice.consider(&Seen { scans, ..BUSY }, far);
+            let round_trip = Duration::from_millis(80);
+            choice.consider(&Seen {
+                scans,
+                round_trip,
+                ..BUSY
+            });
         }
         assert!(!choice.is_post());
         assert!(chosen(&progress).1.contains("--max-downtime 100"));
@@ -335,8 +366,8 @@ mod tests {
         let mut post = Choice::new(Goal::default(), PostCopy::Yes, Arc::clone(&progress));
         let mut pre = Choice::new(Goal::default(), PostCopy::No, progress);
         for scans in 1..20 {
-            post.consider(&Seen { scans, ..SEEN }, TRIP);
-            pre.consider(&Seen { scans, ..BUSY }, TRIP);
+            post.consider(&Seen { scans, ..SEEN });
+            pre.consider(&Seen { scans, ..BUSY });
         }
         assert!(post.is_post() && !pre.is_post());
     }

@@ -102,7 +102,12 @@ impl Reading {
             reason = "clamped"
         )]
         let near = (rate * time.as_secs_f64()).clamp(least, NEAR_MOST) as u64;
-        self.shared.flow.wait_for_peer(near.max(unsent))?;
+        let most = if self.shared.stays_near() {
+            near
+        } else {
+            near.max(unsent)
+        };
+        self.shared.flow.wait_for_peer(most)?;
         if unsent == 0 {
             self.shared.release_switchover()?;
         }

@@ -435,6 +435,11 @@ impl Flow {
         self.lock().round_trip.unwrap_or_default()
     }
 
+    /// How far the destination is behind, in bytes of pages.
+    pub(super) fn behind(&self) -> u64 {
+        self.lock().owed() + self.window.out()
+    }
+
     /// Waits until the destination is no further behind than so many bytes of pages. QEMU can pause the VM
     /// only once it could write the rest, so what is owed then is bounded by this.
     pub(super) fn wait_for_peer(&self, most: u64) -> Result<(), RelayError> {

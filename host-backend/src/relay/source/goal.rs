@@ -53,6 +53,10 @@ pub(super) struct Seen {
     pub(super) measured: bool,
     /// What the relay takes of QEMU's stream, in bytes a second; more than the link while disks help.
     pub(super) stream: f64,
+    /// What was read from QEMU and is not at the destination yet, in bytes of pages.
+    pub(super) behind: f64,
+    /// To the destination and back.
+    pub(super) round_trip: Duration,
     /// Since the command.
     pub(super) elapsed: Duration,
 }
@@ -178,6 +182,8 @@ mod tests {
         link: 100e6,
         measured: true,
         stream: 100e6,
+        behind: 0.0,
+        round_trip: Duration::from_millis(1),
         elapsed: Duration::from_secs(5),
     };
 

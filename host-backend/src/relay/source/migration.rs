@@ -553,7 +553,7 @@ impl Migration {
                         }
                         _ => {
                             if let Some(now) = switchover.follow(&migration, shared, qmp).await? {
-                                choice.consider(&now, shared.flow.round_trip());
+                                choice.consider(&now);
                                 seen = Some(now);
                             }
                             if choice.is_likely() && let Some(reports) = &self.reports {

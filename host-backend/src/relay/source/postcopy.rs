@@ -169,13 +169,13 @@ impl Start {
         shared: &Shared,
         qmp: &crate::hypervisor::Qmp,
     ) -> Result<(), Stop> {
-        let round_trip = shared.flow.round_trip();
-        let is_time = seen.scans >= SCANS || choice.is_urgent(seen, round_trip);
+        let is_time = seen.scans >= SCANS || choice.is_urgent(seen);
         if self.begun || !choice.is_post() || !is_time {
             return Ok(());
         }
         if !self.asked {
             self.asked = true;
+            shared.stay_near();
             let endure = encode_control(&Control::Endure).map_err(RelayError::from)?;
             shared.flow.push_urgent(Next::Control(endure));
         }
@@ -183,7 +183,7 @@ impl Start {
             return Ok(());
         }
         self.begun = true;
-        choice.begins(seen, round_trip);
+        choice.begins(seen);
         qmp.migrate_start_postcopy().await?;
         // A QEMU that waits for the destination's leave would also wait with post-copy.
         shared.release_switchover()?;

@@ -46,6 +46,8 @@ struct State {
     hand: Hand,
     /// The destination waits for the link however long it is away.
     endures: bool,
+    /// The VM goes over to post-copy as soon as it can.
+    near: bool,
     /// QEMU's end of its socket, until the stream may hand the VM over.
     theirs: Option<OwnedFd>,
     /// The first error.
@@ -253,6 +255,16 @@ impl Shared {
         if let Some(theirs) = state.theirs.take() {
             stream::narrow(&theirs);
         }
+    }
+
+    /// From here on the destination does not fall behind by more than it does in post-copy.
+    pub(super) fn stay_near(&self) {
+        self.lock().near = true;
+    }
+
+    /// Whether it does not.
+    pub(super) fn stays_near(&self) -> bool {
+        self.lock().near
     }
 
     /// The destination has agreed to wait for the link however long it is away.

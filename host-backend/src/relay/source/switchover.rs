@@ -74,6 +74,8 @@ impl Switchover {
             link: link.unwrap_or(ASSUMED_RATE),
             measured: link.is_some(),
             stream,
+            behind: shared.flow.behind() as f64,
+            round_trip: shared.flow.round_trip(),
             elapsed: shared.progress.elapsed(),
         };
         let limit_ms = limit(self.goal.pause_ms(&seen), seen.link, stream);
