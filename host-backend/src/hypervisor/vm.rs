@@ -251,6 +251,10 @@ impl Vm {
                 migration.status.as_deref(),
                 None | Some("none" | "failed" | "cancelled" | "completed")
             );
+            if migration.status.as_deref() == Some("pre-switchover") {
+                // It waits for leave from whoever drove it, and notices nothing else.
+                self.qmp.migrate_cancel().await?;
+            }
             let status = self.qmp.status().await?;
             if over && status.status != "finish-migrate" {
                 return Ok(status);

@@ -16,6 +16,8 @@ mod look;
 mod models;
 mod output;
 mod placement;
+#[cfg(test)]
+mod placement_tests;
 mod postcopy;
 mod reads;
 mod receive;

@@ -10,7 +10,7 @@
 //!    pages and small blocks always go by the stream.
 //! 4. Before the last RAM section ends nothing is awaited any more: the source sees to that by sending
 //!    every page that is still open. So it is before QEMU forgets pages for post-copy; after that each page
-//!    goes by the stream, once.
+//!    goes by the stream, once, from a disk or from the source.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -151,6 +151,16 @@ impl State {
         } else {
             Ok(Before::Something(self.awaited.remove(&key)))
         }
+    }
+
+    /// In post-copy a page has come. Whether QEMU needs it; it will not after this.
+    fn take_missing(&mut self, key: PageKey, verdicts: &mut Verdicts) -> bool {
+        if let Some(awaited) = self.awaited.remove(&key) {
+            verdicts.settle(awaited);
+        }
+        self.missing
+            .as_mut()
+            .is_some_and(|missing| missing.take(key))
     }
 
     fn in_section(&self) -> Result<(), RelayError> {
@@ -424,7 +434,8 @@ impl Placement {
         contents: &Contents,
         pages: Vec<(PageKey, u32)>,
     ) -> Result<(), RelayError> {
-        let Some(memory) = self.memory.as_ref().filter(|_| state.may_write) else {
+        let direct = state.may_write && state.missing.is_none();
+        let Some(memory) = self.memory.as_ref().filter(|_| direct) else {
             self.stream(Arc::clone(contents), pages);
             return Ok(());
         };
@@ -527,8 +538,12 @@ impl Placement {
             block,
             page: end.saturating_sub(1),
         })?;
-        if let Some(missing) = &mut state.missing {
-            for page in (page..end).filter(|&page| missing.take(PageKey { block, page })) {
+        if state.missing.is_some() {
+            for page in page..end {
+                let key = PageKey { block, page };
+                if !state.take_missing(key, &mut verdicts) {
+                    continue;
+                }
                 self.output.push(Piece::Zero {
                     block,
                     page,
@@ -536,6 +551,8 @@ impl Placement {
                     fill,
                 });
             }
+            drop(state);
+            self.reply(verdicts);
             return Ok(());
         }
         for page in page..end {
@@ -571,10 +588,12 @@ impl Placement {
         let mut verdicts = Verdicts::default();
         let mut state = self.lock();
         state.in_section()?;
-        if let Some(missing) = &mut state.missing {
+        if state.missing.is_some() {
             let mut pages = pages;
-            pages.retain(|(key, _)| missing.take(*key));
+            pages.retain(|(key, _)| state.take_missing(*key, &mut verdicts));
             self.stream(contents, pages);
+            drop(state);
+            self.reply(verdicts);
             return Ok(());
         }
         let was_full = self.is_full(&state);
@@ -608,13 +627,16 @@ impl Placement {
         mut pages: Vec<(PageKey, u32)>,
     ) -> Result<(), RelayError> {
         let mut state = self.lock();
-        if state.ended || state.packaged {
+        if state.ended {
             return Err(RelayError::Misplaced("page after the end of memory"));
         }
-        pages.retain(|(key, _)| match state.awaited.entry(*key) {
-            Entry::Occupied(awaited) if awaited.get().batch == batch => {
-                awaited.remove();
-                true
+        let State {
+            awaited, missing, ..
+        } = &mut *state;
+        pages.retain(|(key, _)| match awaited.entry(*key) {
+            Entry::Occupied(entry) if entry.get().batch == batch => {
+                entry.remove();
+                missing.as_mut().is_none_or(|missing| missing.take(*key))
             }
             _ => false,
         });
@@ -635,21 +657,27 @@ impl Placement {
         let mut verdicts = Verdicts::default();
         let mut state = self.lock();
         state.in_section()?;
-        if state.missing.is_some() {
-            return Err(RelayError::Misplaced("reference in post-copy"));
-        }
         let was_full = self.is_full(&state);
         for (n, digest) in (0_u64..).zip(digests) {
             let key = PageKey {
                 block: first.block,
                 page: first.page.saturating_add(n),
             };
-            let known = state.ahead.get(&key).copied();
-            if let Before::Something(_) = state.replace(key)? {
-                return Err(RelayError::Misplaced(
-                    "reference for a page that came before",
-                ));
-            }
+            let known = if let Some(missing) = &state.missing {
+                if !missing.contains(key) || state.awaited.contains_key(&key) {
+                    return Err(RelayError::Misplaced("reference for a page that is here"));
+                }
+                // What was read ahead was forgotten.
+                None
+            } else {
+                let known = state.ahead.get(&key).copied();
+                if let Before::Something(_) = state.replace(key)? {
+                    return Err(RelayError::Misplaced(
+                        "reference for a page that came before",
+                    ));
+                }
+                known
+            };
             let mut awaited = Awaited {
                 batch,
                 index: *index,
@@ -753,7 +781,13 @@ impl Placement {
             if let Entry::Occupied(mut awaited) = state.awaited.entry(key) {
                 if digest == Some(&awaited.get().digest) {
                     verdicts.settle(awaited.remove());
-                    placed.push((key, offset));
+                    if state
+                        .missing
+                        .as_mut()
+                        .is_none_or(|missing| missing.take(key))
+                    {
+                        placed.push((key, offset));
+                    }
                 } else {
                     verdicts.want(awaited.get_mut());
                 }

@@ -63,6 +63,12 @@ impl Missing {
         needed
     }
 
+    /// Whether QEMU needs that page.
+    pub(super) fn contains(&self, key: PageKey) -> bool {
+        let pages = self.blocks.get(usize::from(key.block));
+        pages.is_some_and(|pages| pages.contains(key.page))
+    }
+
     /// The pages that QEMU has forgotten and not got again, a map a block.
     pub(super) fn pages(&self) -> &[Bitmap] {
         &self.blocks

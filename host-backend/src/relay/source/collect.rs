@@ -23,6 +23,9 @@ use crate::relay::progress::Counter;
 
 /// A batch that is not full is held so long for more: small ones cost much and compress badly.
 const HOLD: Duration = Duration::from_millis(5);
+/// The same for pages of a VM in post-copy, and with how many of them a batch is full.
+const HOLD_POST_COPY: Duration = Duration::from_millis(2);
+const POST_COPY_PAGES: usize = 32;
 /// How far the destination may be behind when the VM could be paused, in time of the link, and in bytes.
 const NEAR: Duration = Duration::from_millis(40);
 /// The same while a guest waits for pages behind what is on its way.
@@ -194,11 +197,14 @@ impl Collector {
     /// is paused nothing is held.
     pub(super) fn more_comes(&self, socket: &impl AsFd, begun: Instant) -> bool {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-        if self.switch.has_begun() {
-            // Somebody may wait for what has come.
-            return false;
-        }
-        let hold = if self.reading.in_final_section() || self.batch.builder.is_empty() {
+        let hold = if self.switch.has_begun() {
+            // Somebody may wait for what has come; but what is small against the way there is not felt.
+            if self.batch.data.len() >= POST_COPY_PAGES {
+                return false;
+            }
+            let most = self.shared().flow.round_trip() / 8;
+            most.min(HOLD_POST_COPY).saturating_sub(begun.elapsed())
+        } else if self.reading.in_final_section() || self.batch.builder.is_empty() {
             Duration::ZERO
         } else {
             HOLD.saturating_sub(begun.elapsed())
@@ -209,7 +215,7 @@ impl Collector {
     }
 
     pub(super) fn begin_batch(&mut self) -> Result<(), RelayError> {
-        let room = if self.reading.in_final_section() || self.switch.has_begun() {
+        let room = if self.reading.in_final_section() || self.switch.is_under_way() {
             0
         } else {
             self.shared().flow.reference_room()?
@@ -324,13 +330,24 @@ impl Collector {
         }
     }
 
-    /// Takes a page that the destination has forgotten for post-copy, whatever it had.
-    pub(super) fn forgotten(&mut self, key: PageKey, offset: usize) {
-        self.batch.builder.data(key.block, key.page);
+    /// Takes a page that the destination has forgotten for post-copy, whatever it had. What the guest asked
+    /// for is not left to a disk, which may hold something else.
+    pub(super) fn forgotten(&mut self, key: PageKey, data: &[u8; PAGE_SIZE], offset: usize) {
         // The offset is below the buffer's length.
-        self.batch
-            .data
-            .push(u32::try_from(offset).unwrap_or(u32::MAX));
+        let offset = u32::try_from(offset).unwrap_or(u32::MAX);
+        if self.batch.references.len() < self.batch.room
+            && let Some(place) = self.table.look_up(key, &mut self.cursor)
+            && !self.shared().requests.take(key)
+        {
+            let digest = self.digester.digest(data);
+            self.batch
+                .builder
+                .reference(key.block, key.page, place.disk, place.sector, &digest);
+            self.batch.references.push(Content { key, offset });
+            return;
+        }
+        self.batch.builder.data(key.block, key.page);
+        self.batch.data.push(offset);
         self.batch.again += 1;
     }
 

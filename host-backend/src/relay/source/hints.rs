@@ -78,6 +78,12 @@ impl Hints {
         self.publish(&mut state);
     }
 
+    /// The number of QEMU's block of that name.
+    pub(super) fn block(&self, name: &str) -> Option<u16> {
+        let at = self.lock().blocks.iter().position(|one| one.name == name);
+        at.and_then(|at| u16::try_from(at).ok())
+    }
+
     /// Takes QEMU's table of blocks, which comes with the stream.
     pub(super) fn set_blocks(&self, blocks: &[Block]) {
         let mut state = self.lock();

@@ -507,8 +507,9 @@ impl Migration {
                         }
                         if event.name == "MIGRATION" && status == Some("pre-switchover") {
                             if !start.has_begun() {
-                                continued = true;
-                                qmp.migrate_continue().await?;
+                                if !std::mem::replace(&mut continued, true) {
+                                    qmp.migrate_continue().await?;
+                                }
                             } else if shared.link_away().is_none() {
                                 return self.let_go(shared, events, paused.unwrap_or_else(Instant::now)).await;
                             }

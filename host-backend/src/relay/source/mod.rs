@@ -26,6 +26,7 @@ mod rendezvous;
 mod rendezvous_models;
 mod report;
 mod request;
+mod requests;
 mod resume;
 mod settings;
 mod shared;

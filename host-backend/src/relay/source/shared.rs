@@ -17,6 +17,7 @@ use super::flow::Flow;
 use super::hints::Hints;
 use super::link_rate::LinkRate;
 use super::rendezvous::Rendezvous;
+use super::requests::Requests;
 use super::stream::StreamReader;
 use super::transmit::{Packer, Transmitter};
 use crate::hypervisor::stream;
@@ -72,6 +73,8 @@ pub(super) struct Shared {
     pub(super) flow: Arc<Flow>,
     pub(super) hints: Arc<Hints>,
     pub(super) progress: Arc<Progress>,
+    /// What the guest waits for, in post-copy.
+    pub(super) requests: Requests,
     qemu: Sockets,
     /// Where the readers of stream and channels meet.
     rendezvous: Option<Arc<Rendezvous>>,
@@ -97,6 +100,7 @@ impl Shared {
             flow,
             hints,
             progress,
+            requests: Requests::default(),
             qemu,
             rendezvous: (channels > 0).then(|| Arc::new(Rendezvous::new(channels))),
             telling: Mutex::new(()),

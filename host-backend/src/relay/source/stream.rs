@@ -142,7 +142,7 @@ impl StreamReader {
                 Kind::Page { page, data } => {
                     let key = key(page);
                     if self.collector.switch.has_begun() {
-                        self.collector.forgotten(key, end - PAGE_SIZE);
+                        self.collector.forgotten(key, data, end - PAGE_SIZE);
                         continue;
                     }
                     let digest = self.collector.digester.digest(data);
