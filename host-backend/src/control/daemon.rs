@@ -481,7 +481,7 @@ impl Daemon {
                 let to = &job.info().to;
                 self.table
                     .depart(job.vm(), format!("it moved to {to} (job {})", job.id()));
-                Ending::Completed(Box::new(summary))
+                Ending::Completed(summary)
             }
             Ok(Ok(source::Outcome::Planned(plan))) => {
                 let text = plan.to_string();

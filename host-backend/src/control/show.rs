@@ -339,6 +339,23 @@ fn summary(summary: &Summary) -> String {
             bytes(post.pages * PAGE),
             bytes(post.requested_pages * PAGE)
         );
+        if let Some(stalls) = &post.stalls {
+            let _ = writeln!(
+                text,
+                "  stood still    {:>10}  (the CPU that did for longest; {} all of them)",
+                duration(stalls.cpu_ms.into()),
+                duration(stalls.all_cpus_ms.into())
+            );
+            if stalls.gated_pages > 0 {
+                let _ = writeln!(
+                    text,
+                    "  slept          {:>10}  (processes, {} times for absent memory, {} at most)",
+                    duration(stalls.waited_ms),
+                    stalls.waits,
+                    duration(stalls.longest_ms)
+                );
+            }
+        }
     }
     let kinds = kinds(traffic);
     let all = kinds.iter().map(|(_, pages)| pages).sum();

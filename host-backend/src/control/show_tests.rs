@@ -1,6 +1,6 @@
 use super::super::api::{Failure, FailureKind};
 use super::*;
-use crate::relay::progress::{Downtime, Expected, Phases, PostCopy};
+use crate::relay::progress::{Downtime, Expected, Phases, PostCopy, Stalls};
 
 fn job(state: JobState) -> JobInfo {
     JobInfo {
@@ -130,12 +130,23 @@ web1 runs on hostb now; it left hosta in 5.82 s.
             total_ms: 2500.0,
             pages: 1024,
             requested_pages: 16,
+            stalls: Some(Stalls {
+                all_cpus_ms: 20,
+                cpu_ms: 310,
+                waits: 12,
+                waited_ms: 2040.0,
+                longest_ms: 230.0,
+                gated_pages: 1000,
+            }),
         });
     }
-    let line =
-        "  post-copy          2.50 s  (4.00 MiB followed, 64.0 KiB of it asked for by the guest)\n";
+    let lines =
+        "  post-copy          2.50 s  (4.00 MiB followed, 64.0 KiB of it asked for by the guest)
+  stood still        310 ms  (the CPU that did for longest; 20 ms all of them)
+  slept              2.04 s  (processes, 12 times for absent memory, 230 ms at most)
+";
     let text = super::job(&job);
-    assert!(text.contains(line), "{text}");
+    assert!(text.contains(lines), "{text}");
 }
 
 #[test]

@@ -27,6 +27,10 @@ pub struct Migration {
     pub downtime: Option<u64>,
     /// What QEMU expects of the pause, in milliseconds.
     pub expected_downtime: Option<u64>,
+    /// At the destination: how long all virtual CPUs stood still at once in post-copy, in milliseconds.
+    pub postcopy_blocktime: Option<u32>,
+    /// The same of each of them.
+    pub postcopy_vcpu_blocktime: Option<Vec<u32>>,
 }
 
 /// Memory's progress, in bytes.

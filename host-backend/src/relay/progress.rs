@@ -168,6 +168,42 @@ pub struct PostCopy {
     pub pages: u64,
     /// Pages that the guest asked for before they had come.
     pub requested_pages: u64,
+    /// What it cost the guest; absent when that is not known, as after a break.
+    #[serde(default)]
+    pub stalls: Option<Stalls>,
+}
+
+/// What post-copy cost the guest after it ran at its destination.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Stalls {
+    /// How long all virtual CPUs stood still at once, in milliseconds.
+    pub all_cpus_ms: u32,
+    /// How long the one did that stood still for longest, in milliseconds.
+    pub cpu_ms: u32,
+    /// Times that a process slept for a page instead of stopping a CPU.
+    pub waits: u64,
+    /// How long processes slept in all, in milliseconds.
+    pub waited_ms: f64,
+    /// How long one slept at most, in milliseconds.
+    pub longest_ms: f64,
+    /// Pages of processes that were absent and watched; 0 where the guest has no gate.
+    pub gated_pages: u64,
+}
+
+impl From<transhume_protocol::link::Stalls> for Stalls {
+    fn from(told: transhume_protocol::link::Stalls) -> Self {
+        let waits = told.processes.unwrap_or_default();
+        let ms = |us: u64| Duration::from_micros(us).as_secs_f64() * 1e3;
+        Self {
+            all_cpus_ms: told.all_cpus_ms,
+            cpu_ms: told.cpus_ms.into_iter().max().unwrap_or_default(),
+            waits: waits.waits,
+            waited_ms: ms(waits.waited_us),
+            longest_ms: ms(waits.longest_us),
+            gated_pages: waits.pages,
+        }
+    }
 }
 
 /// How a migration ended well.

@@ -51,6 +51,30 @@ pub enum PostCopy {
     Yes,
 }
 
+/// What post-copy cost the guest after it ran at its destination.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stalls {
+    /// How long each virtual CPU stood still, in milliseconds; empty where QEMU does not tell.
+    pub cpus_ms: Vec<u32>,
+    /// How long all of them did at once, in milliseconds.
+    pub all_cpus_ms: u32,
+    /// What processes waited instead, where the guest has a gate.
+    pub processes: Option<Waits>,
+}
+
+/// Waits of processes for memory that was absent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waits {
+    /// Their pages that were absent.
+    pub pages: u64,
+    /// Times that one went to sleep.
+    pub waits: u64,
+    /// How long they slept in all, in microseconds.
+    pub waited_us: u64,
+    /// How long one slept at most, in microseconds.
+    pub longest_us: u64,
+}
+
 /// Messages that drive a migration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Control {
@@ -157,6 +181,8 @@ pub enum Control {
     },
     /// Destination: all memory of the VM is here already.
     Whole,
+    /// Destination, when all memory of a VM in post-copy is here: what that cost the guest.
+    Stalled(Stalls),
 }
 
 fn configuration() -> impl bincode::config::Config {

@@ -39,7 +39,9 @@ pub use batch::{
     BATCH_HEADER_LEN, BatchBuilder, BatchEncoding, BatchHeader, BatchReader, DIGEST_LEN, Digest,
     MAX_BATCH_DATA, MAX_BLOCKS, PAGE_LEN, Record, Records, SectionKind,
 };
-pub use control::{Control, Offer, OfferedDisk, PostCopy, decode_control, encode_control};
+pub use control::{
+    Control, Offer, OfferedDisk, PostCopy, Stalls, Waits, decode_control, encode_control,
+};
 pub use frame::{
     Cover, FRAME_HEADER_LEN, FrameHeader, FrameKind, MAX_FRAME_PAYLOAD, Numbering, PREAMBLE_LEN,
     Preamble,

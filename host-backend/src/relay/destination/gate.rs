@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use tokio::sync::oneshot;
 use transhume_protocol::agent::{FrameRun, GateCounts};
 use transhume_protocol::qemu::return_path::Message;
 
@@ -43,6 +44,17 @@ pub(super) struct Block {
 /// Ends it when it is dropped.
 pub(super) struct Gate {
     stop: Arc<AtomicBool>,
+    /// What comes of it.
+    counts: oneshot::Receiver<GateCounts>,
+}
+
+impl Gate {
+    /// Ends it, and tells what came of it, if the agent says so in time.
+    pub(super) async fn end(mut self, patience: Duration) -> Option<GateCounts> {
+        self.stop.store(true, Ordering::Relaxed);
+        let counts = tokio::time::timeout(patience, &mut self.counts).await;
+        counts.ok()?.ok()
+    }
 }
 
 impl Drop for Gate {
@@ -54,8 +66,10 @@ impl Drop for Gate {
 /// Begins, if the VM has an agent; best before the VM runs.
 pub(super) fn start(vm: Arc<Vm>, placement: Arc<Placement>, replies: mpsc::Sender<Reply>) -> Gate {
     let stop = Arc::new(AtomicBool::new(false));
+    let (sender, counts) = oneshot::channel();
     let gate = Gate {
         stop: Arc::clone(&stop),
+        counts,
     };
     tokio::spawn(async move {
         let layout = tokio::time::timeout(PATIENCE, Layout::read(vm.qmp())).await;
@@ -69,7 +83,10 @@ pub(super) fn start(vm: Arc<Vm>, placement: Arc<Placement>, replies: mpsc::Sende
             };
             let name = vm.name();
             match run(socket, layout.regions(), &placement, &replies, &stop) {
-                Ok(Some(counts)) => tell(name, &counts),
+                Ok(Some(counts)) => {
+                    tell(name, &counts);
+                    let _ = sender.send(counts);
+                }
                 Ok(None) => {
                     tracing::info!(vm = name, "the agent does not say what came of its gate");
                 }

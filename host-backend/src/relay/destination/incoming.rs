@@ -250,7 +250,7 @@ pub(super) async fn take(
     }
     let events = vm.qmp().events();
     let gated = offer.running && engine.is_post_copy();
-    let _gate = gated.then(|| engine.gate(&vm));
+    let gate = gated.then(|| engine.gate(&vm));
     match run(&vm, &decision, &offer, &engine).await {
         Ok(()) => {
             reservation.kept = true;
@@ -262,7 +262,11 @@ pub(super) async fn take(
                 decision.follows();
                 resume::forget_when_gone(host.arrivals(), &vm, offer.job);
                 match postcopy::complete(&engine, &vm, events).await {
-                    Ok(()) => resume::whole(&*host, &vm, offer.job),
+                    Ok(()) => {
+                        resume::whole(&*host, &vm, offer.job);
+                        let stalls = postcopy::stalls(vm.qmp(), gate).await;
+                        engine.send(Control::Stalled(stalls));
+                    }
                     Err(cause) => tracing::warn!(
                         vm = name,
                         cause,
@@ -544,6 +548,13 @@ async fn take_post_copy(vm: &Vm, post_copy: PostCopy, host: &str) -> Result<bool
     let set = vm.qmp().migrate_set_capabilities(&[("postcopy-ram", true)]);
     set.await
         .map_err(|error| postcopy::unsupported(host, &error))?;
+    // How long CPUs stand still then is good to know, and not needed.
+    let set = vm
+        .qmp()
+        .migrate_set_capabilities(&[("postcopy-blocktime", true)]);
+    if let Err(error) = set.await {
+        tracing::debug!(%error, "postcopy-blocktime");
+    }
     Ok(true)
 }
 

@@ -7,10 +7,12 @@
 use std::time::Duration;
 
 use tokio::sync::broadcast;
+use transhume_protocol::link::{Stalls, Waits};
 use transhume_protocol::qemu::return_path::Message;
 use transhume_protocol::qemu::{Command, CommandKind};
 
 use super::engine::Engine;
+use super::gate::Gate;
 use crate::hypervisor::qmp::Event;
 use crate::hypervisor::{Qmp, Vm};
 use crate::pages::PageKey;
@@ -21,6 +23,8 @@ use crate::relay::error::RelayError;
 const GLANCE: Duration = Duration::from_millis(100);
 /// How long QEMU may take to say so after the source has ended the link.
 const LAST_WORD: Duration = Duration::from_secs(2);
+/// How long the guest's agent may take to say what its gate counted.
+const LAST_COUNTS: Duration = Duration::from_secs(1);
 /// The number of a ping of our own. QEMU's are small.
 const PING: u32 = 0x7472_616e;
 
@@ -201,6 +205,25 @@ async fn last_word(qmp: &Qmp, error: &RelayError) -> Result<(), String> {
     tokio::time::timeout(LAST_WORD, whole)
         .await
         .map_err(|_| error.to_string())
+}
+
+/// What it cost the guest. Takes a moment if the guest's agent does.
+pub(super) async fn stalls(qmp: &Qmp, gate: Option<Gate>) -> Stalls {
+    let counts = match gate {
+        Some(gate) => gate.end(LAST_COUNTS).await,
+        None => None,
+    };
+    let said = qmp.query_migrate().await.unwrap_or_default();
+    Stalls {
+        cpus_ms: said.postcopy_vcpu_blocktime.unwrap_or_default(),
+        all_cpus_ms: said.postcopy_blocktime.unwrap_or_default(),
+        processes: counts.map(|counts| Waits {
+            pages: counts.gated,
+            waits: counts.waits,
+            waited_us: counts.waited_us,
+            longest_us: counts.longest_us,
+        }),
+    }
 }
 
 async fn is_complete(qmp: &Qmp) -> bool {

@@ -71,6 +71,7 @@ impl Answers {
                         // In post-copy the guest goes on asking for pages.
                     }
                     Control::Endure => self.shared.set_endures(),
+                    Control::Stalled(stalls) => self.shared.set_stalls(stalls),
                     Control::Abort { reason } => {
                         self.shared.answer(Err(reason.clone()));
                         return Err(RelayError::Aborted(reason));

@@ -97,11 +97,12 @@ pub async fn migrate(
         return Ok(Outcome::Planned(plan(&request, &facts, &accepted)));
     }
     let mut migration = Migration::new(request, facts, progress, journal);
-    match migration.copy(accepted, agreement, &mut cancel).await {
-        Ok(copied) if copied.post_copy => migration.follow_up(copied).await.map(Outcome::Migrated),
-        Ok(copied) => migration.hand_over(copied).await.map(Outcome::Migrated),
-        Err(stop) => Err(migration.undo(stop).await),
-    }
+    let summary = match migration.copy(accepted, agreement, &mut cancel).await {
+        Ok(copied) if copied.post_copy => migration.follow_up(copied).await?,
+        Ok(copied) => migration.hand_over(copied).await?,
+        Err(stop) => return Err(migration.undo(stop).await),
+    };
+    Ok(Outcome::Migrated(Box::new(summary)))
 }
 
 fn plan(request: &Request, facts: &Facts, accepted: &Accepted) -> Plan {

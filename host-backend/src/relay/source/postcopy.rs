@@ -36,6 +36,9 @@ const POLL: Duration = Duration::from_millis(50);
 /// Scans of memory after which post-copy may begin: the set-up counts as one.
 const SCANS: u64 = 2;
 
+/// How long the destination may take to say what post-copy cost the guest.
+const STALLS_PATIENCE: Duration = Duration::from_secs(2);
+
 /// How far the stream is in the switch.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) enum Switch {
@@ -265,17 +268,25 @@ impl Migration {
         };
         tracing::info!("the VM runs at its destination; the rest of its memory follows");
         let pages = self.progress.get(Counter::PostCopyPages);
-        if let Err(cause) = rest(&self.request.vm, &copied.shared, &self.progress).await {
+        let cut_off = rest(&self.request.vm, &copied.shared, &self.progress).await;
+        let mut stalls = None;
+        if let Err(cause) = cut_off {
             copied.shared.stop(RelayError::Stopped);
             self.left().send(cause, &self.progress).await?;
             remarks.push("post-copy was cut off, and went on".to_owned());
         }
-        let whole = Instant::now();
+        let (whole, total) = (Instant::now(), self.progress.elapsed());
+        if !copied.shared.failed() {
+            let told = timeout(STALLS_PATIENCE, copied.shared.stalls()).await;
+            stalls = told.ok().flatten();
+        }
         let mut summary = self.ended(&copied, running, remarks).await;
+        summary.total_ms = total.as_secs_f64() * 1e3;
         summary.post_copy = Some(PostCopy {
             total_ms: whole.saturating_duration_since(running).as_secs_f64() * 1e3,
             pages,
             requested_pages: self.progress.get(Counter::RequestedPages),
+            stalls: stalls.map(Into::into),
         });
         Ok(summary)
     }

@@ -55,7 +55,7 @@ pub struct Request {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
     /// The destination runs the VM.
-    Migrated(Summary),
+    Migrated(Box<Summary>),
     /// It would work.
     Planned(Plan),
 }

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
+use transhume_protocol::link::Stalls;
 use transhume_protocol::qemu::Block;
 
 use super::answers::Answers;
@@ -51,6 +52,8 @@ struct State {
     near: bool,
     /// QEMU's end of its socket, until the stream may hand the VM over.
     theirs: Option<OwnedFd>,
+    /// What post-copy cost the guest.
+    stalls: Option<Stalls>,
     /// The first error.
     failure: Option<RelayError>,
     /// The destination's answer to the commit: its reason if it did not take the VM.
@@ -258,6 +261,25 @@ impl Shared {
         self.session.set_patience(IN_BETWEEN);
         if let Some(theirs) = state.theirs.take() {
             stream::narrow(&theirs);
+        }
+    }
+
+    pub(super) fn set_stalls(&self, stalls: Stalls) {
+        self.lock().stalls = Some(stalls);
+        self.changed.notify_waiters();
+    }
+
+    /// Waits until the destination has told what post-copy cost the guest; `None` when the link ended first.
+    pub(super) async fn stalls(&self) -> Option<Stalls> {
+        loop {
+            let changed = self.changed.notified();
+            {
+                let mut state = self.lock();
+                if state.stalls.is_some() || state.failure.is_some() {
+                    return state.stalls.take();
+                }
+            }
+            changed.await;
         }
     }
 
