@@ -14,7 +14,7 @@ use crate::hosts::{HOST_B, Hosts};
 use crate::packages::Qemu;
 use crate::qemu::serial::{Console, Side};
 use crate::{Error, Result};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(400);
 const POST: [&str; 2] = ["--mode", "post"];
