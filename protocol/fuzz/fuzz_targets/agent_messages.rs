@@ -26,8 +26,10 @@ fuzz_target!(|data: &[u8]| {
     };
     let length = message.encode(&mut out).expect("it fits");
     assert_eq!(&out[HEADER_LEN..length], payload);
-    if let AgentMessage::GateWanted(runs) = message {
-        again(runs, FrameList::Wanted);
+    match message {
+        AgentMessage::GateWanted(runs) => again(runs, FrameList::Wanted),
+        AgentMessage::Class(class, runs) => again(runs, FrameList::Class(class)),
+        _ => {}
     }
     let AgentMessage::Ranges(ranges) = message else {
         return;
@@ -62,9 +64,10 @@ fn again(runs: FrameRuns<'_>, list: FrameList) {
         FrameList::Absent => (HostMessage::decode(0x05, payload).ok(), None),
         FrameList::Arrived => (HostMessage::decode(0x07, payload).ok(), None),
         FrameList::Wanted => (None, AgentMessage::decode(0x89, payload).ok()),
+        FrameList::Class(_) => (None, AgentMessage::decode(0x8b, payload).ok()),
     };
     let (Some(HostMessage::GateAbsent(runs) | HostMessage::GateArrived(runs)), _)
-    | (_, Some(AgentMessage::GateWanted(runs))) = (host, agent)
+    | (_, Some(AgentMessage::GateWanted(runs) | AgentMessage::Class(_, runs))) = (host, agent)
     else {
         panic!("runs are no longer runs");
     };
