@@ -104,6 +104,9 @@ pub struct Snapshot {
     /// Pages that the guest asked for before they had come, in post-copy.
     #[serde(default)]
     pub requested_pages: u64,
+    /// Pages that came when they did because the guest had named them as wanted first, in post-copy.
+    #[serde(default)]
+    pub ordered_pages: u64,
     /// What it waits for and why, if it does not go on: a host whose post-copy was cut off.
     #[serde(default)]
     pub waits_for: Option<String>,
@@ -148,6 +151,39 @@ pub struct PostCopy {
     pub pages: u64,
     /// Pages that the guest asked for before they had come.
     pub requested_pages: u64,
+    /// The kernel's pages, and pages among them, that were sent again right before the switch.
+    #[serde(default)]
+    pub kernel_pages: u64,
+    /// Pages that came when they did because the guest had named them as wanted first.
+    #[serde(default)]
+    pub ordered_pages: u64,
+    /// What the guest named; absent when its agent named nothing.
+    #[serde(default)]
+    pub classes: Option<Classes>,
+}
+
+/// Page frames by class, as the guest tells.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Classes {
+    /// The kernel's that are nothing of the following.
+    pub kernel: u64,
+    /// The kernel's small objects.
+    pub slab: u64,
+    /// Page tables.
+    pub page_tables: u64,
+    /// Of processes alone.
+    pub anonymous: u64,
+    /// Page cache that is as on disk.
+    pub clean_file: u64,
+    /// Page cache that is not, or has no disk.
+    pub dirty_file: u64,
+    /// Holds nothing.
+    pub free: u64,
+    /// What cannot be told.
+    pub other: u64,
+    /// What processes touched in the last moment before the switch, of whichever class.
+    pub working_sets: u64,
 }
 
 /// How a migration ended well.
@@ -168,7 +204,7 @@ pub struct Summary {
     pub downtime: Downtime,
     /// What came afterwards, in post-copy; `total_ms` includes it.
     #[serde(default)]
-    pub post_copy: Option<PostCopy>,
+    pub post_copy: Option<Box<PostCopy>>,
     /// What moved.
     pub traffic: Traffic,
     /// Page frames that the guest's agent named as clean page cache, in its last report.
@@ -185,6 +221,7 @@ pub struct Progress {
     counters: [AtomicU64; COUNTERS],
     forecast: Mutex<Option<Forecast>>,
     waits_for: Mutex<Option<String>>,
+    classes: Mutex<Option<Classes>>,
 }
 
 /// The counters in [`Progress`].
@@ -209,9 +246,12 @@ pub enum Counter {
     RequestedPages,
     /// Pages that come in post-copy.
     PostCopyPages,
+    /// The kernel's pages that come right before it.
+    KernelPages,
+    OrderedPages,
 }
 
-const COUNTERS: usize = Counter::PostCopyPages as usize + 1;
+const COUNTERS: usize = Counter::OrderedPages as usize + 1;
 
 impl Default for Progress {
     fn default() -> Self {
@@ -229,6 +269,7 @@ impl Progress {
             counters: [const { AtomicU64::new(0) }; COUNTERS],
             forecast: Mutex::default(),
             waits_for: Mutex::default(),
+            classes: Mutex::default(),
         }
     }
 
@@ -287,6 +328,16 @@ impl Progress {
         waits_for.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Notes what the guest named.
+    pub fn set_classes(&self, classes: Classes) {
+        *self.classes.lock().unwrap_or_else(PoisonError::into_inner) = Some(classes);
+    }
+
+    /// What the guest named.
+    pub fn classes(&self) -> Option<Classes> {
+        *self.classes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Adds to a counter.
     pub fn add(&self, counter: Counter, amount: u64) {
         self.counters[counter as usize].fetch_add(amount, Ordering::Relaxed);
@@ -329,6 +380,7 @@ impl Progress {
             hinted_pages: self.get(Counter::HintedPages),
             link_away_ms: self.get(Counter::LinkAwayMs),
             requested_pages: self.get(Counter::RequestedPages),
+            ordered_pages: self.get(Counter::OrderedPages),
             waits_for: self.waits_for(),
             forecast: self.forecast(),
         }

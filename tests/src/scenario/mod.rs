@@ -14,6 +14,7 @@ mod guest;
 mod lie;
 pub(crate) mod micro;
 mod migrate;
+mod order;
 mod pair;
 mod peers;
 mod postcopy;
@@ -50,6 +51,7 @@ pub fn all() -> Vec<Scenario> {
         channels::scenarios(),
         converge::scenarios(),
         postcopy::scenarios(),
+        order::scenarios(),
         lie::scenarios(),
         die::scenarios(),
         broken_start::scenarios(),

@@ -17,7 +17,7 @@ use crate::{Error, Result};
 use std::time::{Duration, Instant};
 
 const LIMIT: Duration = Duration::from_secs(400);
-const POST: [&str; 2] = ["--mode", "post"];
+pub(super) const POST: [&str; 2] = ["--mode", "post"];
 /// Bounds an answer of the Linux guest.
 const ANSWER: Duration = Duration::from_secs(60);
 /// In Mbit/s; what is left at the switch takes a while there.
@@ -92,7 +92,7 @@ fn writes(bed: &Bed) -> Result<Micro> {
 }
 
 /// Pages came after the guest ran.
-fn followed(answer: &Answer) -> Result<()> {
+pub(super) fn followed(answer: &Answer) -> Result<()> {
     let number = |name: &str| answer.number(&format!("/summary/post-copy/{name}"));
     let (pages, asked) = (number("pages")?, number("requested-pages")?);
     println!("  {pages} pages followed, {asked} of them asked for");

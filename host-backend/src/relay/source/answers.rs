@@ -98,6 +98,10 @@ impl Answers {
                 let pages = u64::from(length) / PAGE_SIZE as u64;
                 self.shared.progress.add(Counter::RequestedPages, pages);
             }
+            // The destination always names the block.
+            if let Message::RequestPagesOf { block, offset, .. } = message {
+                self.shared.order.waits_for(block, offset);
+            }
             if matches!(message, Message::SwitchoverAck) {
                 self.shared.hold_switchover(bytes);
             } else {

@@ -23,7 +23,7 @@ use super::shared::Shared;
 use super::stream::StreamReader;
 use crate::hypervisor::Vm;
 use crate::hypervisor::qmp::Event;
-use crate::hypervisor::qmp_commands::Migration as Said;
+use crate::hypervisor::qmp_commands::{Migration as Said, MigrationRam};
 use crate::link::PATIENCE;
 use crate::relay::Error;
 use crate::relay::error::RelayError;
@@ -118,6 +118,7 @@ impl StreamReader {
                 .shared()
                 .progress
                 .add(Counter::PostCopyPages, count);
+            self.collector.shared().order.owe(block, page, count);
             let mut done = 0;
             while done < count {
                 let some = u32::try_from(count - done).unwrap_or(u32::MAX);
@@ -149,6 +150,8 @@ pub(super) struct Start {
     wanted: bool,
     /// The destination was asked to wait for the link from then on.
     asked: bool,
+    /// When the first scan began, and how much there was of it, in bytes.
+    begun: Option<(Instant, u64)>,
 }
 
 impl Start {
@@ -156,18 +159,42 @@ impl Start {
         Self {
             wanted,
             asked: false,
+            begun: None,
         }
     }
 
-    /// Lets QEMU go over when all memory was scanned once, and the destination waits for the link.
+    /// How long the first scan still takes, if it goes on as it did.
+    fn left(&mut self, ram: MigrationRam) -> Duration {
+        if ram.dirty_sync_count >= SCANS {
+            return Duration::ZERO;
+        }
+        let (since, all) = *self.begun.get_or_insert((Instant::now(), ram.remaining));
+        let done = all.saturating_sub(ram.remaining);
+        if done == 0 {
+            return Duration::MAX;
+        }
+        let left = since.elapsed().as_secs_f64() * ram.remaining as f64 / done as f64;
+        Duration::try_from_secs_f64(left).unwrap_or(Duration::MAX)
+    }
+
+    /// Lets QEMU go over when all memory was scanned once, what goes first has gone, and the destination waits for
+    /// the link.
     pub(super) async fn follow(
         &mut self,
         said: &Said,
         shared: &Shared,
         qmp: &crate::hypervisor::Qmp,
     ) -> Result<(), Stop> {
-        let scans = said.ram.map_or(0, |ram| ram.dirty_sync_count);
-        if !self.wanted || scans < SCANS {
+        let Some(ram) = said.ram.filter(|_| self.wanted) else {
+            return Ok(());
+        };
+        let left = self.left(ram);
+        let stream = shared.progress.get(Counter::StreamBytes);
+        let (is_ready, requests) = shared.order.prepare(left, stream);
+        if let Some(requests) = requests {
+            shared.tell_qemu(&requests)?;
+        }
+        if ram.dirty_sync_count < SCANS {
             return Ok(());
         }
         if !self.asked {
@@ -175,7 +202,7 @@ impl Start {
             let endure = encode_control(&Control::Endure).map_err(RelayError::from)?;
             shared.flow.push_urgent(Next::Control(endure));
         }
-        if !shared.endures() {
+        if !shared.endures() || !is_ready {
             return Ok(());
         }
         self.wanted = false;
@@ -267,11 +294,14 @@ impl Migration {
         }
         let whole = Instant::now();
         let mut summary = self.ended(&copied, running, remarks).await;
-        summary.post_copy = Some(PostCopy {
+        summary.post_copy = Some(Box::new(PostCopy {
             total_ms: whole.saturating_duration_since(running).as_secs_f64() * 1e3,
             pages,
             requested_pages: self.progress.get(Counter::RequestedPages),
-        });
+            kernel_pages: self.progress.get(Counter::KernelPages),
+            ordered_pages: self.progress.get(Counter::OrderedPages),
+            classes: self.progress.classes(),
+        }));
         Ok(summary)
     }
 

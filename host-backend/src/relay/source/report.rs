@@ -9,8 +9,9 @@ use tokio::sync::watch;
 use transhume_protocol::agent::ReportSource;
 
 use super::hints::Hints;
+use super::order::{Order, Question};
 use crate::guest::GuestRange;
-use crate::guest::{self, DiskName, Reported};
+use crate::guest::{self, DiskName, Questions, Reported};
 use crate::relay::progress::{Counter, Progress};
 
 /// How long an agent may take to answer.
@@ -34,15 +35,15 @@ pub(super) struct Reports {
 }
 
 impl Reports {
-    /// Starts to listen to an agent by its socket, or tells why there is none. With `frames`, which no page frame
-    /// number reaches, the guest gets ready for a move by post-copy, too.
+    /// Starts to listen to an agent by its socket, or tells why there is none. If it is to move by post-copy the guest
+    /// gets ready for that, too, and is asked in which order its memory is wanted.
     pub(super) fn start(
         agent: Result<PathBuf, &'static str>,
         disks: Vec<DiskName>,
         session: u64,
         hints: Arc<Hints>,
         progress: Arc<Progress>,
-        frames: Option<u64>,
+        order: Arc<Order>,
     ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let remarks = Arc::new(Mutex::new(Vec::new()));
@@ -59,7 +60,7 @@ impl Reports {
             ready,
             hints,
             progress,
-            frames,
+            order,
         };
         let thread = std::thread::Builder::new().name("relay-agent".to_owned());
         let spawned = thread.spawn(move || {
@@ -126,7 +127,7 @@ struct Listener {
     ready: watch::Sender<bool>,
     hints: Arc<Hints>,
     progress: Arc<Progress>,
-    frames: Option<u64>,
+    order: Arc<Order>,
 }
 
 impl Listener {
@@ -162,8 +163,10 @@ impl Listener {
         tracing::debug!(agent = greeting.agent, source = ?greeting.source, "agent answers");
         let mut first = FirstReport::default();
         let mut last: Option<Instant> = None;
-        let prepared = self.frames.map(|frames| agent.prepare_gate(frames));
-        let mut prepared = prepared.and_then(Result::ok);
+        let post_copy = self.order.end();
+        let mut prepared = post_copy.and_then(|frames| agent.prepare_gate(frames).ok());
+        let questions = post_copy.and_then(|frames| Some((agent.questions().ok()?, frames)));
+        self.order.attend(questions.is_some());
         let listened = agent.start_reports(INTERVAL, CPU_PERMILLE).and_then(|()| {
             agent.listen(
                 || {
@@ -171,6 +174,7 @@ impl Listener {
                     if let Some(prepared) = prepared.as_mut().filter(|_| *self.ready.borrow()) {
                         prepared.go_on();
                     }
+                    self.ask(questions.as_ref());
                     !self.stop.load(Ordering::Relaxed)
                 },
                 |reported| {
@@ -184,6 +188,10 @@ impl Listener {
                         }
                         Reported::Part(_) => return,
                         Reported::Whole(report) => report,
+                        Reported::Order(order) => {
+                            self.progress.set_classes(self.order.answer(order));
+                            return;
+                        }
                     };
                     if last.is_some_and(|last| last.elapsed() < LEAST_INTERVAL) {
                         return;
@@ -202,9 +210,25 @@ impl Listener {
                 |text| remark(&self.remarks, format!("the guest's agent says: {text}")),
             )
         });
+        self.order.attend(false);
         // The agent stops by itself when its channel closes.
         let stopped = listened.and_then(|()| agent.stop_reports());
         if let Err(error) = stopped {
+            tracing::debug!(%error, "agent's channel");
+        }
+    }
+
+    /// Passes on what the guest is to be asked. What cannot be asked is not answered.
+    fn ask(&self, questions: Option<&(Questions, u64)>) {
+        let Some((questions, frames)) = questions else {
+            return;
+        };
+        let asked = match self.order.take_question() {
+            Some(Question::Watch) => questions.watch(),
+            Some(Question::Order) => questions.order(*frames),
+            None => return,
+        };
+        if let Err(error) = asked {
             tracing::debug!(%error, "agent's channel");
         }
     }

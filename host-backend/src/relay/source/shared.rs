@@ -16,6 +16,7 @@ use super::collect::{Collector, Reading};
 use super::flow::Flow;
 use super::hints::Hints;
 use super::link_rate::LinkRate;
+use super::order::Order;
 use super::rendezvous::Rendezvous;
 use super::stream::StreamReader;
 use super::transmit::{Packer, Transmitter};
@@ -69,6 +70,7 @@ pub(super) struct Sockets {
 pub(super) struct Shared {
     pub(super) flow: Arc<Flow>,
     pub(super) hints: Arc<Hints>,
+    pub(super) order: Arc<Order>,
     pub(super) progress: Arc<Progress>,
     qemu: Sockets,
     /// Where the readers of stream and channels meet.
@@ -85,6 +87,7 @@ impl Shared {
     pub(super) fn new(
         flow: Arc<Flow>,
         hints: Arc<Hints>,
+        order: Arc<Order>,
         progress: Arc<Progress>,
         qemu: Sockets,
         session: Session<Packer>,
@@ -94,6 +97,7 @@ impl Shared {
         Self {
             flow,
             hints,
+            order,
             progress,
             qemu,
             rendezvous: (channels > 0).then(|| Arc::new(Rendezvous::new(channels))),
