@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::AsRawFd as _;
+use tracing::{debug, info};
 use transhume_protocol::agent::{ClassCounts, FrameRun, MemoryClass};
 
 /// `TRANSHUME_MAX_RANGES`.
@@ -145,6 +146,8 @@ pub struct LinuxClasses {
     to_walk: Vec<(u8, i32)>,
     found: VecDeque<(MemoryClass, FrameRun)>,
     counts: ClassCounts,
+    /// Pages that processes touched: of what the administrator wants first, and of all others.
+    touched: (u64, u64),
 }
 
 impl LinuxClasses {
@@ -159,6 +162,7 @@ impl LinuxClasses {
             to_walk: Vec::new(),
             found: VecDeque::new(),
             counts: ClassCounts::default(),
+            touched: (0, 0),
         }
     }
 
@@ -180,11 +184,13 @@ impl LinuxClasses {
                 let mut frames = [Frames::default(); MAX_RANGES];
                 match look(device, &mut at, self.frames, &mut frames) {
                     Ok((frames, counts)) => {
-                        frames.iter().for_each(|run| add(run.pfn, run.pages));
+                        for run in frames {
+                            add(run.pfn, run.pages);
+                        }
                         counts
                     }
                     Err(error) => {
-                        tracing::debug!(%error, "classes of frames");
+                        debug!(%error, "classes of frames");
                         at = 0;
                         [0; CLASSES]
                     }
@@ -231,6 +237,17 @@ impl LinuxClasses {
         match touch(device, pid, &mut addr, &mut frames[..room]) {
             Ok(frames) => {
                 let class = MemoryClass::WorkingSet(rank);
+                let pages = frames
+                    .iter()
+                    .map(|run| run.pages)
+                    .fold(0, u64::saturating_add);
+                let (first, others) = &mut self.touched;
+                let sum = if self.first.wants(rank) {
+                    first
+                } else {
+                    others
+                };
+                *sum = sum.saturating_add(pages);
                 let runs = frames
                     .iter()
                     .map(|&Frames { pfn, pages }| (class, FrameRun { pfn, pages }));
@@ -239,7 +256,7 @@ impl LinuxClasses {
             // It has ended, or has no memory.
             Err(Errno::ESRCH) => addr = 0,
             Err(error) => {
-                tracing::debug!(%error, pid, "what a process touched");
+                debug!(%error, pid, "what a process touched");
                 addr = 0;
             }
         }
@@ -265,6 +282,7 @@ impl Classes for LinuxClasses {
         self.found.clear();
         self.frames = frames;
         self.counts = ClassCounts::default();
+        self.touched = (0, 0);
         self.stage = Stage::Frames(0);
     }
 
@@ -276,6 +294,13 @@ impl Classes for LinuxClasses {
             Stage::Frames(at) => self.look_at_frames(at),
             Stage::Processes(addr) => self.look_at_process(addr),
             Stage::Done => {
+                if std::mem::take(&mut self.names) {
+                    let (first, others) = self.touched;
+                    info!(
+                        first,
+                        others, "the host knows which pages processes work with"
+                    );
+                }
                 self.source = Source::None;
                 self.to_walk.clear();
                 return Named::Done(self.counts);

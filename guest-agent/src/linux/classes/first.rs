@@ -51,6 +51,11 @@ impl First {
         Self(groups)
     }
 
+    /// Whether a rank is that of a group that is wanted first.
+    pub(super) fn wants(&self, rank: u8) -> bool {
+        usize::from(rank) < self.0.len()
+    }
+
     fn rank(&self, path: Option<&str>) -> u8 {
         let place = path.and_then(|path| self.0.iter().position(|group| group.holds(path)));
         let rank = u8::try_from(place.unwrap_or(self.0.len())).unwrap_or(u8::MAX);
