@@ -12,6 +12,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "../transhume.h"
@@ -97,6 +98,14 @@ static bool touched(int dev, pid_t pid, uint32_t room, struct found *found)
 			note(found, frames, touched.count);
 	} while (touched.addr);
 	return true;
+}
+
+static uint64_t microseconds(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000000ULL + now.tv_nsec / 1000;
 }
 
 static void test_arguments(int dev)
@@ -206,14 +215,16 @@ void test_classes(const char *folder)
 	struct found dirty = nothing(), clean = nothing();
 	const uint64_t *is = before.pages;
 	int dev = device(), own = 0, fd;
-	uint64_t sum = 0;
+	uint64_t sum = 0, began;
 	char path[300];
 	char *memory;
 	size_t i;
 
 	test_arguments(dev);
+	began = microseconds();
 	check(look(dev, FRAMES, TRANSHUME_MAX_RANGES, &before),
 	      "all frames are looked at");
+	began = microseconds() - began;
 	for (i = 0; i < TRANSHUME_CLASS_COUNT; i++)
 		sum += is[i];
 	printf("# kernel %llu, slab %llu, page tables %llu, anonymous %llu, clean %llu, dirty %llu, free %llu, other %llu\n",
@@ -221,6 +232,8 @@ void test_classes(const char *folder)
 	       (unsigned long long)is[2], (unsigned long long)is[3],
 	       (unsigned long long)is[4], (unsigned long long)is[5],
 	       (unsigned long long)is[6], (unsigned long long)is[7]);
+	printf("# %llu frames in %llu us\n", (unsigned long long)sum,
+	       (unsigned long long)began);
 	check(sum > 0 && sum <= FRAMES && is[TRANSHUME_CLASS_KERNEL] > 1000 &&
 	      is[TRANSHUME_CLASS_SLAB] > 100 &&
 	      is[TRANSHUME_CLASS_PAGE_TABLES] > 10 &&
@@ -359,14 +372,22 @@ void test_touched(void)
 void look_around(int dev, uint64_t frames)
 {
 	struct found found = nothing();
+	static bool told;
 	struct dirent *entry;
 	DIR *proc = opendir("/proc");
+	uint64_t began = microseconds();
 
 	while ((entry = readdir(proc)))
 		if (isdigit(entry->d_name[0]))
 			touched(dev, atoi(entry->d_name), TRANSHUME_MAX_RANGES,
 				&found);
 	closedir(proc);
+	if (!told) {
+		told = true;
+		printf("# %llu pages touched by all processes, told in %llu us\n",
+		       (unsigned long long)found.listed,
+		       (unsigned long long)(microseconds() - began));
+	}
 	look(dev, frames, TRANSHUME_MAX_RANGES, &found);
 	free(found.set);
 }
