@@ -55,8 +55,9 @@ fn main() -> ExitCode {
         .with_ansi(false)
         .init();
     let mut cache = LinuxCache::new(arguments.source);
+    let mut classes = LinuxClasses::new(First::new(arguments.first));
     if arguments.check {
-        return match check(&mut cache) {
+        return match check(&mut cache, &mut classes) {
             Ok(summary) => {
                 println!("{summary}");
                 ExitCode::SUCCESS
@@ -68,6 +69,5 @@ fn main() -> ExitCode {
         };
     }
     let path = arguments.port.map_or(PortPath::Named, PortPath::At);
-    let mut classes = LinuxClasses::new(First::new(arguments.first));
     serve(&path, AGENT, &mut cache, &mut classes)
 }
