@@ -10,6 +10,7 @@
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 
+#include "classes.h"
 #include "gate.h"
 #include "report.h"
 #include "transhume.h"
@@ -88,6 +89,11 @@ static long transhume_ioctl(struct file *file, unsigned int cmd,
 
 	if (cmd == TRANSHUME_VERSION)
 		return TRANSHUME_ABI_VERSION;
+	/* These two keep nothing between two calls. */
+	if (cmd == TRANSHUME_CLASSES)
+		return classes_ioctl(uarg);
+	if (cmd == TRANSHUME_TOUCHED)
+		return touched_ioctl(uarg);
 	if (_IOC_TYPE(cmd) == TRANSHUME_IOC_MAGIC &&
 	    _IOC_NR(cmd) >= _IOC_NR(TRANSHUME_GATE_OPEN))
 		return gate_ioctl(file, cmd, uarg);

@@ -14,7 +14,6 @@
 #include <linux/math64.h>
 #include <linux/mm.h>
 #include <linux/mutex.h>
-#include <linux/pid.h>
 #include <linux/rcupdate.h>
 #include <linux/sched/mm.h>
 #include <linux/spinlock.h>
@@ -24,6 +23,7 @@
 #include <linux/workqueue.h>
 
 #include "gate.h"
+#include "tables.h"
 
 #if GATE_POSSIBLE
 
@@ -200,23 +200,15 @@ static int mark_list(const struct transhume_frame_list *list,
 static int gate_walk(void __user *arg)
 {
 	struct transhume_gate_walk walk;
-	struct task_struct *task;
 	struct mm_struct *mm;
 	unsigned long addr;
-	struct pid *pid;
 	int ret;
 
 	if (copy_from_user(&walk, arg, sizeof(walk)))
 		return -EFAULT;
 	if (walk.flags || walk.addr >= TASK_SIZE_MAX)
 		return -EINVAL;
-	pid = find_get_pid(walk.pid);
-	task = get_pid_task(pid, PIDTYPE_PID);
-	put_pid(pid);
-	if (!task)
-		return -ESRCH;
-	mm = get_task_mm(task);
-	put_task_struct(task);
+	mm = mm_of(walk.pid);
 	if (!mm)
 		return -ESRCH;
 

@@ -20,6 +20,10 @@
  * second without one, and everybody is let go. An _ARRIVED without ranges will
  * do. So does closing the file. Before anything is absent it may be 30 seconds,
  * so that a gate can be opened at the host that the guest leaves.
+ *
+ * Before such a migration, TRANSHUME_CLASSES tells which frames are the
+ * kernel's, and TRANSHUME_TOUCHED which ones a process works with: those are
+ * wanted first where the guest goes.
  */
 #ifndef _TRANSHUME_H
 #define _TRANSHUME_H
@@ -205,5 +209,69 @@ struct transhume_gate_state {
 	_IOR(TRANSHUME_IOC_MAGIC, 8, struct transhume_gate_state)
 /* Lets everybody go. Does no harm to a gate that is over. */
 #define TRANSHUME_GATE_RELEASE	_IO(TRANSHUME_IOC_MAGIC, 9)
+
+/* Classes of page frames. */
+#define TRANSHUME_CLASS_KERNEL		0	/* the kernel's, but for the next two */
+#define TRANSHUME_CLASS_SLAB		1
+#define TRANSHUME_CLASS_PAGE_TABLES	2
+#define TRANSHUME_CLASS_ANONYMOUS	3	/* processes' own */
+#define TRANSHUME_CLASS_CLEAN_FILE	4	/* page cache */
+#define TRANSHUME_CLASS_DIRTY_FILE	5	/* the same, to be written; tmpfs */
+#define TRANSHUME_CLASS_FREE		6
+#define TRANSHUME_CLASS_OTHER		7	/* given back to the hypervisor */
+#define TRANSHUME_CLASS_COUNT		8
+
+/**
+ * struct transhume_classes - tell classes of page frames
+ * @pfn: where to go on, 0 to begin; afterwards where to go on, 0 at the end
+ * @end: no frame from here on is looked at
+ * @frames: address of so many struct transhume_frames, for the kernel's frames:
+ *	those of its first three classes
+ * @count: how many fit there, 1 to TRANSHUME_MAX_RANGES; set to how many there
+ *	are
+ * @flags: must be 0
+ * @pages: set to how many frames of each class were passed by this call
+ *
+ * Each call does some milliseconds of work. Frames change while they are looked
+ * at: the answer is a hint.
+ */
+struct transhume_classes {
+	__u64 pfn;
+	__u64 end;
+	__u64 frames;
+	__u32 count;
+	__u32 flags;
+	__u64 pages[TRANSHUME_CLASS_COUNT];
+};
+
+/**
+ * struct transhume_touched - tell which frames a process has touched since the
+ *	call before
+ * @addr: where to go on, 0 to begin; afterwards where to go on, 0 at the end
+ * @frames: address of so many struct transhume_frames
+ * @count: how many fit there, TRANSHUME_MAX_RANGES at most; set to how many
+ *	there are. With 0 nothing is listed: what is touched counts from now on.
+ * @pid: the process
+ * @flags: must be 0
+ * @reserved: must be 0
+ *
+ * Each call does some milliseconds of work. Whoever else goes by the same bits
+ * (reclaim, DAMON) sees less touched than there was. A frame can be listed more
+ * than once. ESRCH: no such process, or it has no memory of its own.
+ * EOPNOTSUPP: not on this processor.
+ */
+struct transhume_touched {
+	__u64 addr;
+	__u64 frames;
+	__u32 count;
+	__s32 pid;
+	__u32 flags;
+	__u32 reserved;
+};
+
+#define TRANSHUME_CLASSES						\
+	_IOWR(TRANSHUME_IOC_MAGIC, 10, struct transhume_classes)
+#define TRANSHUME_TOUCHED						\
+	_IOWR(TRANSHUME_IOC_MAGIC, 11, struct transhume_touched)
 
 #endif /* _TRANSHUME_H */

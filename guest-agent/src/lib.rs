@@ -3,7 +3,8 @@
 //!
 //! [`Session`] is the agent's side of the channel without I/O and without allocation: bytes from the
 //! host go in, and it is asked for one frame at a time. What it reports comes from a [`PageCache`]; a [`Gate`]
-//! puts processes to sleep that touch memory which has not arrived, where there is one.
+//! puts processes to sleep that touch memory which has not arrived, where there is one, and [`Classes`] tell which
+//! memory is wanted first.
 //! Without the feature `linux` nothing else is here, so that a guest without an operating system
 //! speaks the same code.
 //!
@@ -25,6 +26,7 @@
 #![cfg_attr(not(any(feature = "linux", feature = "compare", test)), no_std)]
 
 mod cache;
+mod classes;
 #[cfg(feature = "compare")]
 pub mod compare;
 mod gate;
@@ -35,6 +37,7 @@ mod session;
 mod text;
 
 pub use cache::{Disk, PageCache, Step};
+pub use classes::{Classes, Named, NoClasses};
 pub use gate::{Gate, NoGate};
 pub use session::{Action, Session};
 pub use text::Text;

@@ -4,7 +4,9 @@ use clap::Parser;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
-use transhume_agent::linux::{LinuxCache, PortPath, Preference, check, serve};
+use transhume_agent::linux::{
+    First, Group, LinuxCache, LinuxClasses, PortPath, Preference, check, serve,
+};
 
 const AGENT: &str = concat!("transhume-agent ", env!("CARGO_PKG_VERSION"));
 
@@ -17,6 +19,8 @@ const AGENT: &str = concat!("transhume-agent ", env!("CARGO_PKG_VERSION"));
   transhume-agent                   serve the host, as the systemd service does
   transhume-agent --check           tell what could be reported, and end
   transhume-agent --port /dev/vport2p1 --source user-space
+  transhume-agent --first redis-server --first nginx
+                                    in post-copy redis' memory comes first, then nginx's
 
 RUST_LOG=debug makes it say more. Exit codes: 0 ok, 1 nothing can be reported, 2 usage."
 )]
@@ -27,6 +31,15 @@ struct Arguments {
     /// How to learn what the page cache holds
     #[arg(long, value_enum, default_value_t)]
     source: Preference,
+    /// A unit, or the path of a control group, whose memory comes first when this VM moves by post-copy; may be
+    /// repeated, in that order
+    #[arg(
+        long,
+        value_name = "UNIT",
+        env = "TRANSHUME_FIRST",
+        value_delimiter = ' '
+    )]
+    first: Vec<Group>,
     /// Make one report without a host, print what it found, and end
     #[arg(long)]
     check: bool,
@@ -42,8 +55,9 @@ fn main() -> ExitCode {
         .with_ansi(false)
         .init();
     let mut cache = LinuxCache::new(arguments.source);
+    let mut classes = LinuxClasses::new(First::new(arguments.first));
     if arguments.check {
-        return match check(&mut cache) {
+        return match check(&mut cache, &mut classes) {
             Ok(summary) => {
                 println!("{summary}");
                 ExitCode::SUCCESS
@@ -55,5 +69,5 @@ fn main() -> ExitCode {
         };
     }
     let path = arguments.port.map_or(PortPath::Named, PortPath::At);
-    serve(&path, AGENT, &mut cache)
+    serve(&path, AGENT, &mut cache, &mut classes)
 }

@@ -1,17 +1,20 @@
 //! The agent's side of the channel, without I/O.
 
 use crate::cache::{PageCache, Step};
+use crate::classes::{Classes, NoClasses};
 use crate::gate::{Gate, NoGate};
 use crate::pace::Pace;
 use crate::text::Text;
 use core::fmt::Write as _;
 use core::time::Duration;
 use gating::Gating;
+use naming::Naming;
 use transhume_protocol::agent::{
     AgentMessage, Decoder, Encoded, HostMessage, Range, RangeEncoder, VERSION,
 };
 
 mod gating;
+mod naming;
 
 /// Pause after a walk that failed, before the next try.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
@@ -89,6 +92,7 @@ pub struct Session {
     abandoned: bool,
     trouble: Text,
     gating: Gating,
+    naming: Naming,
 }
 
 impl Session {
@@ -106,12 +110,14 @@ impl Session {
             abandoned: false,
             trouble: Text::new(),
             gating: Gating::new(),
+            naming: Naming::new(),
         }
     }
 
     /// Forgets the host, as when the channel was closed.
     pub fn reset(&mut self, gate: &mut impl Gate) {
         self.gating.forget(gate);
+        self.naming.forget();
         self.decoder.reset();
         self.channel = Channel::Closed;
         self.stop();
@@ -152,8 +158,10 @@ impl Session {
                 };
                 if matches!(message, HostMessage::Hello { .. }) {
                     self.gating.change_host(gate);
+                    self.naming.forget();
                 } else if matches!(self.channel, Channel::Open | Channel::Greeting { .. }) {
                     self.gating.obey(message, gate);
+                    self.naming.obey(message);
                 }
                 if let Some(message) = without_runs(message) {
                     self.obey(message);
@@ -201,9 +209,9 @@ impl Session {
         self.held = None;
     }
 
-    /// [`Self::poll_for`] a guest that cannot put its processes to sleep.
+    /// [`Self::poll_for`] a guest that can neither put its processes to sleep nor tell classes of its memory.
     pub fn poll<C: PageCache>(&mut self, cache: &mut C, now: Duration, out: &mut [u8]) -> Action {
-        self.poll_for(cache, &mut NoGate, now, out)
+        self.poll_for(cache, &mut NoGate, &mut NoClasses, now, out)
     }
 
     /// What to do now. `now` is the time since a moment that stays the same; `out` should hold
@@ -212,6 +220,7 @@ impl Session {
         &mut self,
         cache: &mut C,
         gate: &mut impl Gate,
+        classes: &mut impl Classes,
         now: Duration,
         out: &mut [u8],
     ) -> Action {
@@ -245,6 +254,9 @@ impl Session {
                     return self.tell(out);
                 }
                 if let Some(action) = self.gating.poll(gate, out) {
+                    return action;
+                }
+                if let Some(action) = self.naming.poll(classes, out) {
                     return action;
                 }
                 return self.go_on(cache, now, out);

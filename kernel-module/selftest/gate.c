@@ -33,52 +33,14 @@
 #include <unistd.h>
 
 #include "../transhume.h"
+#include "classes.h"
 #include "load.h"
+#include "tap.h"
 
 /* More frames than the guest has. */
 #define FRAMES		(1ULL << 20)
 /* Nothing here takes so long, unless it hangs. In 10 ms. */
 #define PATIENCE	3000
-
-/* Shared with processes that check something, too. */
-static struct score {
-	int tests;
-	int failures;
-} *score;
-
-static void *shared(size_t length)
-{
-	return mmap(NULL, length, PROT_READ | PROT_WRITE,
-		    MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-}
-
-static void check(bool ok, const char *what)
-{
-	score->tests++;
-	score->failures += !ok;
-	printf("%sok %d - %s\n", ok ? "" : "not ", score->tests, what);
-	fflush(stdout);
-}
-
-static void fails(long ret, int error, const char *what)
-{
-	int got = ret < 0 ? errno : 0;
-
-	check(got == error, what);
-	if (got != error)
-		printf("# got %s, wanted %s\n", strerror(got), strerror(error));
-}
-
-static int device(void)
-{
-	int fd = open("/dev/transhume", O_RDONLY | O_CLOEXEC);
-
-	if (fd < 0) {
-		printf("Bail out! /dev/transhume: %s\n", strerror(errno));
-		exit(1);
-	}
-	return fd;
-}
 
 static long gate_open(int dev, uint64_t frames)
 {
@@ -130,21 +92,6 @@ static struct transhume_gate_state state(int dev)
 static void renew(int dev)
 {
 	list(dev, TRANSHUME_GATE_ARRIVED, NULL, 0);
-}
-
-/* The frame behind an address of a process; 0 if there is none. */
-static uint64_t frame(pid_t pid, const volatile void *at)
-{
-	char path[64];
-	uint64_t entry = 0;
-	int fd;
-
-	snprintf(path, sizeof(path), "/proc/%d/pagemap", pid);
-	fd = open(path, O_RDONLY);
-	if (fd < 0 || pread(fd, &entry, 8, (uintptr_t)at / 4096 * 8) != 8)
-		entry = 0;
-	close(fd);
-	return entry >> 63 ? entry & ((1ULL << 55) - 1) : 0;
 }
 
 /* What a sleeper and the test share; never absent. */
@@ -542,6 +489,7 @@ static void test_stress(int seconds, const char *folder)
 	setpriority(PRIO_PROCESS, 0, -20);
 	while (time(NULL) < end) {
 		well &= round_trip(dev, frames, &sum, &whole);
+		look_around(dev, frames);
 		rounds++;
 		usleep(20000);
 	}
@@ -590,7 +538,7 @@ int main(int argc, char **argv)
 		return 2;
 	}
 	mlockall(MCL_CURRENT | MCL_FUTURE);
-	score = shared(sizeof(*score));
+	tap_start();
 	talk = shared(sizeof(*talk));
 	test_arguments();
 	test_sleep();
@@ -598,10 +546,11 @@ int main(int argc, char **argv)
 	test_watchdog();
 	test_close();
 	test_garbage();
+	test_classes(argv[2]);
+	test_touched();
 	if (argc > 3)
 		test_unload(argv[3]);
 	test_stress(atoi(argv[1]), argv[2]);
 	test_log();
-	printf("1..%d\n", score->tests);
-	return score->failures != 0;
+	return tap_end();
 }

@@ -273,7 +273,7 @@ impl Gate for LinuxGate {
 }
 
 /// All processes, but not their threads.
-fn processes() -> Vec<i32> {
+pub(super) fn processes() -> Vec<i32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())

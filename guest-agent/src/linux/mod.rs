@@ -2,6 +2,7 @@
 
 mod cache;
 mod check;
+mod classes;
 mod device;
 mod disks;
 mod extents;
@@ -14,6 +15,7 @@ mod userspace;
 
 pub use cache::{LinuxCache, Preference};
 pub use check::{Summary, check};
+pub use classes::{First, Group, LinuxClasses};
 pub use gate::LinuxGate;
 pub use port::{PortPath, serve};
 

@@ -3,6 +3,7 @@
 use super::Error;
 use super::gate::LinuxGate;
 use crate::cache::PageCache;
+use crate::classes::Classes;
 use crate::gate::Gate;
 use crate::session::{Action, Session};
 use core::time::Duration;
@@ -72,14 +73,19 @@ impl PortPath {
 }
 
 /// Speaks with hosts over the port for ever. A port that is missing or taken away is waited for.
-pub fn serve(path: &PortPath, agent: &'static str, cache: &mut impl PageCache) -> ! {
+pub fn serve(
+    path: &PortPath,
+    agent: &'static str,
+    cache: &mut impl PageCache,
+    classes: &mut impl Classes,
+) -> ! {
     let mut gate = LinuxGate::default();
     let mut session = Session::new(agent);
     let mut last_told = None;
     loop {
         let ended = path.open().and_then(|port| {
             last_told = None;
-            speak(&port, &mut session, cache, &mut gate)
+            speak(&port, &mut session, cache, &mut gate, classes)
         });
         session.reset(&mut gate);
         cache.end();
@@ -101,6 +107,7 @@ fn speak(
     session: &mut Session,
     cache: &mut impl PageCache,
     gate: &mut LinuxGate,
+    classes: &mut impl Classes,
 ) -> Result<(), Error> {
     // Edge-triggered: while no host is connected, a port says all the time that it is hung up.
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(Error::call("epoll_create"))?;
@@ -114,7 +121,8 @@ fn speak(
     loop {
         let wait = if link.receive(session, gate)? && link.flush()? {
             is_interrupted = false;
-            match session.poll_for(cache, gate, started.elapsed(), &mut link.frame) {
+            let now = started.elapsed();
+            match session.poll_for(cache, gate, classes, now, &mut link.frame) {
                 Action::Send(length) => {
                     link.to_send = 0..length;
                     continue;

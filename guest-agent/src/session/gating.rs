@@ -155,6 +155,7 @@ impl Gating {
 mod tests {
     use super::super::{Action, Session};
     use crate::cache::{Disk, PageCache, Step};
+    use crate::classes::NoClasses;
     use crate::gate::Gate;
     use core::convert::Infallible;
     use core::time::Duration;
@@ -295,7 +296,11 @@ mod tests {
             for _ in 0..1000 {
                 let mut out = vec![0; MAX_FRAME_LEN];
                 let (cache, gate) = (&mut Empty, &mut self.gate);
-                match self.session.poll_for(cache, gate, Duration::ZERO, &mut out) {
+                let now = Duration::ZERO;
+                match self
+                    .session
+                    .poll_for(cache, gate, &mut NoClasses, now, &mut out)
+                {
                     Action::Send(length) => {
                         let mut decoder = Decoder::new();
                         decoder.push(&out[..length]);

@@ -7,7 +7,7 @@ const DISKS: [(&str, &str); 2] = [("root", "vda"), ("", "vdb")];
 
 /// A page cache that is a list, for tests.
 #[derive(Debug, Default)]
-struct List {
+pub(super) struct List {
     ranges: Vec<(u16, Range)>,
     at: usize,
     walking: bool,

@@ -356,6 +356,17 @@ fn summary(summary: &Summary) -> String {
                 );
             }
         }
+        if let Some(classes) = &post.classes {
+            let kernel = classes.kernel + classes.slab + classes.page_tables;
+            let _ = writeln!(
+                text,
+                "  in order       {:>10}  (of {} that processes work with; before the switch {} of the kernel's {})",
+                bytes(post.ordered_pages * PAGE),
+                bytes(classes.working_sets * PAGE),
+                bytes(post.kernel_pages * PAGE),
+                bytes(kernel * PAGE)
+            );
+        }
     }
     let kinds = kinds(traffic);
     let all = kinds.iter().map(|(_, pages)| pages).sum();

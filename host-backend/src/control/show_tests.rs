@@ -1,6 +1,6 @@
 use super::super::api::{Failure, FailureKind};
 use super::*;
-use crate::relay::progress::{Downtime, Expected, Phases, PostCopy, Stalls};
+use crate::relay::progress::{Classes, Downtime, Expected, Phases, PostCopy, Stalls};
 
 fn job(state: JobState) -> JobInfo {
     JobInfo {
@@ -27,6 +27,7 @@ fn job(state: JobState) -> JobInfo {
             hinted_pages: 600,
             link_away_ms: 0,
             requested_pages: 0,
+            ordered_pages: 0,
             waits_for: None,
             choice: None,
             forecast: None,
@@ -126,7 +127,7 @@ web1 runs on hostb now; it left hosta in 5.82 s.
   note: the agent has no module";
     assert_eq!(super::job(&job), expected);
     if let Some(summary) = &mut job.summary {
-        summary.post_copy = Some(PostCopy {
+        summary.post_copy = Some(Box::new(PostCopy {
             total_ms: 2500.0,
             pages: 1024,
             requested_pages: 16,
@@ -138,7 +139,10 @@ web1 runs on hostb now; it left hosta in 5.82 s.
                 longest_ms: 230.0,
                 gated_pages: 1000,
             }),
-        });
+            kernel_pages: 32,
+            ordered_pages: 256,
+            classes: None,
+        }));
     }
     let lines =
         "  post-copy          2.50 s  (4.00 MiB followed, 64.0 KiB of it asked for by the guest)
@@ -146,7 +150,21 @@ web1 runs on hostb now; it left hosta in 5.82 s.
   slept              2.04 s  (processes, 12 times for absent memory, 230 ms at most)
 ";
     let text = super::job(&job);
-    assert!(text.contains(lines), "{text}");
+    assert!(text.contains(lines) && !text.contains("in order"), "{text}");
+    let post = job.summary.as_mut().and_then(|all| all.post_copy.as_mut());
+    if let Some(post) = post {
+        post.classes = Some(Classes {
+            kernel: 100,
+            slab: 100,
+            page_tables: 56,
+            working_sets: 512,
+            ..Classes::default()
+        });
+    }
+    let line = "  in order         1.00 MiB  (of 2.00 MiB that processes work with; before the switch 128 KiB of the \
+                kernel's 1.00 MiB)\n";
+    let text = super::job(&job);
+    assert!(text.contains(line), "{text}");
 }
 
 #[test]

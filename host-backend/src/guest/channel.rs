@@ -9,6 +9,7 @@ use transhume_protocol::agent::{
     AgentMessage, Decoder, HostMessage, MAX_FRAME_LEN, ReportSource, VERSION,
 };
 
+use super::order::{MemoryOrder, OrderCollector};
 use super::report::{Collector, DiskName, GuestRange, Report};
 
 /// How often a waiting read looks whether it should end.
@@ -30,6 +31,8 @@ pub enum Reported<'a> {
     Part(&'a [GuestRange]),
     /// A report's end, and all of it.
     Whole(Report),
+    /// In which order the memory is wanted; see [`super::Questions`].
+    Order(MemoryOrder),
 }
 
 /// A session with an agent.
@@ -38,6 +41,7 @@ pub struct Agent {
     pub(super) decoder: Box<Decoder>,
     session: u64,
     collector: Collector,
+    order: OrderCollector,
 }
 
 /// Opens a session with the agent behind this socket. Blocks for `patience` at most.
@@ -109,6 +113,7 @@ pub fn connect(
                                 decoder,
                                 session,
                                 collector,
+                                order: OrderCollector::default(),
                             },
                             greeting,
                         ));
@@ -197,6 +202,9 @@ impl Agent {
                         Ok(message) => {
                             if let Some(whole) = self.collector.take(&message) {
                                 report(Reported::Whole(whole));
+                            }
+                            if let Some(order) = self.order.take(&message) {
+                                report(Reported::Order(order));
                             }
                         }
                         Err(error) => {

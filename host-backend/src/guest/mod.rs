@@ -1,13 +1,15 @@
 //! The agent's channel, from the host's side: what a guest says about its page cache, and what it is told about
-//! memory that is absent.
+//! memory that is absent, and how its memory is to be sent.
 //!
 //! Nothing a guest says is believed. A report is bounded in size, what lies outside of memory or of the
 //! disks is left out, and what remains only says where to look: the digests decide.
 
 mod channel;
 mod gate;
+mod order;
 mod report;
 
 pub use channel::{Agent, Greeting, Reported, connect};
 pub use gate::{GateNews, Preparation};
+pub use order::{MemoryOrder, Questions};
 pub use report::{Collector, DiskName, GuestRange, Report};

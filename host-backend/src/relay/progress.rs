@@ -121,6 +121,9 @@ pub struct Snapshot {
     /// Pages that the guest asked for before they had come, in post-copy.
     #[serde(default)]
     pub requested_pages: u64,
+    /// Pages that came when they did because the guest had named them as wanted first, in post-copy.
+    #[serde(default)]
+    pub ordered_pages: u64,
     /// What it waits for and why, if it does not go on: a host whose post-copy was cut off.
     #[serde(default)]
     pub waits_for: Option<String>,
@@ -171,6 +174,15 @@ pub struct PostCopy {
     /// What it cost the guest; absent when that is not known, as after a break.
     #[serde(default)]
     pub stalls: Option<Stalls>,
+    /// The kernel's pages, and pages among them, that were sent again right before the switch.
+    #[serde(default)]
+    pub kernel_pages: u64,
+    /// Pages that came when they did because the guest had named them as wanted first.
+    #[serde(default)]
+    pub ordered_pages: u64,
+    /// What the guest named; absent when its agent named nothing.
+    #[serde(default)]
+    pub classes: Option<Classes>,
 }
 
 /// What post-copy cost the guest after it ran at its destination.
@@ -206,6 +218,30 @@ impl From<transhume_protocol::link::Stalls> for Stalls {
     }
 }
 
+/// Page frames by class, as the guest tells.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Classes {
+    /// The kernel's that are nothing of the following.
+    pub kernel: u64,
+    /// The kernel's small objects.
+    pub slab: u64,
+    /// Page tables.
+    pub page_tables: u64,
+    /// Of processes alone.
+    pub anonymous: u64,
+    /// Page cache that is as on disk.
+    pub clean_file: u64,
+    /// Page cache that is not, or has no disk.
+    pub dirty_file: u64,
+    /// Holds nothing.
+    pub free: u64,
+    /// What cannot be told.
+    pub other: u64,
+    /// What processes touched in the last moment before the switch, of whichever class.
+    pub working_sets: u64,
+}
+
 /// How a migration ended well.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -224,7 +260,7 @@ pub struct Summary {
     pub downtime: Downtime,
     /// What came afterwards, in post-copy; `total_ms` includes it.
     #[serde(default)]
-    pub post_copy: Option<PostCopy>,
+    pub post_copy: Option<Box<PostCopy>>,
     /// How memory moved, and why.
     #[serde(default)]
     pub choice: Option<Choice>,
@@ -249,6 +285,7 @@ pub struct Progress {
     expected: Mutex<Option<Expected>>,
     choice: Mutex<Option<Choice>>,
     waits_for: Mutex<Option<String>>,
+    classes: Mutex<Option<Classes>>,
 }
 
 /// The counters in [`Progress`].
@@ -273,9 +310,12 @@ pub enum Counter {
     RequestedPages,
     /// Pages that come in post-copy.
     PostCopyPages,
+    /// The kernel's pages that come right before it.
+    KernelPages,
+    OrderedPages,
 }
 
-const COUNTERS: usize = Counter::PostCopyPages as usize + 1;
+const COUNTERS: usize = Counter::OrderedPages as usize + 1;
 
 impl Default for Progress {
     fn default() -> Self {
@@ -295,6 +335,7 @@ impl Progress {
             expected: Mutex::default(),
             choice: Mutex::default(),
             waits_for: Mutex::default(),
+            classes: Mutex::default(),
         }
     }
 
@@ -374,6 +415,16 @@ impl Progress {
         waits_for.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Notes what the guest named.
+    pub fn set_classes(&self, classes: Classes) {
+        *self.classes.lock().unwrap_or_else(PoisonError::into_inner) = Some(classes);
+    }
+
+    /// What the guest named.
+    pub fn classes(&self) -> Option<Classes> {
+        *self.classes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Adds to a counter.
     pub fn add(&self, counter: Counter, amount: u64) {
         self.counters[counter as usize].fetch_add(amount, Ordering::Relaxed);
@@ -416,6 +467,7 @@ impl Progress {
             hinted_pages: self.get(Counter::HintedPages),
             link_away_ms: self.get(Counter::LinkAwayMs),
             requested_pages: self.get(Counter::RequestedPages),
+            ordered_pages: self.get(Counter::OrderedPages),
             waits_for: self.waits_for(),
             choice: self.choice(),
             forecast: self.forecast(),

@@ -26,8 +26,10 @@ fuzz_target!(|data: &[u8]| {
     };
     let length = message.encode(&mut out).expect("it fits");
     assert_eq!(&out[HEADER_LEN..length], payload);
-    if let AgentMessage::GateWanted(runs) = message {
-        again(runs, FrameList::Wanted);
+    match message {
+        AgentMessage::GateWanted(runs) => again(runs, FrameList::Wanted),
+        AgentMessage::Class(class, runs) => again(runs, FrameList::Class(class)),
+        _ => {}
     }
     let AgentMessage::Ranges(ranges) = message else {
         return;
@@ -58,15 +60,25 @@ fn again(runs: FrameRuns<'_>, list: FrameList) {
     }
     let length = encoder.finish().expect("it fits");
     let payload = &out[HEADER_LEN..length];
-    let (host, agent) = match list {
-        FrameList::Absent => (HostMessage::decode(0x05, payload).ok(), None),
-        FrameList::Arrived => (HostMessage::decode(0x07, payload).ok(), None),
-        FrameList::Wanted => (None, AgentMessage::decode(0x89, payload).ok()),
-    };
-    let (Some(HostMessage::GateAbsent(runs) | HostMessage::GateArrived(runs)), _)
-    | (_, Some(AgentMessage::GateWanted(runs))) = (host, agent)
-    else {
-        panic!("runs are no longer runs");
+    let host = |kind| HostMessage::decode(kind, payload);
+    let agent = |kind| AgentMessage::decode(kind, payload);
+    let runs = match list {
+        FrameList::Absent => match host(0x05) {
+            Ok(HostMessage::GateAbsent(runs)) => runs,
+            other => panic!("{other:?}"),
+        },
+        FrameList::Arrived => match host(0x07) {
+            Ok(HostMessage::GateArrived(runs)) => runs,
+            other => panic!("{other:?}"),
+        },
+        FrameList::Wanted => match agent(0x89) {
+            Ok(AgentMessage::GateWanted(runs)) => runs,
+            other => panic!("{other:?}"),
+        },
+        FrameList::Class(class) => match agent(0x8b) {
+            Ok(AgentMessage::Class(same, runs)) if same == class => runs,
+            other => panic!("{other:?}"),
+        },
     };
     let again: Result<Vec<_>, _> = runs.iter().collect();
     assert_eq!(again.as_ref(), Ok(&decoded));

@@ -1,5 +1,6 @@
-//! Runs of page frames: what is absent, has arrived, or is waited for.
+//! Runs of page frames: what is absent, has arrived, is waited for, or is of one class.
 
+use super::classes::MemoryClass;
 use super::frame::{FrameError, HEADER_LEN, MAX_PAYLOAD_LEN, seal};
 use super::message::{Encoded, MessageError, kind};
 use crate::varint;
@@ -22,6 +23,8 @@ pub enum FrameList {
     Arrived,
     /// A process waits for them.
     Wanted,
+    /// They are of that class.
+    Class(MemoryClass),
 }
 
 /// The runs of one message, decoded as they are iterated.
@@ -77,6 +80,8 @@ fn decode_run(body: &[u8], at: usize, last: u64) -> Result<(FrameRun, usize), Me
 pub struct FrameRunEncoder<'a> {
     out: &'a mut [u8],
     at: usize,
+    /// Where the runs begin.
+    start: usize,
     last: u64,
     kind: u8,
 }
@@ -88,10 +93,20 @@ impl<'a> FrameRunEncoder<'a> {
             FrameList::Absent => kind::GATE_ABSENT,
             FrameList::Arrived => kind::GATE_ARRIVED,
             FrameList::Wanted => kind::GATE_WANTED,
+            FrameList::Class(_) => kind::CLASS,
         };
+        let mut start = HEADER_LEN;
+        if let FrameList::Class(class) = list {
+            // Without room for it there is none for a run either.
+            if let Some(byte) = out.get_mut(start) {
+                *byte = class.to_byte();
+            }
+            start += 1;
+        }
         Self {
             out,
-            at: HEADER_LEN,
+            at: start,
+            start,
             last: 0,
             kind,
         }
@@ -115,18 +130,18 @@ impl<'a> FrameRunEncoder<'a> {
 
     /// Whether no run was added.
     pub fn is_empty(&self) -> bool {
-        self.at == HEADER_LEN
+        self.at == self.start
     }
 
     /// Seals the frame and returns its length in bytes.
     ///
     /// # Errors
-    /// [`FrameError::NoRoom`] if the buffer has no room for a header.
+    /// [`FrameError::NoRoom`] if the buffer has no room for what comes before the runs.
     pub fn finish(self) -> Encoded {
-        if self.out.len() < HEADER_LEN {
+        if self.out.len() < self.start {
             let room = self.out.len();
             return Err(FrameError::NoRoom {
-                needed: HEADER_LEN,
+                needed: self.start,
                 room,
             });
         }
@@ -136,6 +151,7 @@ impl<'a> FrameRunEncoder<'a> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::classes::RANKS;
     use super::super::frame::{Decoder, MAX_FRAME_LEN};
     use super::super::message::{AgentMessage, HostMessage};
     use super::*;
@@ -157,14 +173,20 @@ mod tests {
     proptest! {
         #[test]
         fn runs_round_trip(
-            sent in prop::collection::vec((any::<u64>(), 1_u64..), 0..300),
+            sent in prop::collection::vec((any::<u64>(), 1_u64..), 0..300), rank in 0..RANKS,
         ) {
             let sent: Vec<_> = sent.into_iter().map(|(pfn, pages)| FrameRun { pfn, pages }).collect();
-            for list in [FrameList::Absent, FrameList::Arrived, FrameList::Wanted] {
+            let classes = [MemoryClass::Kernel, MemoryClass::WorkingSet(0), MemoryClass::WorkingSet(rank)];
+            let lists = [FrameList::Absent, FrameList::Arrived, FrameList::Wanted];
+            for list in lists.into_iter().chain(classes.map(FrameList::Class)) {
                 let (kind, payload) = encoded(list, &sent);
                 let runs = match list {
                     FrameList::Wanted => match AgentMessage::decode(kind, &payload) {
                         Ok(AgentMessage::GateWanted(runs)) => runs,
+                        other => panic!("{other:?}"),
+                    },
+                    FrameList::Class(class) => match AgentMessage::decode(kind, &payload) {
+                        Ok(AgentMessage::Class(same, runs)) if same == class => runs,
                         other => panic!("{other:?}"),
                     },
                     _ => match HostMessage::decode(kind, &payload) {
@@ -199,6 +221,10 @@ mod tests {
         assert!(encoder.add(FrameRun { pfn: 3, pages: 1 }));
         assert_eq!(encoder.finish(), Ok(HEADER_LEN + 4));
         let short = FrameRunEncoder::new(&mut [], FrameList::Arrived);
+        assert!(matches!(short.finish(), Err(FrameError::NoRoom { .. })));
+        let mut out = [0; HEADER_LEN];
+        let mut short = FrameRunEncoder::new(&mut out, FrameList::Class(MemoryClass::Kernel));
+        assert!(!short.add(FrameRun { pfn: 1, pages: 1 }) && short.is_empty());
         assert!(matches!(short.finish(), Err(FrameError::NoRoom { .. })));
     }
 }

@@ -1,5 +1,6 @@
 //! Messages of the agent channel. Integers are little-endian; texts are a length byte and UTF-8.
 
+use super::classes::{ClassCounts, MemoryClass};
 use super::frame::{FrameError, HEADER_LEN, MAX_PAYLOAD_LEN, seal};
 use super::frames::FrameRuns;
 use crate::varint;
@@ -37,6 +38,8 @@ pub(super) mod kind {
     pub(super) const GATE_WALK: u8 = 0x06;
     pub(in crate::agent) const GATE_ARRIVED: u8 = 0x07;
     pub(super) const GATE_CLOSE: u8 = 0x08;
+    pub(super) const WATCH: u8 = 0x09;
+    pub(super) const CLASSES_WANTED: u8 = 0x0a;
     pub(super) const AGENT_HELLO: u8 = 0x81;
     pub(super) const DISK: u8 = 0x82;
     pub(super) const EPOCH_BEGIN: u8 = 0x83;
@@ -47,6 +50,8 @@ pub(super) mod kind {
     pub(super) const GATE_REFUSED: u8 = 0x88;
     pub(in crate::agent) const GATE_WANTED: u8 = 0x89;
     pub(super) const GATE_OVER: u8 = 0x8a;
+    pub(in crate::agent) const CLASS: u8 = 0x8b;
+    pub(super) const CLASSES_END: u8 = 0x8c;
 }
 
 /// What the host says to the agent. Runs of frames borrow from the frame.
@@ -85,6 +90,14 @@ pub enum HostMessage<'a> {
     GateArrived(FrameRuns<'a>),
     /// Nothing is absent any more, or nobody will tell. Answered by [`AgentMessage::GateOver`].
     GateClose,
+    /// From now on it counts which memory processes touch. Not answered.
+    Watch,
+    /// Asks for classes of memory, and for what was touched since [`Self::Watch`]. Answered by
+    /// [`AgentMessage::Class`] and [`AgentMessage::ClassesEnd`], or by nothing if the agent does not know of it.
+    ClassesWanted {
+        /// No page frame number reaches this.
+        frames: u64,
+    },
 }
 
 /// How the agent learns what the page cache holds.
@@ -158,6 +171,10 @@ pub enum AgentMessage<'a> {
     GateWanted(FrameRuns<'a>),
     /// Everybody was let go.
     GateOver(GateCounts),
+    /// These frames are of that class. A frame may be named more than once.
+    Class(MemoryClass, FrameRuns<'a>),
+    /// All was named; how much there is of each class.
+    ClassesEnd(ClassCounts),
 }
 
 /// What came of putting processes to sleep.
@@ -319,6 +336,10 @@ impl<'a> HostMessage<'a> {
             Self::GateWalk => writer.seal(kind::GATE_WALK),
             Self::GateArrived(FrameRuns { body }) => writer.bytes(body)?.seal(kind::GATE_ARRIVED),
             Self::GateClose => writer.seal(kind::GATE_CLOSE),
+            Self::Watch => writer.seal(kind::WATCH),
+            Self::ClassesWanted { frames } => writer
+                .bytes(&frames.to_le_bytes())?
+                .seal(kind::CLASSES_WANTED),
         }
     }
 
@@ -350,6 +371,10 @@ impl<'a> HostMessage<'a> {
             kind::GATE_WALK => Self::GateWalk,
             kind::GATE_ARRIVED => return Ok(Self::GateArrived(FrameRuns { body: payload })),
             kind::GATE_CLOSE => Self::GateClose,
+            kind::WATCH => Self::Watch,
+            kind::CLASSES_WANTED => Self::ClassesWanted {
+                frames: reader.u64()?,
+            },
             other => return Err(MessageError::UnknownKind(other)),
         };
         reader.end(message)
@@ -413,6 +438,17 @@ impl<'a> AgentMessage<'a> {
                 .bytes(&counts.waited_us.to_le_bytes())?
                 .bytes(&counts.longest_us.to_le_bytes())?
                 .seal(kind::GATE_OVER),
+            Self::Class(class, FrameRuns { body }) => writer
+                .bytes(&[class.to_byte()])?
+                .bytes(body)?
+                .seal(kind::CLASS),
+            Self::ClassesEnd(counts) => {
+                let mut writer = writer;
+                for count in counts.to_array() {
+                    writer = writer.bytes(&count.to_le_bytes())?;
+                }
+                writer.seal(kind::CLASSES_END)
+            }
         }
     }
 
@@ -483,6 +519,18 @@ impl<'a> AgentMessage<'a> {
                 waited_us: reader.u64()?,
                 longest_us: reader.u64()?,
             }),
+            kind::CLASS => {
+                let class = MemoryClass::from_byte(reader.u8()?)
+                    .ok_or(MessageError::OutOfBounds("class"))?;
+                return Ok(Self::Class(class, FrameRuns { body: reader.rest }));
+            }
+            kind::CLASSES_END => {
+                let mut counts = [0; ClassCounts::LEN];
+                for count in &mut counts {
+                    *count = reader.u64()?;
+                }
+                Self::ClassesEnd(ClassCounts::from_array(counts))
+            }
             other => return Err(MessageError::UnknownKind(other)),
         };
         reader.end(message)
@@ -632,6 +680,8 @@ mod tests {
                 HostMessage::GateArrived(FrameRuns::NONE),
                 HostMessage::GateWalk,
                 HostMessage::GateClose,
+                HostMessage::Watch,
+                HostMessage::ClassesWanted { frames: session },
             ] {
                 let mut out = [0; MAX_FRAME_LEN];
                 let length = message.encode(&mut out).unwrap();
@@ -659,6 +709,10 @@ mod tests {
                     expired: index % 2 == 0, gated: sectors, waits: pages, interrupted: cpu_us,
                     passed: session, waited_us: sectors, longest_us: pages,
                 }),
+                AgentMessage::Class(MemoryClass::Kernel, FrameRuns::NONE),
+                AgentMessage::ClassesEnd(ClassCounts::from_array([
+                    session, sectors, pages, cpu_us, 0, u64::MAX, 1, session,
+                ])),
             ] {
                 let mut out = [0; MAX_FRAME_LEN];
                 let length = message.encode(&mut out).unwrap();

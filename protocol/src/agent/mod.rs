@@ -36,11 +36,24 @@
 //!  |              GateOver                |   also of the agent's own accord
 //!  |<-------------------------------------|
 //! ```
+//!
+//! Before such a migration the host that the guest leaves asks in which order the memory is wanted:
+//!
+//! ```text
+//!  | Hello, Watch                         |
+//!  |------------------------------------->|   a moment later
+//!  | ClassesWanted                        |
+//!  |------------------------------------->|
+//!  |             Class.. ClassesEnd       |   or nothing
+//!  |<-------------------------------------|
+//! ```
 
+mod classes;
 mod frame;
 mod frames;
 mod message;
 
+pub use classes::{ClassCounts, MemoryClass, RANKS};
 pub use frame::{Decoder, FrameError, HEADER_LEN, MAX_FRAME_LEN, MAX_PAYLOAD_LEN, encode_frame};
 pub use frames::{FrameList, FrameRun, FrameRunEncoder, FrameRuns};
 pub use message::{

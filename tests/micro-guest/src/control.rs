@@ -212,6 +212,12 @@ impl Control {
             .map(drop)
     }
 
+    /// Sets how many bytes of data pages are written at all, spread over all of them; 0 for all.
+    pub fn hot(&mut self, bytes: u64, timeout: Duration) -> Result<(), ControlError> {
+        self.expect(&format!("hot {bytes}"), "ok", timeout)
+            .map(drop)
+    }
+
     /// Sets how many bytes of cache pages are written per second: hints about them go stale.
     pub fn dirty_cache(
         &mut self,

@@ -104,7 +104,7 @@ pub fn gate_test(layout: &Layout) -> Result<PathBuf> {
             .args(["-static", "-pthread", "-O2", "-Wall", "-Wextra", "-Werror"])
             .arg("-o")
             .arg(&program)
-            .args([folder.join("gate.c"), folder.join("load.c")])
+            .args(["gate.c", "classes.c", "load.c", "tap.c"].map(|file| folder.join(file)))
             .cure("Install the packages gcc and libc6-dev")
             .output()
     })?;

@@ -118,6 +118,10 @@ fn reports(bed: &Bed, kernel: Kernel, version: Qemu) -> Result<()> {
     let vm = machine.start_warm(&hosts.a, &qemu, &console)?;
     let summary = agent_check(&vm, &console)?;
     println!("  {summary}");
+    has_classes(&summary)?;
+    check(!summary.contains("not told without"), || {
+        format!("The module does not tell what processes touch: {summary}")
+    })?;
     console.check(Side::Source, ANSWER, || vm.alive())?;
     Ok(())
 }
@@ -153,9 +157,38 @@ fn without_module(bed: &Bed) -> Result<()> {
     let vm = machine.start_warm(&hosts.a, &bed.packages.qemu(Qemu::V10_0)?, &console)?;
     let summary = agent_check(&vm, &console)?;
     println!("  {summary}");
-    check(summary.contains("user"), || {
-        format!("The agent does not say that it has no module: {summary}")
-    })
+    check(
+        summary.contains("user") && summary.contains("not told without"),
+        || format!("The agent does not say that it has no module: {summary}"),
+    )?;
+    has_classes(&summary)
+}
+
+/// The memory of that guest's kernel, processes and files was told.
+fn has_classes(summary: &str) -> Result<()> {
+    let mib = |class: &str| {
+        let line = summary
+            .lines()
+            .find(|line| line.contains("memory in MiB"))?;
+        let (_, rest) = line.split_once(&format!("{class} "))?;
+        let digits = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+        digits.parse::<u64>().ok()
+    };
+    // Its settings say how much memory its workload has, and how much page cache.
+    let least = [
+        ("kernel", 20),
+        ("slab", 2),
+        ("anonymous", 16),
+        ("clean files", 90),
+        ("free", 10),
+    ];
+    for (class, least) in least {
+        check(
+            mib(class).is_some_and(|mib| (least..384).contains(&mib)),
+            || format!("Not as much is {class} as should be: {summary}"),
+        )?;
+    }
+    Ok(())
 }
 
 /// The test of the test: the workload must notice.

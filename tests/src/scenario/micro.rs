@@ -170,6 +170,11 @@ impl Life {
         self.goes_on()
     }
 
+    /// From now on it writes only so many bytes of its data.
+    pub(super) fn write_only(&mut self, bytes: u64) -> Result<()> {
+        self.control.hot(bytes, LONG).map_err(|error| wrong(&error))
+    }
+
     /// Every page holds what it must.
     pub(super) fn check(&mut self) -> Result<()> {
         match self.control.check(LONG).map_err(|error| wrong(&error))? {

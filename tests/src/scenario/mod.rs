@@ -15,6 +15,7 @@ mod guest;
 mod lie;
 pub(crate) mod micro;
 mod migrate;
+mod order;
 mod pair;
 mod peers;
 mod postcopy;
@@ -52,6 +53,7 @@ pub fn all() -> Vec<Scenario> {
         converge::scenarios(),
         choice::scenarios(),
         postcopy::scenarios(),
+        order::scenarios(),
         lie::scenarios(),
         die::scenarios(),
         broken_start::scenarios(),

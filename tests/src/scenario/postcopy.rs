@@ -17,7 +17,7 @@ use crate::{Error, Result};
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(400);
-const POST: [&str; 2] = ["--mode", "post"];
+pub(super) const POST: [&str; 2] = ["--mode", "post"];
 /// Bounds an answer of the Linux guest.
 const ANSWER: Duration = Duration::from_secs(60);
 /// In Mbit/s; what is left at the switch takes a while there.
@@ -92,7 +92,7 @@ fn writes(bed: &Bed) -> Result<Micro> {
 }
 
 /// Pages came after the guest ran.
-fn followed(answer: &Answer) -> Result<()> {
+pub(super) fn followed(answer: &Answer) -> Result<()> {
     let number = |name: &str| answer.number(&format!("/summary/post-copy/{name}"));
     let (pages, asked) = (number("pages")?, number("requested-pages")?);
     println!("  {pages} pages followed, {asked} of them asked for");
@@ -332,9 +332,31 @@ fn linux(bed: &Bed) -> Result<()> {
     followed(&answer)?;
     console.check(Side::Destination, ANSWER, || b.alive())?;
     gated(&answer, &b, &console)?;
+    ordered(&answer, &b, &console)?;
     ask(&b, &["vm", "stop", &machine.name, "--force"])?
         .expect(0)
         .map(drop)
+}
+
+/// The guest told what is its kernel's and what its processes work with, its workload first.
+fn ordered(answer: &Answer, b: &Daemon, console: &Console) -> Result<()> {
+    println!("  {}", answer.value["summary"]["post-copy"]);
+    let number = |name: &str| answer.number(&format!("/summary/post-copy/{name}"));
+    let own = Profile::QUICK.own * 256;
+    check(
+        number("classes/kernel")? > 1000
+            && number("classes/slab")? > 100
+            && number("classes/page-tables")? > 10
+            && number("classes/anonymous")? > own
+            && number("classes/clean-file")? > Profile::QUICK.cache * 256 / 2
+            && number("classes/working-sets")? > 100
+            && number("ordered-pages")? > 0,
+        || format!("The classes make no sense: {answer}"),
+    )?;
+    let look = "grep -E 'first=[1-9][0-9]{2}' /tmp/agent.log";
+    let said = console.run(Side::Destination, look, ANSWER, || b.alive())?;
+    println!("  {}", said.trim());
+    Ok(())
 }
 
 /// Processes slept for absent pages, none sleeps on, and the kernel has nothing to complain of.

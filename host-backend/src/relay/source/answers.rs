@@ -8,7 +8,7 @@ use transhume_protocol::qemu::return_path::Message;
 use super::shared::Shared;
 use super::transmit::Packer;
 use crate::link::session::Session;
-use crate::pages::{PAGE_SIZE, PageKey};
+use crate::pages::PAGE_SIZE;
 use crate::relay::error::RelayError;
 use crate::relay::progress::Counter;
 
@@ -98,13 +98,17 @@ impl Answers {
             {
                 let pages = u64::from(length) / PAGE_SIZE as u64;
                 self.shared.progress.add(Counter::RequestedPages, pages);
-                // The destination names the block each time.
-                if let Message::RequestPagesOf { block, offset, .. } = message
-                    && let Some(block) = self.shared.hints.block(block)
-                {
-                    let page = offset / PAGE_SIZE as u64;
-                    self.shared.requests.note(PageKey { block, page }, pages);
-                }
+            }
+            // The destination always names the block.
+            if let Message::RequestPagesOf {
+                block,
+                offset,
+                length,
+            } = message
+                && let Some(first) = self.shared.order.waits_for(block, offset)
+            {
+                let pages = u64::from(length) / PAGE_SIZE as u64;
+                self.shared.requests.note(first, pages);
             }
             if matches!(message, Message::SwitchoverAck) {
                 self.shared.hold_switchover(bytes);

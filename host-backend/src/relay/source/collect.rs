@@ -77,6 +77,9 @@ impl Reading {
             return Ok(());
         }
         self.steer()?;
+        if switch.has_begun() {
+            self.order()?;
+        }
         self.stay_near(switch)
     }
 
@@ -115,6 +118,15 @@ impl Reading {
             self.shared.release_switchover()?;
         }
         Ok(())
+    }
+
+    /// Requests of what QEMU owes what the guest wants first.
+    fn order(&self) -> Result<(), RelayError> {
+        let rate = self.shared.rate().unwrap_or(ASSUMED_RATE);
+        match self.shared.order.next(rate) {
+            Some(requests) => self.shared.tell_qemu(&requests),
+            None => Ok(()),
+        }
     }
 
     /// Moves QEMU's scan to where disk and link are both busy.

@@ -1,18 +1,16 @@
-//! The guest's reports, translated from guest-physical pages to pages of QEMU's RAM blocks.
-//!
-//! A guest-physical address is no offset into a block: on a machine with more than some 3 GB the rest
-//! lies above 4 GiB. The translation is QEMU's own (`info mtree -f`).
+//! The guest's reports, translated to pages of QEMU's RAM blocks.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use transhume_protocol::agent::FrameRun;
 use transhume_protocol::link::{HintRun, encode_hint};
 use transhume_protocol::qemu::Block;
 
 use super::flow::{Flow, Next};
+use super::frames::Frames;
 use crate::guest::GuestRange;
-use crate::hypervisor::layout::Region;
+use crate::pages::SECTORS_PER_PAGE;
 use crate::pages::hints::{HintTable, MAX_RUNS};
-use crate::pages::{PAGE_SIZE, SECTORS_PER_PAGE};
 
 /// Runs in one frame to the destination.
 const RUNS_A_FRAME: usize = 8192;
@@ -28,15 +26,15 @@ struct State {
 
 /// The reports of one migration.
 pub(super) struct Hints {
-    layout: Vec<Region>,
+    frames: Arc<Frames>,
     flow: Arc<Flow>,
     state: Mutex<State>,
 }
 
 impl Hints {
-    pub(super) fn new(layout: Vec<Region>, flow: Arc<Flow>) -> Self {
+    pub(super) fn new(frames: Arc<Frames>, flow: Arc<Flow>) -> Self {
         Self {
-            layout,
+            frames,
             flow,
             state: Mutex::default(),
         }
@@ -78,12 +76,6 @@ impl Hints {
         self.publish(&mut state);
     }
 
-    /// The number of QEMU's block of that name.
-    pub(super) fn block(&self, name: &str) -> Option<u16> {
-        let at = self.lock().blocks.iter().position(|one| one.name == name);
-        at.and_then(|at| u16::try_from(at).ok())
-    }
-
     /// Takes QEMU's table of blocks, which comes with the stream.
     pub(super) fn set_blocks(&self, blocks: &[Block]) {
         let mut state = self.lock();
@@ -113,32 +105,23 @@ impl Hints {
 
     /// Cuts a range along the regions of memory; what lies outside of them is dropped.
     fn translate(&self, range: GuestRange, blocks: &[Block], runs: &mut Vec<HintRun>) {
-        let page_size = PAGE_SIZE as u64;
-        let Some(end) = range.pfn.checked_add(u64::from(range.pages)) else {
-            return;
+        let run = FrameRun {
+            pfn: range.pfn,
+            pages: u64::from(range.pages),
         };
-        for region in &self.layout {
-            let first = region.start / page_size;
-            let last = first + region.length / page_size;
-            let (from, to) = (range.pfn.max(first), end.min(last));
-            if from >= to {
-                continue;
-            }
-            let block = blocks.iter().position(|block| block.name == region.block);
-            let Some(block) = block.and_then(|at| u16::try_from(at).ok()) else {
-                continue;
-            };
-            let Some(sector) = (from - range.pfn)
+        for piece in self.frames.pieces(run, blocks) {
+            let Some(sector) = piece
+                .skipped
                 .checked_mul(SECTORS_PER_PAGE)
                 .and_then(|sectors| range.sector.checked_add(sectors))
             else {
                 continue;
             };
             runs.push(HintRun {
-                block,
-                page: region.offset / page_size + (from - first),
+                block: piece.block,
+                page: piece.page,
                 // Not longer than the range.
-                pages: u32::try_from(to - from).unwrap_or(range.pages),
+                pages: u32::try_from(piece.pages).unwrap_or(range.pages),
                 disk: range.disk,
                 sector,
             });
@@ -149,6 +132,7 @@ impl Hints {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hypervisor::layout::Region;
     use crate::pages::PageKey;
     use crate::pages::hints::Place;
 
@@ -163,7 +147,7 @@ mod tests {
             offset,
         };
         let layout = vec![region(0, 2 * GIB, 0), region(4 * GIB, 3 * GIB, 2 * GIB)];
-        let hints = Hints::new(layout, Arc::new(Flow::new()));
+        let hints = Hints::new(Arc::new(Frames::new(layout)), Arc::new(Flow::new()));
         let block = |name: &str, length| Block {
             name: name.to_owned(),
             length,

@@ -14,8 +14,10 @@ use super::agreement::{Accepted, Agreement, Disagreement};
 use super::choice::{self, Choice};
 use super::facts::{self, Facts, Plan};
 use super::flow::Flow;
+use super::frames::Frames;
 use super::hints::Hints;
 use super::link_rate::LinkRate;
+use super::order::Order;
 use super::postcopy::Start;
 use super::report::Reports;
 use super::request::{Journal, Outcome, Request};
@@ -251,8 +253,11 @@ impl Migration {
         let flow = Arc::new(Flow::new());
         let layout = std::mem::take(&mut self.facts.layout);
         let frames = main_memory_end(&layout, PAGE_SIZE as u64);
-        let hints = Arc::new(Hints::new(layout, Arc::clone(&flow)));
-        let mut reports = self.listen_to_agent(&hints, frames);
+        let layout = Arc::new(Frames::new(layout));
+        let hints = Arc::new(Hints::new(Arc::clone(&layout), Arc::clone(&flow)));
+        let frames = self.may_go_over().then_some(frames);
+        let order = Arc::new(Order::new(layout, frames));
+        let mut reports = self.listen_to_agent(&hints, &order);
         let ready = self
             .prepare_destination(accepted, agreement, cancel)
             .await?;
@@ -290,6 +295,7 @@ impl Migration {
         let shared = Arc::new(Shared::new(
             flow,
             hints,
+            order,
             Arc::clone(&self.progress),
             qemu,
             session,
@@ -327,7 +333,7 @@ impl Migration {
         })
     }
 
-    fn listen_to_agent(&self, hints: &Arc<Hints>, frames: u64) -> Reports {
+    fn listen_to_agent(&self, hints: &Arc<Hints>, order: &Arc<Order>) -> Reports {
         let vm = &self.request.vm;
         let disks = self
             .facts
@@ -351,7 +357,7 @@ impl Migration {
             self.facts.offer.job,
             Arc::clone(hints),
             Arc::clone(&self.progress),
-            frames,
+            Arc::clone(order),
         )
     }
 

@@ -15,11 +15,13 @@ mod facts;
 mod flow;
 #[cfg(test)]
 mod flow_models;
+mod frames;
 mod goal;
 mod hints;
 mod ledger;
 mod link_rate;
 mod migration;
+mod order;
 mod postcopy;
 mod rendezvous;
 #[cfg(test)]

@@ -123,6 +123,7 @@ impl StreamReader {
                 .shared()
                 .progress
                 .add(Counter::PostCopyPages, count);
+            self.collector.shared().order.owe(block, page, count);
             let mut done = 0;
             while done < count {
                 let some = u32::try_from(count - done).unwrap_or(u32::MAX);
@@ -155,6 +156,8 @@ pub(super) struct Start {
     /// The destination was asked to wait for the link from then on.
     asked: bool,
     begun: bool,
+    /// When the first scan began, and how much there was of it, in bytes.
+    first: Option<(Instant, f64)>,
 }
 
 impl Start {
@@ -163,8 +166,22 @@ impl Start {
         self.begun
     }
 
-    /// Lets QEMU go over when that was chosen, all memory was scanned once if there is time, and the destination
-    /// waits for the link.
+    /// How long the first scan still takes, if it goes on as it did.
+    fn left(&mut self, seen: &Seen) -> Duration {
+        if seen.scans >= SCANS {
+            return Duration::ZERO;
+        }
+        let (since, all) = *self.first.get_or_insert((Instant::now(), seen.remaining));
+        let done = all - seen.remaining;
+        if done <= 0.0 {
+            return Duration::MAX;
+        }
+        let left = since.elapsed().as_secs_f64() * seen.remaining / done;
+        Duration::try_from_secs_f64(left).unwrap_or(Duration::MAX)
+    }
+
+    /// Lets QEMU go over when that was chosen, all memory was scanned once, what goes first has gone, and the
+    /// destination waits for the link. Where time is short it is only the last of these.
     pub(super) async fn follow(
         &mut self,
         seen: &Seen,
@@ -172,8 +189,17 @@ impl Start {
         shared: &Shared,
         qmp: &crate::hypervisor::Qmp,
     ) -> Result<(), Stop> {
-        let is_time = seen.scans >= SCANS || choice.is_urgent(seen);
-        if self.begun || !choice.is_post() || !is_time {
+        if self.begun || !choice.is_post() {
+            return Ok(());
+        }
+        let left = self.left(seen);
+        let stream = shared.progress.get(Counter::StreamBytes);
+        let (is_ready, requests) = shared.order.prepare(left, stream);
+        if let Some(requests) = requests {
+            shared.tell_qemu(&requests)?;
+        }
+        let is_urgent = choice.is_urgent(seen);
+        if seen.scans < SCANS && !is_urgent {
             return Ok(());
         }
         if !self.asked {
@@ -182,7 +208,7 @@ impl Start {
             let endure = encode_control(&Control::Endure).map_err(RelayError::from)?;
             shared.flow.push_urgent(Next::Control(endure));
         }
-        if !shared.endures() {
+        if !shared.endures() || !(is_ready || is_urgent) {
             return Ok(());
         }
         self.begun = true;
@@ -282,12 +308,15 @@ impl Migration {
         }
         let mut summary = self.ended(&copied, running, remarks).await;
         summary.total_ms = total.as_secs_f64() * 1e3;
-        summary.post_copy = Some(PostCopy {
+        summary.post_copy = Some(Box::new(PostCopy {
             total_ms: whole.saturating_duration_since(running).as_secs_f64() * 1e3,
             pages,
             requested_pages: self.progress.get(Counter::RequestedPages),
             stalls: stalls.map(Into::into),
-        });
+            kernel_pages: self.progress.get(Counter::KernelPages),
+            ordered_pages: self.progress.get(Counter::OrderedPages),
+            classes: self.progress.classes(),
+        }));
         Ok(summary)
     }
 

@@ -9,8 +9,9 @@ use tokio::sync::watch;
 use transhume_protocol::agent::ReportSource;
 
 use super::hints::Hints;
+use super::order::{Order, Question};
 use crate::guest::GuestRange;
-use crate::guest::{self, DiskName, Reported};
+use crate::guest::{self, DiskName, Questions, Reported};
 use crate::relay::progress::{Counter, Progress};
 
 /// How long an agent may take to answer.
@@ -35,15 +36,15 @@ pub(super) struct Reports {
 }
 
 impl Reports {
-    /// Starts to listen to an agent by its socket, or tells why there is none. No page frame number reaches
-    /// `frames`.
+    /// Starts to listen to an agent by its socket, or tells why there is none. If the VM may move by post-copy the
+    /// guest is asked in which order its memory is wanted, when that is near.
     pub(super) fn start(
         agent: Result<PathBuf, &'static str>,
         disks: Vec<DiskName>,
         session: u64,
         hints: Arc<Hints>,
         progress: Arc<Progress>,
-        frames: u64,
+        order: Arc<Order>,
     ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let remarks = Arc::new(Mutex::new(Vec::new()));
@@ -61,7 +62,7 @@ impl Reports {
             ready,
             hints,
             progress,
-            frames,
+            order,
             gate: Arc::clone(&reports.gate),
         };
         let thread = std::thread::Builder::new().name("relay-agent".to_owned());
@@ -134,7 +135,7 @@ struct Listener {
     ready: watch::Sender<bool>,
     hints: Arc<Hints>,
     progress: Arc<Progress>,
-    frames: u64,
+    order: Arc<Order>,
     gate: Arc<AtomicBool>,
 }
 
@@ -171,7 +172,10 @@ impl Listener {
         tracing::debug!(agent = greeting.agent, source = ?greeting.source, "agent answers");
         let mut first = FirstReport::default();
         let mut last: Option<Instant> = None;
-        let mut prepared = agent.prepare_gate(self.frames).ok();
+        let post_copy = self.order.end();
+        let mut prepared = post_copy.and_then(|frames| agent.prepare_gate(frames).ok());
+        let questions = post_copy.and_then(|frames| Some((agent.questions().ok()?, frames)));
+        self.order.attend(questions.is_some());
         let listened = agent.start_reports(INTERVAL, CPU_PERMILLE).and_then(|()| {
             agent.listen(
                 || {
@@ -180,6 +184,7 @@ impl Listener {
                     if let Some(prepared) = prepared.as_mut().filter(|_| due) {
                         prepared.go_on();
                     }
+                    self.ask(questions.as_ref());
                     !self.stop.load(Ordering::Relaxed)
                 },
                 |reported| {
@@ -193,6 +198,10 @@ impl Listener {
                         }
                         Reported::Part(_) => return,
                         Reported::Whole(report) => report,
+                        Reported::Order(order) => {
+                            self.progress.set_classes(self.order.answer(order));
+                            return;
+                        }
                     };
                     if last.is_some_and(|last| last.elapsed() < LEAST_INTERVAL) {
                         return;
@@ -211,9 +220,25 @@ impl Listener {
                 |text| remark(&self.remarks, format!("the guest's agent says: {text}")),
             )
         });
+        self.order.attend(false);
         // The agent stops by itself when its channel closes.
         let stopped = listened.and_then(|()| agent.stop_reports());
         if let Err(error) = stopped {
+            tracing::debug!(%error, "agent's channel");
+        }
+    }
+
+    /// Passes on what the guest is to be asked. What cannot be asked is not answered.
+    fn ask(&self, questions: Option<&(Questions, u64)>) {
+        let Some((questions, frames)) = questions else {
+            return;
+        };
+        let asked = match self.order.take_question() {
+            Some(Question::Watch) => questions.watch(),
+            Some(Question::Order) => questions.order(*frames),
+            None => return,
+        };
+        if let Err(error) = asked {
             tracing::debug!(%error, "agent's channel");
         }
     }

@@ -176,12 +176,22 @@ impl Rest {
         stream::narrow(&theirs);
         let flow = Arc::new(Flow::new());
         // Nothing is referred to a disk any more.
-        let hints = Arc::new(Hints::new(Vec::new(), Arc::clone(&flow)));
+        let hints = Arc::new(Hints::new(Arc::default(), Arc::clone(&flow)));
+        // Nor ordered: what the guest worked with was long ago.
+        let order = Arc::default();
         let qemu = Sockets {
             stream: ours,
             channels: Vec::new(),
         };
-        let shared = Shared::new(flow, hints, Arc::clone(progress), qemu, session, rate);
+        let shared = Shared::new(
+            flow,
+            hints,
+            order,
+            Arc::clone(progress),
+            qemu,
+            session,
+            rate,
+        );
         let shared = Arc::new(shared);
         let begun = shared.resume(section, blocks);
         let sent = async {

@@ -17,6 +17,7 @@ use super::collect::{Collector, Reading};
 use super::flow::Flow;
 use super::hints::Hints;
 use super::link_rate::LinkRate;
+use super::order::Order;
 use super::rendezvous::Rendezvous;
 use super::requests::Requests;
 use super::stream::StreamReader;
@@ -75,6 +76,7 @@ pub(super) struct Sockets {
 pub(super) struct Shared {
     pub(super) flow: Arc<Flow>,
     pub(super) hints: Arc<Hints>,
+    pub(super) order: Arc<Order>,
     pub(super) progress: Arc<Progress>,
     /// What the guest waits for, in post-copy.
     pub(super) requests: Requests,
@@ -93,6 +95,7 @@ impl Shared {
     pub(super) fn new(
         flow: Arc<Flow>,
         hints: Arc<Hints>,
+        order: Arc<Order>,
         progress: Arc<Progress>,
         qemu: Sockets,
         session: Session<Packer>,
@@ -102,6 +105,7 @@ impl Shared {
         Self {
             flow,
             hints,
+            order,
             progress,
             requests: Requests::default(),
             qemu,

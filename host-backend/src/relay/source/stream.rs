@@ -13,7 +13,8 @@ use super::collect::{Collector, key};
 use super::ledger::Order;
 use super::postcopy::Switch;
 use super::rendezvous::Rendezvous;
-use crate::pages::PAGE_SIZE;
+use super::shared::Shared;
+use crate::pages::{PAGE_SIZE, PageKey};
 use crate::relay::error::RelayError;
 use crate::relay::progress::Counter;
 
@@ -141,6 +142,7 @@ impl StreamReader {
             match item.kind {
                 Kind::Page { page, data } => {
                     let key = key(page);
+                    self.note_order(key);
                     if self.collector.switch.has_begun() {
                         self.collector.forgotten(key, data, end - PAGE_SIZE);
                         continue;
@@ -151,6 +153,7 @@ impl StreamReader {
                 }
                 Kind::Zero { page, fill } => {
                     let key = key(page);
+                    self.note_order(key);
                     self.collector.reading.ledger().filled(key)?;
                     self.collector.filled(key, fill);
                 }
@@ -198,6 +201,19 @@ impl StreamReader {
             }
         }
         Ok(at)
+    }
+
+    /// A page has come, perhaps in an order that the guest wants.
+    fn note_order(&self, key: PageKey) {
+        let Shared {
+            order, progress, ..
+        } = self.collector.shared();
+        if self.collector.switch.has_begun() {
+            progress.add(Counter::OrderedPages, u64::from(order.came(key)));
+        } else {
+            let stream = progress.get(Counter::StreamBytes);
+            progress.add(Counter::KernelPages, u64::from(order.passes(key, stream)));
+        }
     }
 
     fn raw(&mut self, bytes: &[u8]) {
@@ -260,6 +276,7 @@ impl StreamReader {
         self.collector.dispatch(None)?;
         reading.shared.flow.drain()?;
         reading.shared.hints.set_blocks(blocks);
+        reading.shared.order.set_blocks(blocks);
         self.collector.begin_batch()
     }
 

@@ -6,9 +6,10 @@ use crate::lies::Liar;
 use crate::memory::{Memory, Run};
 use alloc::string::String;
 use core::convert::Infallible;
+use core::ops::Range as Span;
 use core::time::Duration;
-use transhume_agent::{Action, Disk, PageCache, Session, Step};
-use transhume_protocol::agent::{Range, ReportSource};
+use transhume_agent::{Action, Classes, Disk, Named, NoGate, PageCache, Session, Step};
+use transhume_protocol::agent::{ClassCounts, FrameRun, MemoryClass, Range, ReportSource};
 
 /// Entries of the page table that one step looks at.
 const STEP: usize = 4096;
@@ -20,6 +21,7 @@ pub(crate) struct Agent {
     console: Option<Console>,
     session: Session,
     walk: usize,
+    names: NameWalk,
     disk: DiskName,
     liar: Liar,
     /// Frames that were sent.
@@ -34,11 +36,22 @@ pub(crate) struct DiskName {
 
 impl Agent {
     /// An agent that waits for a host; without a console it waits for ever.
-    pub(crate) fn new(console: Option<Console>, disk: DiskName, liar: Liar) -> Self {
+    /// `own`: the frames of its image and heap, if the host is told of them and of the pages that are written.
+    pub(crate) fn new(
+        console: Option<Console>,
+        disk: DiskName,
+        own: Option<Span<u64>>,
+        liar: Liar,
+    ) -> Self {
         Self {
             console,
             session: Session::new(concat!("micro-guest ", env!("CARGO_PKG_VERSION"))),
             walk: 0,
+            names: NameWalk {
+                own,
+                stage: NameStage::Done,
+                liar: liar.clone(),
+            },
             disk,
             liar,
             frames: 0,
@@ -67,11 +80,15 @@ impl Agent {
             disk: &self.disk,
             liar: &mut self.liar,
         };
+        let mut names = Names {
+            memory,
+            walk: &mut self.names,
+        };
         for _ in 0..POLLS {
             let Some(out) = console.output() else {
                 return false;
             };
-            match session.poll(&mut table, now, out) {
+            match session.poll_for(&mut table, &mut NoGate, &mut names, now, out) {
                 Action::Send(length) => {
                     let length = table.liar.frame(out, length);
                     console.send(length);
@@ -147,4 +164,73 @@ impl PageCache for Table<'_> {
     }
 
     fn end(&mut self) {}
+}
+
+/// How far the host was told which frames are wanted first.
+struct NameWalk {
+    own: Option<Span<u64>>,
+    stage: NameStage,
+    liar: Liar,
+}
+
+#[derive(Clone, Copy)]
+enum NameStage {
+    Own,
+    /// The pages that are written, from this one on.
+    Written(usize),
+    Done,
+}
+
+/// What is the guest's own, and what it writes, as the session sees it.
+struct Names<'a> {
+    memory: &'a Memory,
+    walk: &'a mut NameWalk,
+}
+
+impl Classes for Names<'_> {
+    fn watch(&mut self) {
+        self.walk.stage = NameStage::Done;
+    }
+
+    fn begin(&mut self, _: u64) {
+        self.walk.stage = match self.walk.own {
+            Some(_) => NameStage::Own,
+            None => NameStage::Done,
+        };
+    }
+
+    fn step(&mut self) -> Named {
+        let own = self.walk.own.clone().unwrap_or_default();
+        let named = |class, run, walk: &mut NameWalk| Named::Found(class, walk.liar.frames(run));
+        match self.walk.stage {
+            NameStage::Own => {
+                self.walk.stage = NameStage::Written(0);
+                let run = FrameRun {
+                    pfn: own.start,
+                    pages: own.end - own.start,
+                };
+                named(MemoryClass::Kernel, run, self.walk)
+            }
+            NameStage::Written(nth) => {
+                if let Some(run) = self.walk.liar.invented_frames() {
+                    return Named::Found(MemoryClass::WorkingSet(0), run);
+                }
+                if nth >= self.memory.written() {
+                    self.walk.stage = NameStage::Done;
+                    return Named::Pending;
+                }
+                let (pfn, pages) = self.memory.written_run(nth);
+                self.walk.stage = NameStage::Written(nth + pages);
+                let pages = pages as u64;
+                let run = FrameRun { pfn, pages };
+                named(MemoryClass::WorkingSet(0), run, self.walk)
+            }
+            NameStage::Done => Named::Done(ClassCounts {
+                kernel: own.end - own.start,
+                anonymous: self.memory.roles().1 as u64,
+                clean_file: self.memory.roles().0 as u64,
+                ..ClassCounts::default()
+            }),
+        }
+    }
 }

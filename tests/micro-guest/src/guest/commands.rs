@@ -173,6 +173,15 @@ impl Guest {
                 }
                 self.parts.serial.answer(format_args!("ok stopped"));
             }
+            ("hot", argument) => match size(argument) {
+                Some(bytes) => {
+                    self.parts.memory.set_hot(bytes);
+                    self.parts.serial.answer(format_args!("ok hot {bytes}"));
+                }
+                None => self.parts.serial.answer(format_args!(
+                    "error `{argument}` is no size: bytes, with K, M or G"
+                )),
+            },
             ("heartbeat", "on") => {
                 self.heartbeat = Some(self.turn);
                 self.parts.serial.answer(format_args!("ok heartbeat on"));

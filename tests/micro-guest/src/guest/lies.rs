@@ -3,9 +3,10 @@
 use crate::parameters::Lie;
 use alloc::vec;
 use micro_guest::content::{Random, SECTORS_PER_PAGE};
-use transhume_protocol::agent::{AgentMessage, Decoder, MAX_FRAME_LEN, Range, VERSION};
+use transhume_protocol::agent::{AgentMessage, Decoder, FrameRun, MAX_FRAME_LEN, Range, VERSION};
 
 /// Tells the chosen lie, or none.
+#[derive(Clone)]
 pub(crate) struct Liar {
     lie: Lie,
     random: Random,
@@ -45,6 +46,31 @@ impl Liar {
         })
     }
 
+    /// Frames from nowhere, instead of the next that are the guest's own or that it writes.
+    pub(crate) fn invented_frames(&mut self) -> Option<FrameRun> {
+        (self.lie == Lie::Flood).then(|| FrameRun {
+            pfn: self.random.below(1 << 21),
+            pages: self.random.below(64) + 1,
+        })
+    }
+
+    /// Frames as they are named.
+    pub(crate) fn frames(&mut self, run: FrameRun) -> FrameRun {
+        match self.lie {
+            Lie::OutsideMemory => FrameRun {
+                pfn: self.place_outside(),
+                pages: 1 << self.random.below(60),
+            },
+            _ => run,
+        }
+    }
+
+    /// A frame where no memory is: in the hole below 4 GiB, right above any memory, at the end of all numbers.
+    fn place_outside(&mut self) -> u64 {
+        let places = [0xfe000, 1 << 22, 1 << 40, u64::MAX - 7];
+        places[self.random.below(4) as usize] + self.random.below(8)
+    }
+
     /// The range as it is reported. `sectors` is the disk's size.
     pub(crate) fn range(&mut self, mut range: Range, sectors: u64) -> Range {
         match self.lie {
@@ -52,11 +78,7 @@ impl Liar {
                 let away = SECTORS_PER_PAGE * (1 + self.random.below((sectors / 8).max(2) - 1));
                 range.sector = (range.sector + away) % sectors;
             }
-            Lie::OutsideMemory => {
-                // The hole below 4 GiB, right above any memory, and the end of all numbers.
-                let places = [0xfe000, 1 << 22, 1 << 40, u64::MAX - 7];
-                range.pfn = places[self.random.below(4) as usize] + self.random.below(8);
-            }
+            Lie::OutsideMemory => range.pfn = self.place_outside(),
             Lie::OutsideDisk => {
                 let places = [sectors, sectors.saturating_sub(1), 1 << 54, u64::MAX - 7];
                 range.sector = places[self.random.below(4) as usize] + self.random.below(8);

@@ -47,6 +47,9 @@ use alloc::string::String;
 use core::arch::asm;
 use core::fmt::{self, Write};
 
+/// Where the image stands, as in `link.ld`.
+const IMAGE_START: u64 = 1 << 20;
+const PAGE: u64 = 4096;
 /// Heap for everything but the tables of pages.
 const HEAP_BASE: u64 = 8 << 20;
 /// Heap for each page of memory: its table entry and its place in a list, with room to spare.
@@ -96,7 +99,11 @@ fn set_up(ram: &RamMap, floor: u64, command_line: &str) -> Result<Guest, String>
         serial: disk.serial.clone(),
     };
     let liar = Liar::new(parameters.lie, parameters.seed);
-    let agent = Agent::new(Console::find(), name, liar);
+    // Image, stack and heap.
+    let own = parameters
+        .names
+        .then(|| IMAGE_START / PAGE..floor.div_ceil(PAGE));
+    let agent = Agent::new(Console::find(), name, own, liar);
     let serial = Serial::new();
     let hot = Hot::new(heap_start..heap::fresh());
     // SAFETY: RAM that was just mapped, behind image and heap.

@@ -77,6 +77,8 @@ pub(crate) struct Memory {
     entries: Vec<Entry>,
     data: Vec<u32>,
     cache: Vec<u32>,
+    /// Data pages that are written; 0 for all.
+    hot: usize,
     seed: Seed,
     disk_seed: Seed,
     disk_offset: u64,
@@ -127,6 +129,7 @@ impl Memory {
             entries: Vec::with_capacity(total as usize),
             data: Vec::with_capacity(data as usize),
             cache: Vec::with_capacity(cache as usize),
+            hot: pages_in(parameters.hot) as usize,
             seed: seed(parameters.seed),
             disk_seed: seed(parameters.disk_seed),
             disk_offset: parameters.disk_offset,
@@ -265,11 +268,40 @@ impl Memory {
         Cursor::default().pfn(&self.ranges, index)
     }
 
+    /// Writes only so many bytes of data pages from now on; 0 for all.
+    pub(crate) fn set_hot(&mut self, bytes: u64) {
+        self.hot = pages_in(bytes) as usize;
+    }
+
+    /// How many data pages are written.
+    pub(crate) fn written(&self) -> usize {
+        match self.hot {
+            0 => self.data.len(),
+            hot => hot.min(self.data.len()),
+        }
+    }
+
+    /// Table index of the `nth` data page that is written, of [`Self::written`].
+    fn nth_written(&self, nth: usize) -> usize {
+        self.data[nth * (self.data.len() / self.written())] as usize
+    }
+
+    /// The frames of data pages that are written, from the `nth` on, as far as they follow one another: the first,
+    /// and how many.
+    pub(crate) fn written_run(&self, nth: usize) -> (u64, usize) {
+        let pfn = |nth| self.pfn(self.nth_written(nth));
+        let first = pfn(nth);
+        let follow = (nth..self.written())
+            .take(MAX_RUN)
+            .take_while(|&other| pfn(other) == first + (other - nth) as u64);
+        (first, follow.count())
+    }
+
     /// Gives one data page new content.
     pub(crate) fn dirty_data(&mut self) {
         if !self.data.is_empty() {
-            let nth = self.random.below(self.data.len() as u64);
-            self.dirty(self.data[nth as usize] as usize);
+            let nth = self.random.below(self.written() as u64);
+            self.dirty(self.nth_written(nth as usize));
             self.counters.data += 1;
         }
     }

@@ -21,6 +21,10 @@ pub(crate) struct Parameters {
     pub(crate) zero: u64,
     /// Data pages written.
     pub(crate) rate: u64,
+    /// Data pages that are written, spread over all of them; 0 for all.
+    pub(crate) hot: u64,
+    /// Whether the host is told what is the guest's own, and which pages it writes.
+    pub(crate) names: bool,
     /// Cache pages written, so that hints about them go stale.
     pub(crate) cache_rate: u64,
     /// Cache pages dropped and read again from another place of the disk.
@@ -63,6 +67,8 @@ impl Parameters {
             data: 32 << 20,
             zero: 64 << 20,
             rate: 0,
+            hot: 0,
+            names: true,
             cache_rate: 0,
             churn: 0,
             lie: Lie::None,
@@ -93,6 +99,14 @@ impl Parameters {
             "zero" if value == "rest" => self.zero = u64::MAX,
             "zero" => self.zero = size(value)?,
             "rate" => self.rate = size(value)?,
+            "hot" => self.hot = size(value)?,
+            "names" => {
+                self.names = match value {
+                    "yes" => true,
+                    "no" => false,
+                    _ => return None,
+                }
+            }
             "cache-rate" => self.cache_rate = size(value)?,
             "churn" => self.churn = size(value)?,
             "lie" => self.lie = value.parse().ok()?,

@@ -1,0 +1,270 @@
+//! Pages that QEMU still owes a destination in post-copy, and which of them it is asked for next.
+
+use std::collections::VecDeque;
+
+use transhume_protocol::qemu::Block;
+
+use crate::pages::bitmap::Bitmap;
+use crate::pages::{PAGE_SIZE, PageKey};
+
+/// So far from a page that the guest waits for it is likely to need more, in pages.
+const AROUND: u64 = 32;
+/// Most places around which pages wait to be asked for. With more of them the guest waits for all sorts of pages.
+const MOST_PLACES: usize = 64;
+
+/// Pages of a block that follow one another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Run {
+    pub(super) block: u16,
+    pub(super) page: u64,
+    pub(super) pages: u64,
+}
+
+#[derive(Debug)]
+struct Pages {
+    /// QEMU owes them, and nobody has asked for them.
+    left: Bitmap,
+    /// They were asked for by us, and have not come.
+    requested: Bitmap,
+    /// The guest named them.
+    named: Bitmap,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct Owed {
+    blocks: Vec<Pages>,
+    /// What the guest named, in the order in which it is wanted.
+    list: Vec<Run>,
+    /// How far the list was asked for: a run, and pages of it.
+    at: (usize, u64),
+    /// Pages that the guest waited for, the first one first.
+    places: VecDeque<PageKey>,
+    outstanding: u64,
+}
+
+impl Owed {
+    /// Of a QEMU with these blocks, whose guest named that list.
+    pub(super) fn new(blocks: &[Block], list: Vec<Run>) -> Self {
+        let bitmap = |block: &Block| Bitmap::new(block.length / PAGE_SIZE as u64);
+        let mut blocks: Vec<_> = blocks
+            .iter()
+            .map(|block| Pages {
+                left: bitmap(block),
+                requested: bitmap(block),
+                named: bitmap(block),
+            })
+            .collect();
+        for run in &list {
+            if let Some(pages) = blocks.get_mut(usize::from(run.block)) {
+                insert(&mut pages.named, run.page, run.pages);
+            }
+        }
+        Self {
+            blocks,
+            list,
+            ..Self::default()
+        }
+    }
+
+    /// QEMU owes these pages from now on.
+    pub(super) fn add(&mut self, block: u16, page: u64, count: u64) {
+        if let Some(pages) = self.blocks.get_mut(usize::from(block)) {
+            insert(&mut pages.left, page, count);
+        }
+    }
+
+    /// A page has come; whether it was asked for by us.
+    pub(super) fn came(&mut self, key: PageKey) -> bool {
+        let Some(pages) = self.blocks.get_mut(usize::from(key.block)) else {
+            return false;
+        };
+        pages.left.remove(key.page);
+        let ours = pages.requested.remove(key.page);
+        self.outstanding -= u64::from(ours);
+        ours
+    }
+
+    /// The guest waits for a page.
+    pub(super) fn waits_for(&mut self, key: PageKey) {
+        if let Some(pages) = self.blocks.get_mut(usize::from(key.block)) {
+            // It was asked for by the guest itself.
+            pages.left.remove(key.page);
+            if self.places.len() == MOST_PLACES {
+                self.places.pop_front();
+            }
+            self.places.push_back(key);
+        }
+    }
+
+    /// What to ask for now, so that `most` pages that were asked for have not come.
+    pub(super) fn next(&mut self, most: u64) -> Vec<Run> {
+        let mut runs = Vec::new();
+        while self.outstanding < most {
+            let room = most - self.outstanding;
+            let Some(run) = self.near(room).or_else(|| self.listed(room)) else {
+                break;
+            };
+            if let Some(pages) = self.blocks.get_mut(usize::from(run.block)) {
+                for page in run.page..run.page + run.pages {
+                    pages.left.remove(page);
+                    self.outstanding += u64::from(pages.requested.insert(page));
+                }
+            }
+            runs.push(run);
+        }
+        runs
+    }
+
+    /// Named pages near the last one that the guest waits for.
+    fn near(&mut self, room: u64) -> Option<Run> {
+        while let Some(place) = self.places.back() {
+            let pages = self.blocks.get(usize::from(place.block))?;
+            let mut from = place.page.saturating_sub(AROUND);
+            let to = place.page.saturating_add(AROUND + 1);
+            while let Some(page) = pages.left.first_present(from, to) {
+                let end = page.saturating_add(room).min(to);
+                let is_wanted =
+                    |page: &u64| pages.left.contains(*page) && pages.named.contains(*page);
+                let count = (page..end).take_while(is_wanted).count() as u64;
+                if count > 0 {
+                    return Some(Run {
+                        block: place.block,
+                        page,
+                        pages: count,
+                    });
+                }
+                from = page + 1;
+            }
+            self.places.pop_back();
+        }
+        None
+    }
+
+    /// The next pages of the list.
+    fn listed(&mut self, room: u64) -> Option<Run> {
+        while let Some(run) = self.list.get(self.at.0) {
+            let end = run.page.saturating_add(run.pages);
+            let from = run.page.saturating_add(self.at.1);
+            let pages = self.blocks.get(usize::from(run.block));
+            let first = pages.and_then(|pages| Some((pages, pages.left.first_present(from, end)?)));
+            let Some((pages, page)) = first else {
+                self.at = (self.at.0 + 1, 0);
+                continue;
+            };
+            let stop = page.saturating_add(room).min(end);
+            let stop = pages.left.first_absent(page, stop).unwrap_or(stop);
+            self.at.1 = stop - run.page;
+            return Some(Run {
+                block: run.block,
+                page,
+                pages: stop - page,
+            });
+        }
+        None
+    }
+}
+
+/// Adds pages to a set, as far as they lie within its bounds.
+pub(super) fn insert(set: &mut Bitmap, page: u64, count: u64) {
+    for page in page..page.saturating_add(count).min(set.len()) {
+        set.insert(page);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    fn blocks() -> [Block; 2] {
+        [("vga", 20), ("pc.ram", 400)].map(|(name, pages)| Block {
+            name: name.to_owned(),
+            length: pages * PAGE_SIZE as u64,
+        })
+    }
+
+    fn run(block: u16, page: u64, pages: u64) -> Run {
+        Run { block, page, pages }
+    }
+
+    fn key(page: u64) -> PageKey {
+        PageKey { block: 1, page }
+    }
+
+    #[test]
+    fn what_is_named_first_is_asked_for_first_and_little_at_a_time() {
+        let list = vec![run(1, 300, 4), run(0, 18, 9), run(1, 10, 5), run(7, 0, 3)];
+        let mut owed = Owed::new(&blocks(), list);
+        owed.add(1, 0, 100);
+        owed.add(1, 302, 1);
+        owed.add(0, 19, 50);
+        assert_eq!(owed.next(2), [run(1, 302, 1), run(0, 19, 1)]);
+        assert_eq!(owed.next(2), []);
+        assert!(!owed.came(key(12)), "nobody asked for it");
+        assert!(owed.came(key(302)));
+        assert!(!owed.came(key(302)), "once");
+        assert_eq!(owed.next(3), [run(1, 10, 2)]);
+        assert_eq!(owed.next(64), [run(1, 13, 2)]);
+        assert_eq!(owed.next(64), []);
+    }
+
+    #[test]
+    fn what_is_near_a_page_that_the_guest_waits_for_goes_ahead() {
+        let list = vec![run(1, 0, 8), run(1, 200, 2), run(1, 202, 40)];
+        let mut owed = Owed::new(&blocks(), list);
+        owed.add(1, 0, 399);
+        owed.waits_for(key(201));
+        owed.waits_for(key(u64::MAX));
+        owed.waits_for(PageKey { block: 9, page: 0 });
+        assert_eq!(owed.next(3), [run(1, 200, 1), run(1, 202, 2)]);
+        assert_eq!(owed.next(34), [run(1, 204, 30), run(1, 0, 1)]);
+        assert!(owed.came(key(204)));
+    }
+
+    proptest! {
+        /// Each page that is owed and named is asked for once, and no other; what has not come is bounded.
+        #[test]
+        fn all_that_is_owed_and_named_is_asked_for(
+            list in prop::collection::vec((0_u16..3, 0_u64..420, 1_u64..50), 0..20),
+            owes in prop::collection::vec((0_u16..3, 0_u64..420, 1_u64..50), 0..20),
+            steps in prop::collection::vec((0_u8..3, 0_u64..400), 0..200),
+        ) {
+            let list: Vec<_> = list.into_iter().map(|(block, page, pages)| run(block, page, pages)).collect();
+            let set = |runs: &[Run]| -> BTreeSet<(u16, u64)> {
+                let pages = runs.iter().flat_map(|run| (run.page..run.page + run.pages).map(|page| (run.block, page)));
+                pages.filter(|&(block, page)| page < [20, 400, 0][usize::from(block)]).collect()
+            };
+            let owes: Vec<_> = owes.into_iter().map(|(block, page, pages)| run(block, page, pages)).collect();
+            let mut owed = Owed::new(&blocks(), list.clone());
+            for run in &owes {
+                owed.add(run.block, run.page, run.pages);
+            }
+            let mut due: BTreeSet<_> = set(&list).intersection(&set(&owes)).copied().collect();
+            let mut under_way = BTreeSet::new();
+            let ask = |owed: &mut Owed, due: &mut BTreeSet<_>, under_way: &mut BTreeSet<_>, most| {
+                for page in set(&owed.next(most)) {
+                    assert!(due.remove(&page), "{page:?} is not due");
+                    under_way.insert(page);
+                }
+                assert!(under_way.len() as u64 <= most);
+            };
+            for (what, page) in steps {
+                match what {
+                    0 => ask(&mut owed, &mut due, &mut under_way, 64),
+                    1 => {
+                        due.remove(&(1, page));
+                        prop_assert_eq!(owed.came(key(page)), under_way.remove(&(1, page)));
+                    }
+                    _ => {
+                        due.remove(&(1, page));
+                        owed.waits_for(key(page));
+                    }
+                }
+            }
+            ask(&mut owed, &mut due, &mut under_way, 1000);
+            prop_assert_eq!(due, BTreeSet::new());
+        }
+    }
+}

@@ -1,0 +1,16 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * transhume: classes of page frames, and what processes touch.
+ */
+#ifndef _TRANSHUME_CLASSES_H
+#define _TRANSHUME_CLASSES_H
+
+#include <linux/compiler_types.h>
+
+/* In classes.c. */
+long classes_ioctl(void __user *arg);
+
+/* In touched.c. */
+long touched_ioctl(void __user *arg);
+
+#endif /* _TRANSHUME_CLASSES_H */
