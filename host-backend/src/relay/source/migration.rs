@@ -1,14 +1,11 @@
 //! Drives one migration through its phases.
 
-use std::num::NonZeroU8;
-use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::{broadcast, watch};
 use tokio::time::{MissedTickBehavior, interval, timeout};
-use transhume_protocol::link::{Control, PostCopy};
+use transhume_protocol::link::PostCopy;
 
 use super::agreement::{Accepted, Agreement, Disagreement};
 use super::choice::{self, Choice};
@@ -19,19 +16,17 @@ use super::hints::Hints;
 use super::link_rate::LinkRate;
 use super::order::Order;
 use super::postcopy::Start;
+use super::preparation::tells_order;
 use super::report::Reports;
 use super::request::{Journal, Outcome, Request};
 use super::settings::{self, Before};
-use super::shared::{Shared, Sockets};
+use super::shared::Shared;
 use super::switchover::Switchover;
 use super::transmit::Packer;
-use crate::guest::DiskName;
 use crate::hypervisor;
 use crate::hypervisor::layout::main_memory_end;
 use crate::hypervisor::qmp::Event;
-use crate::hypervisor::stream::Door;
-use crate::link::session::{Rejoin, Session};
-use crate::link::{self, Connection, START_PATIENCE};
+use crate::link::session::Session;
 use crate::pages::PAGE_SIZE;
 use crate::pages::digest::Digester;
 use crate::relay::error::RelayError;
@@ -121,68 +116,6 @@ fn plan(request: &Request, facts: &Facts, accepted: &Accepted) -> Plan {
     }
 }
 
-/// The destination's QEMU waits for the stream.
-struct Ready {
-    connection: Connection,
-    token: [u8; 16],
-    connections: u8,
-    switchover_ack: bool,
-    no_post_copy: Option<String>,
-}
-
-/// Why it does not.
-enum NotReady {
-    /// The destination cannot.
-    GaveUp(String),
-    Link(link::Error),
-}
-
-/// Has the destination start its QEMU. Blocks.
-fn prepare(accepted: Accepted, patience: u16, post_copy: PostCopy) -> Result<Ready, NotReady> {
-    let Accepted {
-        mut connection,
-        switchover_ack,
-        ..
-    } = accepted;
-    let prepare = Control::Prepare {
-        switchover_ack,
-        connections: connections(),
-        patience,
-        post_copy,
-    };
-    connection.send(&prepare).map_err(NotReady::Link)?;
-    match connection.receive(START_PATIENCE).map_err(NotReady::Link)? {
-        Control::Ready {
-            token,
-            connections,
-            no_post_copy,
-        } => Ok(Ready {
-            connection,
-            token,
-            connections,
-            switchover_ack,
-            no_post_copy,
-        }),
-        Control::Abort { reason } => Err(NotReady::GaveUp(reason)),
-        _ => Err(NotReady::Link(link::Error::Unexpected(
-            "no answer to a start",
-        ))),
-    }
-}
-
-/// Connections that this host would use: each takes most of a CPU, and the guests need some.
-/// Connections that a session should have.
-pub(super) fn connections() -> u8 {
-    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    u8::try_from(cpus / 2).unwrap_or(u8::MAX).clamp(1, 4)
-}
-
-/// Whether the channels of a QEMU of that version are known to be in an order that can be told; see
-/// `docs/decisions/0013-multifd.md`.
-fn tells_order(version: [u32; 3]) -> bool {
-    !([8, 1, 0]..[10, 0, 0]).contains(&version)
-}
-
 /// The VM is paused here and whole at the destination, or handed over with part of its memory still here.
 pub(super) struct Copied {
     pub(super) shared: Arc<Shared>,
@@ -203,7 +136,7 @@ pub(super) struct Migration {
     /// The link, from when the destination is ready.
     pub(super) session: Option<Session<Packer>>,
     /// What both QEMUs are ready for.
-    post_copy: PostCopy,
+    pub(super) post_copy: PostCopy,
     /// The destination may have a QEMU for this migration.
     pub(super) may_wait_for_us: bool,
     /// How often the link broke before the session.
@@ -313,7 +246,7 @@ impl Migration {
     }
 
     /// Whether both QEMUs are ready for post-copy.
-    fn may_go_over(&self) -> bool {
+    pub(super) fn may_go_over(&self) -> bool {
         self.post_copy != PostCopy::No
     }
 
@@ -323,7 +256,7 @@ impl Migration {
         self.note()
     }
 
-    fn note(&self) -> Result<(), Stop> {
+    pub(super) fn note(&self) -> Result<(), Stop> {
         let noted = self.journal.note(self.facts.offer.job, self.facts.running);
         noted.map_err(|error| {
             Stop::Failed(format!(
@@ -331,140 +264,6 @@ impl Migration {
                 self.request.from
             ))
         })
-    }
-
-    fn listen_to_agent(&self, hints: &Arc<Hints>, order: &Arc<Order>) -> Reports {
-        let vm = &self.request.vm;
-        let disks = self
-            .facts
-            .offer
-            .disks
-            .iter()
-            .map(|disk| DiskName {
-                serial: disk.id.clone(),
-                size: disk.size,
-            })
-            .collect();
-        let socket = vm.agent_socket().map(PathBuf::from);
-        let agent = match socket {
-            _ if !self.facts.running => Err("the VM is paused, and with it its agent"),
-            None => Err("the VM has no agent channel"),
-            Some(socket) => Ok(socket),
-        };
-        Reports::start(
-            agent,
-            disks,
-            self.facts.offer.job,
-            Arc::clone(hints),
-            Arc::clone(&self.progress),
-            Arc::clone(order),
-        )
-    }
-
-    /// Has the destination start its QEMU; begins again with that when the connection breaks.
-    async fn prepare_destination(
-        &mut self,
-        mut accepted: Accepted,
-        mut agreement: Agreement,
-        cancel: &mut watch::Receiver<bool>,
-    ) -> Result<Ready, Stop> {
-        let patience = self.request.link_patience.as_secs();
-        let patience = u16::try_from(patience).unwrap_or(u16::MAX);
-        let post_copy = self.post_copy;
-        self.may_wait_for_us = true;
-        loop {
-            let prepared =
-                tokio::task::spawn_blocking(move || prepare(accepted, patience, post_copy));
-            let prepared = tokio::select! {
-                prepared = prepared => prepared,
-                () = cancelled(cancel) => return Err(Stop::Cancelled),
-            };
-            match prepared {
-                Ok(Ok(ready)) => {
-                    self.early_breaks = agreement.breaks();
-                    return Ok(ready);
-                }
-                Ok(Err(NotReady::GaveUp(reason))) => {
-                    self.may_wait_for_us = false;
-                    return Err(Stop::Failed(reason));
-                }
-                Ok(Err(NotReady::Link(error))) => {
-                    agreement.renew(error, &mut self.facts, cancel).await?;
-                    accepted = agreement.reach(&mut self.facts, cancel).await?;
-                    // The number is another one.
-                    self.note()?;
-                }
-                Err(error) => return Err(Stop::Failed(error.to_string())),
-            }
-        }
-    }
-
-    fn begin_session(
-        &mut self,
-        ready: Ready,
-        rate: &Arc<LinkRate>,
-    ) -> Result<Session<Packer>, Stop> {
-        let rejoin = Rejoin {
-            address: self.request.destination.address.clone(),
-            host: self.request.destination.host.clone(),
-            security: self.request.destination.security.clone(),
-            job: self.facts.offer.job,
-            token: ready.token,
-        };
-        let connections = ready.connections.min(connections());
-        let (progress, rate) = (Arc::clone(&self.progress), Arc::clone(rate));
-        let session = Session::begin(
-            ready.connection,
-            self.request.link_patience,
-            Some((rejoin, connections)),
-            move || Packer::new(Arc::clone(&progress), Arc::clone(&rate)),
-        );
-        let session = session.map_err(RelayError::from)?;
-        self.session = Some(session.clone());
-        Ok(session)
-    }
-
-    /// Where QEMU is to open its channels, and how many, if it is to have some.
-    fn channels(&self) -> Option<(Door, NonZeroU8)> {
-        let known = &self.facts.capabilities;
-        let known = known.iter().any(|(name, _)| name == "multifd");
-        if !known || self.may_go_over() || !tells_order(self.facts.offer.qemu) {
-            return None;
-        }
-        let channels =
-            NonZeroU8::new(self.request.qemu_channels).filter(|channels| channels.get() > 1)?;
-        let vm = &self.request.vm;
-        match Door::open(vm.files().folder(), vm.qmp().pid()?) {
-            Ok(door) => Some((door?, channels)),
-            Err(error) => {
-                tracing::warn!(%error, "QEMU gets no channels");
-                None
-            }
-        }
-    }
-
-    /// Lets QEMU migrate into sockets of ours, and returns them, and QEMU's end where it was ours to make.
-    async fn connect_qemu(
-        &self,
-        door: Option<(Door, NonZeroU8)>,
-    ) -> Result<(Sockets, Option<OwnedFd>), Stop> {
-        let qmp = self.request.vm.qmp();
-        let Some((door, channels)) = door else {
-            let (stream, theirs) = hypervisor::stream::pair()?;
-            let copy = theirs.try_clone()?;
-            qmp.migrate(theirs).await?;
-            let channels = Vec::new();
-            return Ok((Sockets { stream, channels }, Some(copy)));
-        };
-        qmp.migrate_to(&door).await?;
-        // QEMU opens the channels when it has the stream.
-        let stream = door.accept().await?;
-        let mut sockets = Vec::new();
-        for _ in 0..channels.get() {
-            sockets.push(door.accept().await?);
-        }
-        let channels = sockets;
-        Ok((Sockets { stream, channels }, None))
     }
 
     /// Watches until QEMU says that it is done, or the VM was handed over.

@@ -23,6 +23,7 @@ mod link_rate;
 mod migration;
 mod order;
 mod postcopy;
+mod preparation;
 mod rendezvous;
 #[cfg(test)]
 mod rendezvous_models;
