@@ -43,6 +43,12 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             limit: Duration::from_secs(1800),
             run: |bed| many(bed, NEWEST, Mode::Post),
         },
+        Scenario {
+            name: "die-at-random-post-copy-7.2",
+            about: "the same with QEMU 7.2",
+            limit: Duration::from_secs(1800),
+            run: |bed| many(bed, OLD, Mode::Post),
+        },
     ]
 }
 
