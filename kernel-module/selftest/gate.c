@@ -4,11 +4,13 @@
  * loaded:
  *
  *	gate SECONDS FOLDER [MODULE]
+ *	gate load FOLDER
  *
  * FOLDER is on a file system that can do O_DIRECT; MODULE is the module's file,
  * to take it out and put it back. The last test puts all of user space behind
  * the gate, over and over, for so many seconds, while processes do what is hard
- * on memory management. Prints TAP. Build: cc -static -pthread -o gate gate.c
+ * on memory management. Prints TAP. The second form is that load alone, until
+ * SIGTERM. Build: make selftest/gate
  */
 #define _GNU_SOURCE
 #include <ctype.h>
@@ -531,12 +533,34 @@ static void test_log(void)
 	check(clean, "the kernel has nothing to complain of");
 }
 
+/* The load alone, until somebody ends it: for a guest that moves meanwhile. */
+static int only_load(const char *folder)
+{
+	struct load *load;
+	uint64_t steps;
+	sigset_t set;
+	int signal;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGTERM);
+	sigprocmask(SIG_BLOCK, &set, NULL);
+	load = load_start(folder);
+	sigwait(&set, &signal);
+	steps = load_end(load);
+	printf("load: %llu steps, %llu errors\n", (unsigned long long)steps,
+	       (unsigned long long)load_errors(load));
+	return !steps || load_errors(load);
+}
+
 int main(int argc, char **argv)
 {
 	if (argc < 3) {
-		fprintf(stderr, "usage: gate SECONDS FOLDER [MODULE]\n");
+		fprintf(stderr, "usage: gate SECONDS FOLDER [MODULE]\n"
+			"       gate load FOLDER\n");
 		return 2;
 	}
+	if (!strcmp(argv[1], "load"))
+		return only_load(argv[2]);
 	mlockall(MCL_CURRENT | MCL_FUTURE);
 	tap_start();
 	talk = shared(sizeof(*talk));

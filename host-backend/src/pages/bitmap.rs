@@ -37,6 +37,20 @@ impl Bitmap {
         new
     }
 
+    /// Adds `count` numbers from `from` on, as far as they are within bounds.
+    pub fn insert_run(&mut self, from: u64, count: u64) {
+        let to = from.saturating_add(count).min(self.bits);
+        let mut bit = from;
+        while bit < to {
+            // Below the bound, so it is the place of a word.
+            let word = usize::try_from(bit / 64).unwrap_or(0);
+            let end = to.min((bit / 64 + 1) * 64);
+            let ones = u64::MAX >> (64 - (end - bit));
+            self.words[word] |= ones << (bit % 64);
+            bit = end;
+        }
+    }
+
     /// Takes a number out; `false` when it was not there.
     pub fn remove(&mut self, bit: u64) -> bool {
         let Some((word, mask)) = self.place(bit) else {
@@ -165,6 +179,16 @@ mod tests {
                 let present = (from..to).find(|bit| set.contains(bit));
                 prop_assert_eq!(bitmap.first_present(from, to), present);
             }
+        }
+
+        #[test]
+        fn a_run_is_each_of_its_numbers(from in 0_u64..200, count in prop_oneof![0_u64..200, Just(u64::MAX)]) {
+            let (mut run, mut each) = (Bitmap::new(150), Bitmap::new(150));
+            run.insert_run(from, count);
+            (from..from.saturating_add(count).min(300)).for_each(|bit| {
+                each.insert(bit);
+            });
+            prop_assert_eq!(run.words, each.words);
         }
     }
 

@@ -73,7 +73,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 }
 
 /// A small guest with a disk of each kind.
-fn machine(bed: &Bed, kernel: Kernel) -> Result<Machine> {
+pub(super) fn machine(bed: &Bed, kernel: Kernel) -> Result<Machine> {
     let image = |id: &str, kind, size| -> Result<DiskImage> {
         let path = disk::make(&bed.layout, &bed.packages, kind, Amount::Some(size))?;
         Ok(DiskImage {

@@ -23,6 +23,7 @@ mod random_failures;
 mod refused;
 mod runner;
 mod strangers;
+mod stress;
 mod transhume;
 
 pub use bed::Bed;
@@ -53,6 +54,7 @@ pub fn all() -> Vec<Scenario> {
         converge::scenarios(),
         choice::scenarios(),
         postcopy::scenarios(),
+        stress::scenarios(),
         order::scenarios(),
         lie::scenarios(),
         die::scenarios(),

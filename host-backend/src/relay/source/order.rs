@@ -41,6 +41,8 @@ const ON_THE_WAY: u64 = 5 << 20;
 const MOST_REQUESTS: usize = 8192;
 /// The kernel's runs with fewer pages between them are requested as one.
 const GAP: u64 = 16;
+/// How often each page may be named, on average: beyond that nothing counts.
+const MOST_NAMED: u64 = 4;
 /// Longest request, in pages; its length in bytes has 32 bits.
 const LONGEST: u64 = 1 << 18;
 /// What is under way after the switch: this time of the link, and what QEMU's narrowed socket holds, in pages.
@@ -186,6 +188,8 @@ impl Order {
     fn take_order(&self, state: &mut State, answer: &MemoryOrder) -> Vec<u8> {
         let mut list = Vec::with_capacity(answer.runs.len());
         let mut kernel = Vec::new();
+        let pages = |block: &Block| block.length / PAGE_SIZE as u64;
+        let mut room = MOST_NAMED * state.blocks.iter().map(pages).sum::<u64>();
         for &(class, run) in &answer.runs {
             let pieces = self.frames.pieces(run, &state.blocks).map(|piece| Run {
                 block: piece.block,
@@ -194,6 +198,12 @@ impl Order {
             });
             let before = list.len();
             list.extend(pieces);
+            let named: u64 = list[before..].iter().map(|run| run.pages).sum();
+            if named > room {
+                list.truncate(before);
+                break;
+            }
+            room -= named;
             if class == MemoryClass::Kernel {
                 kernel.extend_from_slice(&list[before..]);
             }
@@ -204,7 +214,7 @@ impl Order {
         state.kernel = state.blocks.iter().map(bitmap).collect();
         for run in &kernel {
             if let Some(set) = state.kernel.get_mut(usize::from(run.block)) {
-                owed::insert(set, run.page, run.pages);
+                set.insert_run(run.page, run.pages);
             }
         }
         requests(&kernel, &state.blocks)
@@ -345,6 +355,23 @@ mod tests {
             length: PAGES * PAGE_SIZE as u64,
         }]);
         order
+    }
+
+    #[test]
+    fn who_names_all_memory_many_times_is_not_heard_to_the_end() {
+        let order = order();
+        let all = FrameRun {
+            pfn: 0,
+            pages: u64::MAX,
+        };
+        let answer = MemoryOrder {
+            runs: vec![(MemoryClass::Kernel, all); 1 << 18],
+            counts: ClassCounts::default(),
+        };
+        let mut state = order.lock();
+        let requests = order.take_order(&mut state, &answer);
+        assert_eq!(decoded(&requests), [(0, PAGES)]);
+        assert_eq!(state.owed.listed_pages(), MOST_NAMED * PAGES);
     }
 
     fn key(page: u64) -> PageKey {

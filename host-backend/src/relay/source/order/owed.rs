@@ -57,7 +57,7 @@ impl Owed {
             .collect();
         for run in &list {
             if let Some(pages) = blocks.get_mut(usize::from(run.block)) {
-                insert(&mut pages.named, run.page, run.pages);
+                pages.named.insert_run(run.page, run.pages);
             }
         }
         Self {
@@ -67,10 +67,16 @@ impl Owed {
         }
     }
 
+    /// How many pages were named, those that were named twice counted twice.
+    #[cfg(test)]
+    pub(super) fn listed_pages(&self) -> u64 {
+        self.list.iter().map(|run| run.pages).sum()
+    }
+
     /// QEMU owes these pages from now on.
     pub(super) fn add(&mut self, block: u16, page: u64, count: u64) {
         if let Some(pages) = self.blocks.get_mut(usize::from(block)) {
-            insert(&mut pages.left, page, count);
+            pages.left.insert_run(page, count);
         }
     }
 
@@ -162,13 +168,6 @@ impl Owed {
             });
         }
         None
-    }
-}
-
-/// Adds pages to a set, as far as they lie within its bounds.
-pub(super) fn insert(set: &mut Bitmap, page: u64, count: u64) {
-    for page in page..page.saturating_add(count).min(set.len()) {
-        set.insert(page);
     }
 }
 
