@@ -2,10 +2,12 @@
 
 use crate::command::on_path;
 use crate::guest::build::{cargo, kernel_module};
-use crate::packages::Kernel;
+use crate::packages::{Kernel, Qemu};
 use crate::progress::{say, step};
 use crate::scenario::{self, Bed, Outcome};
 use crate::{Error, Result};
+use std::ffi::OsString;
+use std::path::Path;
 
 /// Runs all checks, or only the scenarios of a name; says at the end how many passed.
 pub fn run(bed: &Bed, only: Option<&str>) -> Result<bool> {
@@ -85,11 +87,16 @@ fn checks(bed: &Bed) -> Vec<(&'static str, bool)> {
     } else {
         say("cargo-deny is not installed: dependencies are not checked");
     }
+    let path = path_with_qemu(bed);
     let mut results: Vec<_> = list
         .into_iter()
         .map(|(name, arguments)| {
             let passed = step(&format!("cargo {}", arguments.join(" ")), || {
-                cargo().folder(&bed.layout.source).args(arguments).show()
+                let path = path
+                    .as_ref()
+                    .map_err(|error| Error::Check(error.to_string()))?;
+                let cargo = cargo().folder(&bed.layout.source).env("PATH", path);
+                cargo.args(arguments).show()
             });
             (name, shown(passed))
         })
@@ -101,6 +108,18 @@ fn checks(bed: &Bed) -> Vec<(&'static str, bool)> {
         ));
     }
     results
+}
+
+/// Where unit tests find QEMU and its tools, which the machine need not have.
+fn path_with_qemu(bed: &Bed) -> Result<OsString> {
+    for tool in ["qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon"] {
+        bed.packages.qemu_tool(tool)?;
+    }
+    let qemu = bed.packages.qemu(Qemu::V10_0)?;
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let own = qemu.parent().map(Path::to_owned);
+    let folders = own.into_iter().chain(std::env::split_paths(&path));
+    std::env::join_paths(folders).map_err(|error| Error::Check(error.to_string()))
 }
 
 fn shown(result: Result<bool>) -> bool {

@@ -126,7 +126,9 @@ impl Setting {
         if incoming {
             command.args(["-incoming", &format!("unix:{}", path("incoming"))]);
         }
-        let process = command.spawn().expect("QEMU starts");
+        let process = command
+            .spawn()
+            .expect("qemu-system-x86_64 starts; $QEMU names another one");
         let qmp = BufReader::new(retry(|| UnixStream::connect(path("qmp")).ok()));
         let control = retry(|| Control::connect(&directory.path().join("serial")).ok());
         let mut machine = Machine {
