@@ -12,7 +12,7 @@ use crate::hypervisor;
 use crate::link::PATIENCE;
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Downtime, Phase, Summary};
-use crate::relay::{Error, Stays};
+use crate::relay::{Choice, Error, Mode, Stays};
 
 /// How long QEMU may take to run a VM again after a failure.
 const QEMU_PATIENCE: Duration = Duration::from_secs(15);
@@ -27,6 +27,15 @@ impl Migration {
     /// Phases [`Phase::Commit`] and [`Phase::Completed`]. From the moment that the commit is sent the VM
     /// belongs to the destination, unless that says that it did not take it.
     pub(super) async fn hand_over(mut self, copied: Copied) -> Result<Summary, Error> {
+        if self
+            .progress
+            .choice()
+            .is_some_and(|choice| choice.mode == Mode::Post)
+        {
+            let why = "all of it had moved before the VM could go over to post-copy".to_owned();
+            let mode = Mode::Pre;
+            self.progress.choose(Choice { mode, why });
+        }
         if let Err(stop) = self.enter(Phase::Commit) {
             return Err(self.undo(stop).await);
         }
