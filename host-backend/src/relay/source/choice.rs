@@ -92,7 +92,7 @@ impl Choice {
 
     /// Whether it is to go over now, though memory was not scanned once.
     pub(super) fn is_urgent(&self, seen: &Seen) -> bool {
-        self.post && self.goal.mode == Mode::Auto && self.is_last_moment(seen)
+        self.post && self.is_last_moment(seen)
     }
 
     /// Takes a look at the migration.
