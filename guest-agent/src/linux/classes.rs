@@ -4,6 +4,7 @@
 mod first;
 mod flags;
 
+use first::OWN_RANK;
 pub use first::{First, Group};
 
 use super::device;
@@ -168,7 +169,16 @@ impl LinuxClasses {
 
     fn rank_processes(&mut self) {
         let ranked = super::gate::processes().into_iter();
-        let ranked = ranked.map(|pid| (self.first.rank_of(pid), pid));
+        // Nobody sleeps for a page before this process knows which ones are absent.
+        let own = i32::try_from(std::process::id()).ok();
+        let rank = |pid| {
+            if Some(pid) == own {
+                OWN_RANK
+            } else {
+                self.first.rank_of(pid)
+            }
+        };
+        let ranked = ranked.map(|pid| (rank(pid), pid));
         self.to_walk = ranked.collect();
         self.to_walk.sort_unstable_by(|a, b| b.cmp(a));
     }

@@ -4,6 +4,11 @@ use std::fs;
 use std::str::FromStr;
 use transhume_protocol::agent::RANKS;
 
+/// The rank of the agent itself.
+pub(super) const OWN_RANK: u8 = 0;
+/// That of what is wanted first.
+const FIRST_RANK: u8 = 1;
+
 /// A unit (`redis-server.service`, or without its suffix a service) or a control group by its path (`/system.slice`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Group {
@@ -53,19 +58,20 @@ impl First {
 
     /// Whether a rank is that of a group that is wanted first.
     pub(super) fn wants(&self, rank: u8) -> bool {
-        usize::from(rank) < self.0.len()
+        let place = rank.checked_sub(FIRST_RANK);
+        place.is_some_and(|place| usize::from(place) < self.0.len())
     }
 
     fn rank(&self, path: Option<&str>) -> u8 {
         let place = path.and_then(|path| self.0.iter().position(|group| group.holds(path)));
-        let rank = u8::try_from(place.unwrap_or(self.0.len())).unwrap_or(u8::MAX);
-        rank.min(RANKS - 1)
+        let place = u8::try_from(place.unwrap_or(self.0.len())).unwrap_or(u8::MAX);
+        place.saturating_add(FIRST_RANK).min(RANKS - 1)
     }
 
     /// The rank of a process.
     pub(super) fn rank_of(&self, pid: i32) -> u8 {
         if self.0.is_empty() {
-            return 0;
+            return FIRST_RANK;
         }
         let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
         self.rank(group_of(&groups))
@@ -92,20 +98,20 @@ mod tests {
         let groups = groups.map(|group| group.parse().expect("a group"));
         let first = First::new(groups.to_vec());
         for (path, rank) in [
-            ("/system.slice/redis-server.service", 0),
-            ("/system.slice/redis-server.service/worker", 0),
-            ("/system.slice/db", 1),
-            ("/system.slice/db/x", 1),
-            ("/system.slice/db2", 3),
-            ("/user.slice/user-0.slice/session-1.scope", 2),
-            ("/", 3),
+            ("/system.slice/redis-server.service", 1),
+            ("/system.slice/redis-server.service/worker", 1),
+            ("/system.slice/db", 2),
+            ("/system.slice/db/x", 2),
+            ("/system.slice/db2", 4),
+            ("/user.slice/user-0.slice/session-1.scope", 3),
+            ("/", 4),
         ] {
             assert_eq!(first.rank(Some(path)), rank, "{path}");
         }
-        assert_eq!(first.rank(None), 3);
+        assert_eq!(first.rank(None), 4);
         let many = First::new(vec![Group::Unit("a.service".into()); 40]);
         assert_eq!(many.rank(Some("/b")), RANKS - 1);
-        assert_eq!(First::default().rank(Some("/")), 0);
+        assert_eq!(First::default().rank(Some("/")), FIRST_RANK);
     }
 
     #[test]

@@ -16,9 +16,9 @@ use crate::relay::{Choice as Chosen, Mode};
 /// that forecasts of its end are no longer believed.
 const MOST_PASSES: u32 = 2;
 const LEAST_REST: Duration = Duration::from_secs(10);
-/// After the first doubt the guest's agent gets ready for post-copy; so long at most, or until memory was scanned
-/// once more.
-const DOUBT: Duration = Duration::from_secs(2);
+/// After the first doubt the guest's agent gets ready for post-copy; so long at most, which a link that is slow for a
+/// moment is not, or until memory was scanned once more.
+const DOUBT: Duration = Duration::from_secs(6);
 /// Room for what is not foreseen before a deadline.
 const LAST_MOMENT: Duration = Duration::from_secs(1);
 /// Ways over the link and back in post-copy's pause.
