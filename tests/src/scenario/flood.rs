@@ -198,7 +198,8 @@ fn floods(bed: &Bed) -> Result<()> {
     };
     let mut life = pair.boot(&micro)?;
     let mut watch = Watch::open(&pair, At::A)?;
-    let command = pair.begin_migration(At::A, &[])?;
+    // It must not end before all is tried.
+    let command = pair.begin_migration(At::A, &["--mode", "pre"])?;
     watch.wait(Moment::Phase("pre-copy"))?;
     let tried = || -> Result<()> {
         let job = pair.in_pre_copy(At::A)?;

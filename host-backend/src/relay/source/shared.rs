@@ -358,12 +358,14 @@ impl Shared {
         self.lock().switchover = Some(message.to_vec());
     }
 
-    /// Writes a whole message to QEMU's return path.
+    /// Writes a whole message to QEMU's return path. A QEMU in post-copy that listens no more has sent all, or its
+    /// reader finds that it has not.
     pub(super) fn tell_qemu(&self, message: &[u8]) -> Result<(), RelayError> {
         let _whole = self.telling.lock().unwrap_or_else(PoisonError::into_inner);
-        (&self.qemu.stream)
-            .write_all(message)
-            .map_err(RelayError::Socket)
+        match (&self.qemu.stream).write_all(message) {
+            Err(_) if self.is_over() => Ok(()),
+            written => written.map_err(RelayError::Socket),
+        }
     }
 
     /// Lets QEMU switch over, if the destination said that it may.

@@ -1,6 +1,6 @@
 //! Reads QEMU's stream.
 
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Instant;
@@ -89,10 +89,11 @@ impl StreamReader {
         self.collector.begin_batch()?;
         let mut begun = Instant::now();
         loop {
-            let more = self
-                .socket
-                .read(&mut buffer[read..])
-                .map_err(RelayError::Socket)?;
+            let more = match self.socket.read(&mut buffer[read..]) {
+                // It ended without having read all that was said to it, which needs no answer any more.
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => 0,
+                read => read.map_err(RelayError::Socket)?,
+            };
             if more == 0 {
                 return self.finish(buffer, read - used);
             }
