@@ -69,19 +69,28 @@ static bool is_kernels(unsigned int class)
 	       class == TRANSHUME_CLASS_PAGE_TABLES;
 }
 
-/* Whether there was room for a frame among those listed. */
-static bool add(struct transhume_frames *frames, u32 *count, u32 room,
-		unsigned long pfn)
+/**
+ * list_frames - add frames to a list, joined with the last ones if they follow
+ * @frames: the list
+ * @count: how many runs are in it
+ * @room: how many fit
+ * @pfn: the first frame
+ * @pages: how many
+ *
+ * Returns whether there was room.
+ */
+bool list_frames(struct transhume_frames *frames, u32 *count, u32 room,
+		 unsigned long pfn, unsigned long pages)
 {
 	struct transhume_frames *last = *count ? &frames[*count - 1] : NULL;
 
 	if (last && last->pfn + last->pages == pfn) {
-		last->pages++;
+		last->pages += pages;
 		return true;
 	}
 	if (*count == room)
 		return false;
-	frames[*count] = (struct transhume_frames){ .pfn = pfn, .pages = 1 };
+	frames[*count] = (struct transhume_frames){ .pfn = pfn, .pages = pages };
 	(*count)++;
 	return true;
 }
@@ -110,7 +119,7 @@ static void look(struct transhume_classes *classes,
 		}
 		class = class_of(page);
 		if (is_kernels(class) &&
-		    !add(frames, &classes->count, room, pfn))
+		    !list_frames(frames, &classes->count, room, pfn, 1))
 			break;
 		if (class == TRANSHUME_CLASS_FREE)
 			pages = min(free_run(page, pfn), stop - pfn);

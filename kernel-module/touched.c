@@ -31,21 +31,8 @@ struct touched_walk {
 static bool add(struct touched_walk *walk, unsigned long pfn,
 		unsigned long pages)
 {
-	struct transhume_frames *last;
-
-	if (!walk->frames)
-		return true;
-	last = walk->count ? &walk->frames[walk->count - 1] : NULL;
-	if (last && last->pfn + last->pages == pfn) {
-		last->pages += pages;
-		return true;
-	}
-	if (walk->count == walk->room)
-		return false;
-	walk->frames[walk->count] =
-		(struct transhume_frames){ .pfn = pfn, .pages = pages };
-	walk->count++;
-	return true;
+	return !walk->frames ||
+	       list_frames(walk->frames, &walk->count, walk->room, pfn, pages);
 }
 
 static bool touched_huge(struct table_walk *table, struct vm_area_struct *vma,

@@ -359,6 +359,12 @@ fn ordered(answer: &Answer, b: &Daemon, console: &Console) -> Result<()> {
     Ok(())
 }
 
+/// Succeeds in a guest whose hook is gone, and everybody who slept behind it, and whose kernel has nothing to complain
+/// of.
+pub(super) const GATE_IS_GONE: &str = "mkdir -p /tmp/t; mount -t tracefs t /tmp/t; \
+    ! grep handle_mm_fault /tmp/t/enabled_functions && ! grep -l gate_fault /proc/[0-9]*/stack 2>/dev/null && \
+    ! dmesg | grep -E 'WARNING:|BUG:|Oops|Bad page'";
+
 /// Processes slept for absent pages, none sleeps on, and the kernel has nothing to complain of.
 fn gated(answer: &Answer, b: &Daemon, console: &Console) -> Result<()> {
     let stalls = &answer.value["summary"]["post-copy"]["stalls"];
@@ -372,10 +378,7 @@ fn gated(answer: &Answer, b: &Daemon, console: &Console) -> Result<()> {
     check(stalls["cpu-ms"].is_u64(), || {
         format!("Nothing is said of CPUs that stood still: {answer}")
     })?;
-    // The hook is gone, and so is everybody who slept behind it.
-    let look = "mkdir -p /tmp/t; mount -t tracefs t /tmp/t; ! grep handle_mm_fault /tmp/t/enabled_functions && \
-                ! grep -l gate_fault /proc/[0-9]*/stack 2>/dev/null && ! dmesg | grep -E 'WARNING:|BUG:|Oops|Bad page'";
     console
-        .run(Side::Destination, look, ANSWER, || b.alive())
+        .run(Side::Destination, GATE_IS_GONE, ANSWER, || b.alive())
         .map(drop)
 }

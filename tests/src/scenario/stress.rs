@@ -1,7 +1,7 @@
 //! A Linux guest moves by post-copy again and again, while its processes do what is hard on memory management.
 
 use super::guest;
-use super::postcopy::POST;
+use super::postcopy::{GATE_IS_GONE, POST};
 use super::transhume::ask;
 use super::{Bed, Scenario};
 use crate::error::check;
@@ -135,10 +135,7 @@ fn stress(bed: &Bed, kernel: Kernel) -> Result<()> {
     println!("  {}", scene.run(end)?.trim());
     let here = scene.here();
     console.check(Scene::SIDES[scene.at], ANSWER, || here.alive())?;
-    // The hook is gone, and so is everybody who slept behind it.
-    let look = "mkdir -p /tmp/t; mount -t tracefs t /tmp/t; ! grep handle_mm_fault /tmp/t/enabled_functions && \
-                ! grep -l gate_fault /proc/[0-9]*/stack 2>/dev/null && ! dmesg | grep -E 'WARNING:|BUG:|Oops|Bad page'";
-    scene.run(look)?;
+    scene.run(GATE_IS_GONE)?;
     ask(scene.here(), &["vm", "stop", &machine.name, "--force"])?
         .expect(0)
         .map(drop)

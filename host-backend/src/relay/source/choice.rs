@@ -213,18 +213,13 @@ fn against_pre_copy(
 
 #[cfg(test)]
 mod tests {
+    use super::super::goal;
     use super::*;
 
     const SEEN: Seen = Seen {
         scans: 2,
         remaining: 100e6,
-        written: 20e6,
-        link: 100e6,
-        measured: true,
-        stream: 100e6,
-        behind: 0.0,
-        round_trip: Duration::from_millis(1),
-        elapsed: Duration::from_secs(5),
+        ..goal::tests::SEEN
     };
     const BUSY: Seen = Seen {
         written: 200e6,

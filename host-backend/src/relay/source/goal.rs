@@ -172,10 +172,10 @@ pub(super) fn ms(duration: Duration) -> f64 {
 
 #[cfg(test)]
 #[expect(clippy::float_cmp, reason = "whole numbers")]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    const SEEN: Seen = Seen {
+    pub(in crate::relay::source) const SEEN: Seen = Seen {
         scans: 3,
         remaining: 50e6,
         written: 20e6,
