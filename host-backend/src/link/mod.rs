@@ -395,21 +395,39 @@ impl Sender {
         self.bytes
     }
 
-    /// Bytes that wait in the kernel to be sent: many of them mean that the link is what limits.
-    pub fn backlog(&self) -> usize {
-        backlog(&self.channel.socket)
+    /// What the kernel still has of it.
+    pub fn backlog(&self) -> Backlog {
+        Backlog::of(&self.channel.socket)
     }
 }
 
-fn backlog(stream: &TcpStream) -> usize {
-    use std::os::fd::AsRawFd;
-    nix::ioctl_read_bad!(siocoutq, nix::libc::TIOCOUTQ, nix::libc::c_int);
-    let mut bytes: nix::libc::c_int = 0;
-    // SAFETY: the descriptor is open as long as `stream` lives, and SIOCOUTQ (the same number as
-    // TIOCOUTQ, see tcp(7)) writes one int to the pointer that it is given.
-    match unsafe { siocoutq(stream.as_raw_fd(), &raw mut bytes) } {
-        Ok(_) => usize::try_from(bytes).unwrap_or(0),
-        Err(_) => 0,
+/// What a kernel has of a connection's bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Backlog {
+    /// Bytes that the peer's kernel has not acknowledged: many of them mean that the link is what limits.
+    pub unacknowledged: usize,
+    /// Of those, bytes that were not sent: while there are some the link is busy.
+    pub unsent: usize,
+}
+
+impl Backlog {
+    /// From SIOCOUTQ and SIOCOUTQNSD, see tcp(7) and Linux's linux/sockios.h.
+    fn of(stream: &TcpStream) -> Self {
+        use std::os::fd::AsRawFd;
+        /// Of linux/sockios.h; the other has the number of TIOCOUTQ.
+        const SIOCOUTQNSD: nix::libc::c_ulong = 0x894B;
+        nix::ioctl_read_bad!(siocoutq, nix::libc::TIOCOUTQ, nix::libc::c_int);
+        nix::ioctl_read_bad!(siocoutqnsd, SIOCOUTQNSD, nix::libc::c_int);
+        let (socket, mut all, mut unsent) = (stream.as_raw_fd(), 0, 0);
+        // SAFETY: the descriptor is open as long as `stream` lives, and each call writes one int to the pointer
+        // that it is given.
+        let asked = unsafe { siocoutq(socket, &raw mut all) }
+            .and_then(|_| unsafe { siocoutqnsd(socket, &raw mut unsent) });
+        // A closed socket has nothing.
+        asked.map_or(Self::default(), |_| Self {
+            unacknowledged: usize::try_from(all).unwrap_or(0),
+            unsent: usize::try_from(unsent).unwrap_or(0),
+        })
     }
 }
 

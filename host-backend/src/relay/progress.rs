@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::mode::Choice;
+use super::mode::{Choice, Mode};
 
 /// Where a migration stands. The contract of each phase says who runs the VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -399,6 +399,15 @@ impl Progress {
     pub fn choice(&self) -> Option<Choice> {
         let choice = self.choice.lock();
         choice.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether memory moves by post-copy, or will as soon as it was scanned once.
+    pub fn is_post_copy(&self) -> bool {
+        let choice = self.choice.lock();
+        let choice = choice.unwrap_or_else(PoisonError::into_inner);
+        choice
+            .as_ref()
+            .is_some_and(|choice| choice.mode == Mode::Post)
     }
 
     /// Says what it waits for, or that it goes on.

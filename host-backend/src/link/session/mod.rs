@@ -22,7 +22,7 @@ use self::connections::Keeper;
 pub use self::connections::Rejoin;
 use self::core::Core;
 pub use self::outbox::{Piece, Prepared};
-use super::{Closer, Connection, Error, Frame, sync, window};
+use super::{Backlog, Closer, Connection, Error, Frame, sync, window};
 
 /// Makes frames ready to be sent; one for each connection, in its thread.
 pub trait Prepare: Send + 'static {
@@ -32,9 +32,9 @@ pub trait Prepare: Send + 'static {
     /// Called once, in the connection's thread.
     fn begin(&mut self) {}
 
-    /// Makes a frame ready. `sent`: bytes that the connection was given so far, of which `backlog` wait in
-    /// the kernel. The payload is no longer than was announced to [`Session::send`].
-    fn prepare(&mut self, raw: Self::Raw, sent: u64, backlog: usize) -> Result<Prepared, Error>;
+    /// Makes a frame ready. `sent`: bytes that the connection was given so far, of which the kernel has
+    /// `backlog`. The payload is no longer than was announced to [`Session::send`].
+    fn prepare(&mut self, raw: Self::Raw, sent: u64, backlog: Backlog) -> Result<Prepared, Error>;
 
     /// The frame that was prepared last has been sent since `started`.
     fn sent(&mut self, _started: Instant) {}
@@ -47,7 +47,7 @@ pub struct Ready;
 impl Prepare for Ready {
     type Raw = Prepared;
 
-    fn prepare(&mut self, raw: Prepared, _: u64, _: usize) -> Result<Prepared, Error> {
+    fn prepare(&mut self, raw: Prepared, _: u64, _: Backlog) -> Result<Prepared, Error> {
         Ok(raw)
     }
 }

@@ -3,6 +3,10 @@
 //! While the kernel has much to send, the link limits and its rate shows. Compression is worth it as long
 //! as it takes bytes in faster than the link would carry them. When nothing waits for a while, the next
 //! batches go plain: either they show that the link limits still, or that it does not.
+//!
+//! Where CPUs are short a compressor is slower than its CPU time tells, and the link idles meanwhile. Fewer bytes
+//! are worth that in pre-copy. In post-copy, where a guest waits, they are not: a batch is compressed only while
+//! the kernel has enough to send.
 
 use std::time::{Duration, Instant};
 
@@ -12,6 +16,8 @@ const BACKLOG: usize = 256 * 1024;
 const BUSY: usize = 32 * 1024;
 /// How long a link that limited is taken to do so still.
 const LIMITS: Duration = Duration::from_secs(3);
+/// What a link should have to send while a batch is compressed, by what it carries in that time: both vary.
+const MARGIN: f64 = 1.5;
 /// After batches that did not get smaller, so many are sent without a try, at most.
 const SKIPPED: u32 = 64;
 /// What remains of earlier measurements with each new one.
@@ -39,7 +45,10 @@ impl Rate {
 #[derive(Debug, Default)]
 pub(super) struct Compression {
     link: Rate,
+    /// By the time of its CPU.
     compressor: Rate,
+    /// By the clock.
+    passing: Rate,
     limited: Option<Instant>,
     /// When the link was last seen busy, and what it had carried by then.
     busy: Option<(Instant, u64)>,
@@ -80,9 +89,23 @@ impl Compression {
             }
     }
 
-    /// So many bytes were compressed, in so much time of a CPU. `smaller`: worth the destination's time.
-    pub(super) fn took(&mut self, bytes: usize, took: Duration, smaller: bool) {
-        self.compressor.note(bytes as u64, took);
+    /// Whether a link that has so much to send would run out of it while so many bytes are compressed.
+    pub(super) fn idles(&self, bytes: usize, unsent: usize) -> bool {
+        match (self.passing.get(), self.link.get()) {
+            (Some(passing), Some(link)) => {
+                let meanwhile = bytes as f64 / passing * link;
+                (unsent as f64) < MARGIN * meanwhile
+            }
+            // The first one shows it.
+            _ => false,
+        }
+    }
+
+    /// So many bytes were compressed, in so much time of a CPU, and by the clock. `smaller`: worth the destination's
+    /// time.
+    pub(super) fn took(&mut self, bytes: usize, cpu: Duration, clock: Duration, smaller: bool) {
+        self.compressor.note(bytes as u64, cpu);
+        self.passing.note(bytes as u64, clock);
         self.skip_next = if smaller {
             0
         } else {
@@ -116,7 +139,8 @@ mod tests {
             let length = if worth { BATCH / 2 } else { BATCH };
             if worth {
                 compressed += 1;
-                compression.took(262_144, Duration::from_secs_f64(seconds), true);
+                let took = Duration::from_secs_f64(seconds);
+                compression.took(262_144, took, took, true);
             }
             sent += length;
             // The kernel takes no more than 2 MiB: then it makes the sender wait.
@@ -143,11 +167,30 @@ mod tests {
             now += Duration::from_millis(10);
             if compression.is_worth_it(now, sent, 2 * BACKLOG) {
                 tries += 1;
-                compression.took(1_000_000, Duration::from_millis(2), false);
+                let took = Duration::from_millis(2);
+                compression.took(1_000_000, took, took, false);
             }
         }
         assert!((5..30).contains(&tries), "{tries}");
         assert!(!compression.is_worth_it(now, sent, 2 * BACKLOG));
+    }
+
+    #[test]
+    fn a_link_idles_while_a_slow_compressor_works() {
+        let mut compression = Compression::default();
+        assert!(!compression.idles(128 << 10, 0), "nothing is known yet");
+        let mut now = Instant::now();
+        // 100 MB/s.
+        for batch in 1..=10 {
+            compression.is_worth_it(now, batch * 1_000_000 + 300_000, 300_000);
+            now += Duration::from_millis(10);
+        }
+        // 400 MB/s of a CPU, of which it gets a quarter: a batch takes as long as the link for as many bytes.
+        let cpu = Duration::from_micros(2500);
+        compression.took(1_000_000, cpu, 4 * cpu, true);
+        assert!(compression.idles(100_000, 0));
+        assert!(compression.idles(100_000, 100_000));
+        assert!(!compression.idles(100_000, 200_000));
     }
 
     #[test]

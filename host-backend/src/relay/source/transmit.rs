@@ -13,7 +13,7 @@ use super::flow::{Content, Next, Outgoing};
 use super::link_rate::LinkRate;
 use super::shared::Shared;
 use crate::link::session::{Piece, Prepare, Prepared, Session};
-use crate::link::{self, ALIVE_INTERVAL};
+use crate::link::{self, ALIVE_INTERVAL, Backlog};
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Counter, Progress};
 use crate::relay::threads::yield_to_guests;
@@ -151,7 +151,7 @@ impl Packer {
 
     fn compress(&mut self, buffer: &Buffer, ranges: &[Range<usize>]) -> Option<Vec<u8>> {
         let compressor = self.compressor.as_mut()?;
-        let started = cpu_time();
+        let (started, began) = (cpu_time(), Instant::now());
         self.plain.clear();
         for range in ranges {
             self.plain.extend_from_slice(&buffer[range.clone()]);
@@ -160,7 +160,8 @@ impl Packer {
         let compressed = compressor.compress(&self.plain).ok()?;
         let took = cpu_time().saturating_sub(started);
         let smaller = compressed.len() < self.plain.len() - self.plain.len() / WORTH;
-        self.compression.took(self.plain.len(), took, smaller);
+        self.compression
+            .took(self.plain.len(), took, began.elapsed(), smaller);
         smaller.then_some(compressed)
     }
 }
@@ -172,7 +173,7 @@ impl Prepare for Packer {
         yield_to_guests();
     }
 
-    fn prepare(&mut self, raw: Raw, sent: u64, backlog: usize) -> Result<Prepared, link::Error> {
+    fn prepare(&mut self, raw: Raw, sent: u64, backlog: Backlog) -> Result<Prepared, link::Error> {
         self.data = 0;
         let (kind, mut header, records, buffer, data) = match raw {
             Raw::Small(kind, payload) => return Ok(Prepared::new(kind, payload)),
@@ -190,7 +191,13 @@ impl Prepare for Packer {
             let head = [&header.encode()[..], &records].concat();
             return Ok(Prepared::new(kind, head));
         };
-        let compressed = if self.compression.is_worth_it(Instant::now(), sent, backlog) {
+        let worth = self
+            .compression
+            .is_worth_it(Instant::now(), sent, backlog.unacknowledged);
+        // A guest that waits for its memory wants it soon, rather than small.
+        let idle = self.progress.is_post_copy()
+            && self.compression.idles(header.data_len, backlog.unsent);
+        let compressed = if worth && !idle {
             self.compress(&buffer, &ranges)
         } else {
             None
