@@ -10,6 +10,7 @@
  * keeps it open, and says so every second.
  */
 #include <linux/atomic.h>
+#include <linux/bitmap.h>
 #include <linux/jiffies.h>
 #include <linux/math64.h>
 #include <linux/mm.h>
@@ -135,12 +136,15 @@ static int gate_open(struct file *file, const void __user *arg)
 	gate.walked = false;
 	gate.gated = 0;
 	gate.nr_absent = 0;
+	gate.named = 0;
 	gate.first_wanted = 0;
 	gate.nr_wanted = 0;
 	gate.waits = 0;
 	gate.interrupted = 0;
 	gate.waited_ns = 0;
 	gate.longest_ns = 0;
+	gate.awake_ns = 0;
+	gate_forget_faults();
 	atomic64_set(&gate.passed, 0);
 	ret = gate_hook();
 	if (ret) {
@@ -156,23 +160,43 @@ static int gate_open(struct file *file, const void __user *arg)
 	return 0;
 }
 
+/* Nobody else writes to the bitmap, so whole words of it are written at once. */
 static void mark_absent(unsigned long pfn, unsigned long end)
 {
-	for (; pfn < end; pfn++)
-		gate.nr_absent += !test_and_set_bit(pfn, gate.absent);
+	unsigned long next;
+
+	for_each_clear_bitrange_from(pfn, next, gate.absent, end) {
+		bitmap_set(gate.absent, pfn, next - pfn);
+		gate.nr_absent += next - pfn;
+		gate.named += next - pfn;
+	}
+}
+
+/* Wakes those who wait for frames that are not absent any more. */
+static void wake_waiters(unsigned long pfn, unsigned long end)
+{
+	const unsigned long frames = 1UL << GATE_BLOCK_BITS;
+
+	/* Against set_current_state() in wait_for(), behind the hook's count. */
+	smp_mb();
+	if (!atomic_read(&gate.inside))
+		return;
+	for (pfn = round_down(pfn, frames); pfn < end; pfn += frames) {
+		wait_queue_head_t *queue = gate_queue(pfn);
+
+		if (waitqueue_active(queue))
+			wake_up_all(queue);
+	}
 }
 
 static void mark_arrived(unsigned long pfn, unsigned long end)
 {
-	for_each_set_bit_from(pfn, gate.absent, end) {
-		wait_queue_head_t *queue = gate_queue(pfn);
+	unsigned long next;
 
-		clear_bit(pfn, gate.absent);
-		gate.nr_absent--;
-		/* Against prepare_to_wait() in wait_for(). */
-		smp_mb__after_atomic();
-		if (waitqueue_active(queue))
-			wake_up_all(queue);
+	for_each_set_bitrange_from(pfn, next, gate.absent, end) {
+		bitmap_clear(gate.absent, pfn, next - pfn);
+		gate.nr_absent -= next - pfn;
+		wake_waiters(pfn, next);
 	}
 }
 
@@ -273,19 +297,28 @@ static long gate_list(unsigned int cmd, const void __user *arg)
 
 static void gate_state(struct file *file, struct transhume_gate_state *state)
 {
+	struct gate_faults faults;
+	u64 faults_ns;
+
 	if (gate.owner != file)
 		return;
+	faults = gate_all_faults();
+	faults_ns = faults.sampled_ns * GATE_SAMPLE;
 	state->state = gate.state;
 	state->waiting = atomic_read(&gate.inside);
 	state->absent = gate.nr_absent;
+	state->named = gate.named;
 	state->gated = gate.gated;
+	state->faults = faults.count;
 	state->passed = atomic64_read(&gate.passed);
 	spin_lock(&gate.lock);
 	state->waits = gate.waits;
 	state->interrupted = gate.interrupted;
 	state->waited_us = div_u64(gate.waited_ns, NSEC_PER_USEC);
 	state->longest_us = div_u64(gate.longest_ns, NSEC_PER_USEC);
+	faults_ns += gate.awake_ns;
 	spin_unlock(&gate.lock);
+	state->faults_us = div_u64(faults_ns, NSEC_PER_USEC);
 }
 
 /* Calls of the one who has an open gate. */

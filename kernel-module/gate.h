@@ -40,6 +40,8 @@ struct gate_span {
 };
 
 #define GATE_QUEUE_BITS	8
+/* So many frames in a row have one queue, 1 << this: those of a bitmap's word. */
+#define GATE_BLOCK_BITS	6
 /* Spans that processes wait for and nobody has fetched, at most. */
 #define GATE_WANTED	256
 
@@ -59,6 +61,7 @@ struct gate {
 	unsigned long deadline;
 	u64 gated;
 	u64 nr_absent;
+	u64 named;
 
 	/* Processes between the hook and their next try. */
 	atomic_t inside;
@@ -74,6 +77,8 @@ struct gate {
 	u64 interrupted;
 	u64 waited_ns;
 	u64 longest_ns;
+	/* What waits cost, but for the sleep itself. */
+	u64 awake_ns;
 	atomic64_t passed;
 	/* For poll. */
 	wait_queue_head_t news;
@@ -89,10 +94,25 @@ static inline bool gate_is_active(void)
 /* Where those sleep who wait for a frame. */
 static inline wait_queue_head_t *gate_queue(unsigned long pfn)
 {
-	return &gate.queues[hash_long(pfn, GATE_QUEUE_BITS)];
+	return &gate.queues[hash_long(pfn >> GATE_BLOCK_BITS, GATE_QUEUE_BITS)];
 }
 
+/**
+ * struct gate_faults - faults on one processor that ran into the hook
+ * @count: how many
+ * @sampled_ns: how long each GATE_SAMPLE-th of them took there
+ */
+struct gate_faults {
+	u64 count;
+	u64 sampled_ns;
+};
+
+/* A clock that is read costs as much as the look-up, so it seldom is. */
+#define GATE_SAMPLE	16
+
 /* In gate_wait.c: the hook. */
+void gate_forget_faults(void);
+struct gate_faults gate_all_faults(void);
 int gate_hook(void);
 void gate_unhook(void);
 void gate_hook_exit(void);

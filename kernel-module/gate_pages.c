@@ -104,7 +104,7 @@ static bool gate_page(struct table_walk *table, struct vm_area_struct *vma,
 	struct gate_walk *walk = container_of(table, struct gate_walk, walk);
 	pte_t old = READ_ONCE(*pte);
 
-	if (any_absent(walk, pte_pfn(old), 1)) {
+	if (pte_pfn(old) < walk->frames && test_bit(pte_pfn(old), walk->absent)) {
 		old = ptep_modify_prot_start(vma, addr, pte);
 		ptep_modify_prot_commit(vma, addr, pte, old,
 					pte_modify(old, PAGE_NONE));

@@ -10,6 +10,7 @@
 #include <linux/ktime.h>
 #include <linux/mm.h>
 #include <linux/mmap_lock.h>
+#include <linux/percpu.h>
 #include <linux/sched/signal.h>
 #include <linux/version.h>
 
@@ -18,6 +19,32 @@
 #if GATE_POSSIBLE
 
 #define HOOKED		"handle_mm_fault"
+
+static DEFINE_PER_CPU(struct gate_faults, gate_faults);
+
+/** gate_forget_faults - begin to count; the hook is not there */
+void gate_forget_faults(void)
+{
+	int cpu;
+
+	for_each_possible_cpu(cpu)
+		*per_cpu_ptr(&gate_faults, cpu) = (struct gate_faults){};
+}
+
+/** gate_all_faults - those of all processors, about: they go on meanwhile */
+struct gate_faults gate_all_faults(void)
+{
+	struct gate_faults all = {};
+	int cpu;
+
+	for_each_possible_cpu(cpu) {
+		const struct gate_faults *one = per_cpu_ptr(&gate_faults, cpu);
+
+		all.count += READ_ONCE(one->count);
+		all.sampled_ns += READ_ONCE(one->sampled_ns);
+	}
+	return all;
+}
 
 /* The first frame of a span that is absent, or the span's end. */
 static unsigned long first_absent(struct gate_span span)
@@ -50,7 +77,7 @@ static void want(struct gate_span span)
 
 static void wait_for(struct gate_span span, unsigned int state)
 {
-	u64 began = ktime_get_ns(), took;
+	u64 began = ktime_get_ns(), slept = 0, took;
 	unsigned long pfn;
 	bool signalled = false;
 
@@ -65,8 +92,12 @@ static void wait_for(struct gate_span span, unsigned int state)
 		queue = gate_queue(pfn);
 		prepare_to_wait(queue, &wait, state);
 		signalled = signal_pending_state(state, current);
-		if (!signalled && gate_is_active() && test_bit(pfn, gate.absent))
+		if (!signalled && gate_is_active() && test_bit(pfn, gate.absent)) {
+			u64 asleep = ktime_get_ns();
+
 			schedule();
+			slept += ktime_get_ns() - asleep;
+		}
 		finish_wait(queue, &wait);
 	}
 	took = ktime_get_ns() - began;
@@ -75,6 +106,7 @@ static void wait_for(struct gate_span span, unsigned int state)
 	gate.interrupted += signalled;
 	gate.waited_ns += took;
 	gate.longest_ns = max(gate.longest_ns, took);
+	gate.awake_ns += took - slept;
 	spin_unlock(&gate.lock);
 }
 
@@ -104,17 +136,11 @@ static noinline vm_fault_t gate_fault(struct vm_area_struct *vma,
 	return VM_FAULT_RETRY;
 }
 
-static void notrace fault_hook(unsigned long ip, unsigned long parent_ip,
-			       struct ftrace_ops *ops, struct ftrace_regs *fregs)
+static void notrace put_off(struct pt_regs *regs)
 {
-	struct pt_regs *regs = ftrace_get_regs(fregs);
-	struct vm_area_struct *vma;
-	unsigned int flags;
+	struct vm_area_struct *vma = (struct vm_area_struct *)regs->di;
+	unsigned int flags = regs->dx;
 
-	if (!regs || !gate_is_active())
-		return;
-	vma = (struct vm_area_struct *)regs->di;
-	flags = regs->dx;
 	/* The one who says what has arrived must not wait for it. */
 	if (vma->vm_mm == gate.mm || (current->flags & PF_KTHREAD) ||
 	    !is_absent(gate_span_at(vma->vm_mm, regs->si)))
@@ -126,6 +152,23 @@ static void notrace fault_hook(unsigned long ip, unsigned long parent_ip,
 	}
 	atomic_inc(&gate.inside);
 	regs->ip = (unsigned long)gate_fault;
+}
+
+static void notrace fault_hook(unsigned long ip, unsigned long parent_ip,
+			       struct ftrace_ops *ops, struct ftrace_regs *fregs)
+{
+	struct pt_regs *regs = ftrace_get_regs(fregs);
+	u64 began;
+
+	if (!regs || !gate_is_active())
+		return;
+	if (this_cpu_inc_return(gate_faults.count) % GATE_SAMPLE) {
+		put_off(regs);
+		return;
+	}
+	began = ktime_get_mono_fast_ns();
+	put_off(regs);
+	this_cpu_add(gate_faults.sampled_ns, ktime_get_mono_fast_ns() - began);
 }
 
 static struct ftrace_ops gate_ops = {
@@ -143,7 +186,9 @@ int gate_hook(void)
 {
 	int ret;
 
-	ret = ftrace_set_filter(&gate_ops, HOOKED, strlen(HOOKED), 1);
+	/* By its name it would be looked for among all names of the kernel. */
+	ret = ftrace_set_filter_ip(&gate_ops, (unsigned long)handle_mm_fault, 0,
+				   1);
 	if (!ret)
 		ret = register_ftrace_function(&gate_ops);
 	if (ret == -EBUSY)

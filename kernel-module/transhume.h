@@ -32,7 +32,7 @@
 #include <linux/types.h>
 
 /* Changes whenever something below changes in a way that old callers notice. */
-#define TRANSHUME_ABI_VERSION	1
+#define TRANSHUME_ABI_VERSION	2
 
 /**
  * struct transhume_start - begin a report of one file system
@@ -169,23 +169,30 @@ struct transhume_gate_walk {
  * @state: TRANSHUME_GATE_*
  * @waiting: processes that wait now
  * @absent: page frames that have not arrived
+ * @named: page frames that were named absent
  * @gated: pages that were gated
  * @waits: times that a process went to sleep
  * @interrupted: times that it woke up by a signal
  * @passed: faults on absent pages that could not be put off
  * @waited_us: how long processes slept, in microseconds
  * @longest_us: how long one slept at most
+ * @faults: page faults of processes while the gate was open
+ * @faults_us: CPU time that the gate added to them, in microseconds, from the
+ *	time of every sixteenth
  */
 struct transhume_gate_state {
 	__u32 state;
 	__u32 waiting;
 	__u64 absent;
+	__u64 named;
 	__u64 gated;
 	__u64 waits;
 	__u64 interrupted;
 	__u64 passed;
 	__u64 waited_us;
 	__u64 longest_us;
+	__u64 faults;
+	__u64 faults_us;
 };
 
 #define TRANSHUME_IOC_MAGIC	0xd7

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use transhume_protocol::agent::Range;
 
 /// `TRANSHUME_ABI_VERSION`.
-const ABI_VERSION: i32 = 1;
+const ABI_VERSION: i32 = 2;
 /// Half of it is room for records, 1,365 of them; the other half is the module's scratch space.
 const READ_LEN: usize = 64 * 1024;
 /// Size of `struct transhume_record`.

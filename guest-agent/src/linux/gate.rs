@@ -5,9 +5,12 @@ use super::device;
 use crate::gate::Gate;
 use nix::errno::Errno;
 use nix::sys::mman::{MlockAllFlags, mlockall, munlockall};
+use nix::time::{ClockId, clock_gettime};
 use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::time::Duration;
+use tracing::info;
 use transhume_protocol::agent::{FrameRun, FrameRuns, GateCounts};
 
 /// `TRANSHUME_MAX_FRAMES`.
@@ -61,12 +64,15 @@ pub(super) struct State {
     state: u32,
     waiting: u32,
     absent: u64,
+    named: u64,
     gated: u64,
     waits: u64,
     interrupted: u64,
     passed: u64,
     waited_us: u64,
     longest_us: u64,
+    faults: u64,
+    faults_us: u64,
 }
 
 nix::ioctl_write_ptr!(gate_open, device::MAGIC, 3, Open);
@@ -90,6 +96,10 @@ pub struct LinuxGate {
     to_walk: Vec<i32>,
     addr: u64,
     wanted: VecDeque<FrameRun>,
+    /// CPU time that it took to open.
+    opening: Duration,
+    /// The CPU time that this process had when frames were named.
+    named_at: Duration,
 }
 
 impl LinuxGate {
@@ -142,6 +152,13 @@ impl LinuxGate {
         state
     }
 
+    /// From here on all that this process does is for the gate.
+    fn set_named(&mut self) {
+        if !std::mem::replace(&mut self.is_named, true) {
+            self.named_at = cpu_time();
+        }
+    }
+
     fn fetch_wanted(&mut self) {
         let Some(device) = &self.device else { return };
         let mut frames = [Frames::default(); 64];
@@ -189,6 +206,7 @@ impl Gate for LinuxGate {
             return Ok(());
         }
         self.close();
+        let began = cpu_time();
         let device = device::open_file()?;
         let open = Open {
             frames: frames.min(MAX_FRAMES),
@@ -213,16 +231,17 @@ impl Gate for LinuxGate {
         self.is_new = true;
         self.to_walk.clear();
         self.addr = 0;
+        self.opening = cpu_time().saturating_sub(began);
         Ok(())
     }
 
     fn absent(&mut self, runs: FrameRuns<'_>) {
-        self.is_named = true;
+        self.set_named();
         self.list(runs, gate_absent);
     }
 
     fn walk(&mut self) -> bool {
-        self.is_named = true;
+        self.set_named();
         if self.to_walk.is_empty() {
             self.to_walk = processes();
             self.addr = 0;
@@ -253,10 +272,29 @@ impl Gate for LinuxGate {
 
     fn close(&mut self) -> GateCounts {
         let state = self.state();
+        let was_open = self.device.is_some();
         // The module lets everybody go when the file is closed.
         if self.device.take().is_some() {
             let _ = munlockall();
         }
+        let mut agent = self.opening;
+        if self.is_named {
+            agent += cpu_time().saturating_sub(self.named_at);
+        }
+        let cpu = agent + Duration::from_micros(state.faults_us);
+        if was_open && self.is_named {
+            info!(
+                absent = state.named,
+                gated = state.gated,
+                waits = state.waits,
+                opening = ?self.opening,
+                agent = ?agent,
+                faults = state.faults,
+                in_faults = ?Duration::from_micros(state.faults_us),
+                "the gate is over"
+            );
+        }
+        self.is_named = false;
         self.is_new = false;
         self.to_walk.clear();
         self.wanted.clear();
@@ -268,8 +306,15 @@ impl Gate for LinuxGate {
             passed: state.passed,
             waited_us: state.waited_us,
             longest_us: state.longest_us,
+            absent: state.named,
+            cpu_us: u64::try_from(cpu.as_micros()).unwrap_or(u64::MAX),
         }
     }
+}
+
+/// The CPU time of this thread, which does all there is to do, calls of the module included.
+fn cpu_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 /// All processes, but not their threads.

@@ -354,6 +354,12 @@ fn summary(summary: &Summary) -> String {
                     stalls.waits,
                     duration(stalls.longest_ms)
                 );
+                let _ = writeln!(
+                    text,
+                    "  gate's CPU     {:>10}  (of the guest, for {} that was absent)",
+                    duration(stalls.gate_cpu_ms),
+                    bytes(stalls.absent_pages * PAGE)
+                );
             }
         }
         if let Some(classes) = &post.classes {

@@ -138,6 +138,8 @@ web1 runs on hostb now; it left hosta in 5.82 s.
                 waited_ms: 2040.0,
                 longest_ms: 230.0,
                 gated_pages: 1000,
+                absent_pages: 2048,
+                gate_cpu_ms: 3.4,
             }),
             kernel_pages: 32,
             ordered_pages: 256,
@@ -148,6 +150,7 @@ web1 runs on hostb now; it left hosta in 5.82 s.
         "  post-copy          2.50 s  (4.00 MiB followed, 64.0 KiB of it asked for by the guest)
   stood still        310 ms  (the CPU that did for longest; 20 ms all of them)
   slept              2.04 s  (processes, 12 times for absent memory, 230 ms at most)
+  gate's CPU         3.4 ms  (of the guest, for 8.00 MiB that was absent)
 ";
     let text = super::job(&job);
     assert!(text.contains(lines) && !text.contains("in order"), "{text}");

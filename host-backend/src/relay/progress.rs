@@ -201,6 +201,12 @@ pub struct Stalls {
     pub longest_ms: f64,
     /// Pages of processes that were absent and watched; 0 where the guest has no gate.
     pub gated_pages: u64,
+    /// Page frames that were absent when its agent was told of them.
+    #[serde(default)]
+    pub absent_pages: u64,
+    /// CPU time of the guest for its gate, in milliseconds.
+    #[serde(default)]
+    pub gate_cpu_ms: f64,
 }
 
 impl From<transhume_protocol::link::Stalls> for Stalls {
@@ -214,6 +220,8 @@ impl From<transhume_protocol::link::Stalls> for Stalls {
             waited_ms: ms(waits.waited_us),
             longest_ms: ms(waits.longest_us),
             gated_pages: waits.pages,
+            absent_pages: waits.absent,
+            gate_cpu_ms: ms(waits.cpu_us),
         }
     }
 }

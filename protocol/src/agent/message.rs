@@ -194,6 +194,11 @@ pub struct GateCounts {
     pub waited_us: u64,
     /// How long one slept at most, in microseconds.
     pub longest_us: u64,
+    /// Page frames that were named absent.
+    pub absent: u64,
+    /// CPU time of the guest that all of it took, in microseconds: the agent's, calls of the module included, and what
+    /// the module added to page faults.
+    pub cpu_us: u64,
 }
 
 /// Clean page cache: `pages` page frames from `pfn` on hold what the disk holds from `sector` on.
@@ -437,6 +442,8 @@ impl<'a> AgentMessage<'a> {
                 .bytes(&counts.passed.to_le_bytes())?
                 .bytes(&counts.waited_us.to_le_bytes())?
                 .bytes(&counts.longest_us.to_le_bytes())?
+                .bytes(&counts.absent.to_le_bytes())?
+                .bytes(&counts.cpu_us.to_le_bytes())?
                 .seal(kind::GATE_OVER),
             Self::Class(class, FrameRuns { body }) => writer
                 .bytes(&[class.to_byte()])?
@@ -518,6 +525,8 @@ impl<'a> AgentMessage<'a> {
                 passed: reader.u64()?,
                 waited_us: reader.u64()?,
                 longest_us: reader.u64()?,
+                absent: reader.u64()?,
+                cpu_us: reader.u64()?,
             }),
             kind::CLASS => {
                 let class = MemoryClass::from_byte(reader.u8()?)
@@ -707,7 +716,7 @@ mod tests {
                 AgentMessage::GateRefused { text: &first },
                 AgentMessage::GateOver(GateCounts {
                     expired: index % 2 == 0, gated: sectors, waits: pages, interrupted: cpu_us,
-                    passed: session, waited_us: sectors, longest_us: pages,
+                    passed: session, waited_us: sectors, longest_us: pages, absent: session, cpu_us,
                 }),
                 AgentMessage::Class(MemoryClass::Kernel, FrameRuns::NONE),
                 AgentMessage::ClassesEnd(ClassCounts::from_array([

@@ -73,6 +73,10 @@ pub struct Waits {
     pub waited_us: u64,
     /// How long one slept at most, in microseconds.
     pub longest_us: u64,
+    /// Page frames of the guest that were named absent.
+    pub absent: u64,
+    /// CPU time of the guest that all of it took, in microseconds.
+    pub cpu_us: u64,
 }
 
 /// Messages that drive a migration.

@@ -375,6 +375,18 @@ fn gated(answer: &Answer, b: &Daemon, console: &Console) -> Result<()> {
             b.words()
         )
     })?;
+    check(
+        stalls["gate-cpu-ms"].as_f64() > Some(0.0)
+            && stalls["absent-pages"].as_u64() >= stalls["gated-pages"].as_u64(),
+        || format!("What the gate cost makes no sense: {answer}"),
+    )?;
+    let said = console.run(
+        Side::Destination,
+        "grep 'the gate is over' /tmp/agent.log",
+        ANSWER,
+        || b.alive(),
+    )?;
+    println!("  {}", said.trim());
     check(stalls["cpu-ms"].is_u64(), || {
         format!("Nothing is said of CPUs that stood still: {answer}")
     })?;

@@ -114,6 +114,8 @@ fn tell(vm: &str, counts: &GateCounts) {
         longest_ms = counts.longest_us / 1000,
         passed = counts.passed,
         expired = counts.expired,
+        absent_pages = counts.absent,
+        cpu_ms = counts.cpu_us / 1000,
         "processes slept for memory that was absent"
     );
 }

@@ -222,6 +222,8 @@ pub(super) async fn stalls(qmp: &Qmp, gate: Option<Gate>) -> Stalls {
             waits: counts.waits,
             waited_us: counts.waited_us,
             longest_us: counts.longest_us,
+            absent: counts.absent,
+            cpu_us: counts.cpu_us,
         }),
     }
 }

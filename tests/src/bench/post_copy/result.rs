@@ -38,6 +38,18 @@ fn number(value: f64) -> Option<f64> {
     value.is_finite().then(|| round(value))
 }
 
+/// What the gate in the guest took of its CPU, in ms for each GiB that was absent; not a number where there was none.
+fn gate_cpu(moved: &Moved) -> f64 {
+    let stalls = &moved.summary["post-copy"]["stalls"];
+    let number = |name: &str| stalls[name].as_f64().unwrap_or(f64::NAN);
+    let gib = number("absent-pages") * 4096.0 / f64::from(1 << 30);
+    if gib > 0.0 {
+        number("gate-cpu-ms") / gib
+    } else {
+        f64::NAN
+    }
+}
+
 /// A run in one line.
 pub(super) fn line(moved: &Moved) -> String {
     format!(
@@ -135,6 +147,8 @@ impl Comparison {
                     "downtime_ratio": number(ratios.downtime),
                     "total_ratio": number(ratios.total),
                     "wire_bytes_ratio": number(ratios.wire_bytes),
+                    "gate_cpu_ms_per_gib":
+                        number(self.median_of(guest, Side::Transhume, gate_cpu)),
                 })
             })
             .collect();
@@ -161,6 +175,7 @@ impl Comparison {
                         "followed_ms": round(moved.followed_ms),
                         "post_copy": moved.switched,
                     "wire_bytes": moved.wire_bytes,
+                        "gate_cpu_ms_per_gib": number(gate_cpu(moved)),
                         "check": moved.check,
                         "summary": moved.summary,
                     })
@@ -236,6 +251,17 @@ impl Comparison {
                     middle(&|moved| moved.silence_ms),
                     spread(&|moved| moved.total_ms / 1000.0, 2),
                     middle(&|moved| as_f64(moved.wire_bytes) / 1e6),
+                );
+            }
+        }
+        for guest in self.guests() {
+            let cpu = self.median_of(guest, Side::Transhume, gate_cpu);
+            if cpu.is_finite() {
+                let _ = writeln!(
+                    text,
+                    "The gate took {cpu:.0} ms of the guest's CPU for each GiB of absent memory ({}, {} vCPU).",
+                    guest.0.name(),
+                    guest.1
                 );
             }
         }
