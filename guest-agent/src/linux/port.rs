@@ -22,6 +22,9 @@ use transhume_protocol::agent::{MAX_FRAME_LEN, PORT_NAME};
 /// Pause before a port that is missing or failed is tried again.
 const RETRY: Duration = Duration::from_secs(2);
 
+/// The nice value of its unit (packaging/guest).
+const NICE: i32 = -10;
+
 /// How long a walk is kept that the host takes nothing of.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -79,6 +82,7 @@ pub fn serve(
     cache: &mut impl PageCache,
     classes: &mut impl Classes,
 ) -> ! {
+    go_ahead();
     let mut gate = LinuxGate::default();
     let mut session = Session::new(agent);
     let mut last_told = None;
@@ -98,6 +102,16 @@ pub fn serve(
             }
         }
         thread::sleep(RETRY);
+    }
+}
+
+/// Goes ahead of most processes, as where systemd starts it: they wait for what it says of their memory. Without the
+/// privilege it stays where it is.
+fn go_ahead() {
+    // SAFETY: the call takes numbers alone; 0 is this process.
+    let set = unsafe { nix::libc::setpriority(nix::libc::PRIO_PROCESS, 0, NICE) };
+    if set != 0 {
+        debug!(error = %Errno::last(), "no better nice value");
     }
 }
 

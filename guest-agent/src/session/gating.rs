@@ -13,8 +13,6 @@ enum Stage {
     /// Open for a host that is there no more, and that had named nothing: the next one goes on with it, as when
     /// the guest was prepared for its move by the host that it left.
     Left,
-    /// The host is to be told that it is open.
-    Ready,
     /// The host is to be told why not.
     Refused,
     /// Nothing was named yet.
@@ -31,6 +29,8 @@ enum Stage {
 /// How far it is.
 pub(super) struct Gating {
     stage: Stage,
+    /// The host is to be told that it is open. It may go on before it knows.
+    announces: bool,
     reason: Text,
     /// Frames that are wanted and did not go into the last message.
     held: Option<FrameRun>,
@@ -40,6 +40,7 @@ impl Gating {
     pub(super) const fn new() -> Self {
         Self {
             stage: Stage::Off,
+            announces: false,
             reason: Text::new(),
             held: None,
         }
@@ -51,13 +52,15 @@ impl Gating {
             gate.close();
         }
         self.stage = Stage::Off;
+        self.announces = false;
         self.held = None;
     }
 
     /// Another host has come.
     pub(super) fn change_host(&mut self, gate: &mut impl Gate) {
-        if matches!(self.stage, Stage::Left | Stage::Ready | Stage::Prepared) {
+        if matches!(self.stage, Stage::Left | Stage::Prepared) {
             self.stage = Stage::Left;
+            self.announces = false;
         } else {
             self.forget(gate);
         }
@@ -68,8 +71,10 @@ impl Gating {
         match (message, self.stage) {
             (HostMessage::GateOpen { frames }, _) => {
                 self.held = None;
-                self.stage = match gate.open(frames) {
-                    Ok(()) => Stage::Ready,
+                let opened = gate.open(frames);
+                self.announces = opened.is_ok();
+                self.stage = match opened {
+                    Ok(()) => Stage::Prepared,
                     Err(error) => {
                         self.reason.clear();
                         let _ = write!(self.reason, "{error}");
@@ -86,7 +91,7 @@ impl Gating {
             }
             (
                 HostMessage::GateArrived(runs),
-                Stage::Ready | Stage::Prepared | Stage::Naming | Stage::Walking | Stage::Open,
+                Stage::Prepared | Stage::Naming | Stage::Walking | Stage::Open,
             ) => gate.arrived(runs),
             (HostMessage::GateClose, stage) if stage != Stage::Off => self.stage = Stage::Closing,
             _ => {}
@@ -95,6 +100,9 @@ impl Gating {
 
     /// What there is to say or to do; `None` if nothing.
     pub(super) fn poll(&mut self, gate: &mut impl Gate, out: &mut [u8]) -> Option<Action> {
+        if core::mem::take(&mut self.announces) {
+            return Some(sent(AgentMessage::GateReady.encode(out)));
+        }
         match self.stage {
             Stage::Off => None,
             Stage::Left => {
@@ -102,10 +110,6 @@ impl Gating {
                     self.forget(gate);
                 }
                 None
-            }
-            Stage::Ready => {
-                self.stage = Stage::Prepared;
-                Some(sent(AgentMessage::GateReady.encode(out)))
             }
             Stage::Refused => {
                 self.stage = Stage::Off;
@@ -354,6 +358,19 @@ mod tests {
         assert!(!bench.gate.is_open);
         bench.say(HostMessage::GateClose);
         assert_eq!(bench.heard(), [""; 0]);
+    }
+
+    #[test]
+    fn all_may_be_said_before_the_guest_runs() {
+        let mut bench = Bench::new();
+        bench.gate.steps = 2;
+        bench.say(HELLO);
+        bench.say(OPEN);
+        bench.list(FrameList::Absent, &[(4, 3)]);
+        bench.say(HostMessage::GateWalk);
+        bench.list(FrameList::Arrived, &[(5, 1)]);
+        assert_eq!(bench.heard(), ["hello", "ready"]);
+        assert_eq!((bench.gate.walked, bench.gate.absent.len()), (3, 2));
     }
 
     #[test]

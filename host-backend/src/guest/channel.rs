@@ -44,6 +44,28 @@ pub struct Agent {
     order: OrderCollector,
 }
 
+/// A session that the agent was asked for, and has not agreed to.
+pub struct Opening {
+    pub(super) stream: UnixStream,
+    session: u64,
+}
+
+/// Asks the agent behind this socket for a session. Each write may take `patience`.
+///
+/// An error is for people: it says why there will be no session.
+pub fn open(socket: &Path, session: u64, patience: Duration) -> Result<Opening, String> {
+    let stream = UnixStream::connect(socket).map_err(unusable)?;
+    stream.set_read_timeout(Some(TICK)).map_err(unusable)?;
+    stream.set_write_timeout(Some(patience)).map_err(unusable)?;
+    let hello = HostMessage::Hello {
+        oldest: VERSION,
+        newest: VERSION,
+        session,
+    };
+    send(&stream, &hello).map_err(unusable)?;
+    Ok(Opening { stream, session })
+}
+
 /// Opens a session with the agent behind this socket. Blocks for `patience` at most.
 ///
 /// An error is for people: it says why there will be no reports.
@@ -53,76 +75,85 @@ pub fn connect(
     session: u64,
     patience: Duration,
 ) -> Result<(Agent, Greeting), String> {
-    let io = |error: io::Error| format!("the agent's channel cannot be used: {error}");
-    let deadline = Instant::now() + patience;
-    let stream = UnixStream::connect(socket).map_err(io)?;
-    stream.set_read_timeout(Some(TICK)).map_err(io)?;
-    stream.set_write_timeout(Some(patience)).map_err(io)?;
-    let mut decoder = Box::new(Decoder::new());
-    send(
-        &stream,
-        &HostMessage::Hello {
-            oldest: VERSION,
-            newest: VERSION,
-            session,
-        },
-    )
-    .map_err(io)?;
-    let mut buffer = vec![0; MAX_FRAME_LEN];
-    loop {
-        if Instant::now() >= deadline {
-            return Err(
-                "the guest's agent does not answer; is it installed and running?".to_owned(),
-            );
-        }
-        let read = match read(&stream, &mut buffer) {
-            Ok(Some(0)) => return Err("the agent's channel was closed".to_owned()),
-            Ok(Some(read)) => read,
-            Ok(None) => continue,
-            Err(error) => return Err(io(error)),
-        };
-        let mut rest = &buffer[..read];
-        while !rest.is_empty() {
-            let taken = decoder.push(rest);
-            rest = &rest[taken..];
-            while let Some((kind, payload)) = decoder.next_frame() {
-                match AgentMessage::decode(kind, payload) {
-                    Ok(AgentMessage::Hello {
-                        version,
-                        session: theirs,
-                        source,
-                        page_shift,
-                        agent,
-                    }) if theirs == session => {
-                        let greeting = Greeting {
-                            agent: agent.to_owned(),
+    open(socket, session, patience)?.agreed(disks, patience)
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
+pub(super) fn unusable(error: io::Error) -> String {
+    format!("the agent's channel cannot be used: {error}")
+}
+
+impl Opening {
+    /// Waits for the agent's word for `patience` at most.
+    ///
+    /// # Errors
+    /// Why there is no session, for people.
+    pub fn agreed(
+        self,
+        disks: Vec<DiskName>,
+        patience: Duration,
+    ) -> Result<(Agent, Greeting), String> {
+        let deadline = Instant::now() + patience;
+        let Self { stream, session } = self;
+        let mut decoder = Box::new(Decoder::new());
+        let mut buffer = vec![0; MAX_FRAME_LEN];
+        loop {
+            if Instant::now() >= deadline {
+                return Err(
+                    "the guest's agent does not answer; is it installed and running?".to_owned(),
+                );
+            }
+            let read = match read(&stream, &mut buffer) {
+                Ok(Some(0)) => return Err("the agent's channel was closed".to_owned()),
+                Ok(Some(read)) => read,
+                Ok(None) => continue,
+                Err(error) => return Err(unusable(error)),
+            };
+            let mut rest = &buffer[..read];
+            while !rest.is_empty() {
+                let taken = decoder.push(rest);
+                rest = &rest[taken..];
+                while let Some((kind, payload)) = decoder.next_frame() {
+                    match AgentMessage::decode(kind, payload) {
+                        Ok(AgentMessage::Hello {
+                            version,
+                            session: theirs,
                             source,
-                        };
-                        if version != VERSION {
-                            return Err(format!(
-                                "the guest's agent ({agent}) wants version {version} of the channel, \
-                                 which it was not offered; install the agent of this release"
+                            page_shift,
+                            agent,
+                        }) if theirs == session => {
+                            let greeting = Greeting {
+                                agent: agent.to_owned(),
+                                source,
+                            };
+                            if version != VERSION {
+                                return Err(format!(
+                                    "the guest's agent ({agent}) wants version {version} of the channel, \
+                                     which it was not offered; install the agent of this release"
+                                ));
+                            }
+                            let collector = Collector::new(disks, page_shift).ok_or_else(|| {
+                                format!(
+                                    "the guest's pages are of 2^{page_shift} bytes, not of 4 KiB"
+                                )
+                            })?;
+                            return Ok((
+                                Agent {
+                                    stream,
+                                    decoder,
+                                    session,
+                                    collector,
+                                    order: OrderCollector::default(),
+                                },
+                                greeting,
                             ));
                         }
-                        let collector = Collector::new(disks, page_shift).ok_or_else(|| {
-                            format!("the guest's pages are of 2^{page_shift} bytes, not of 4 KiB")
-                        })?;
-                        return Ok((
-                            Agent {
-                                stream,
-                                decoder,
-                                session,
-                                collector,
-                                order: OrderCollector::default(),
-                            },
-                            greeting,
-                        ));
+                        Ok(AgentMessage::Trouble { text }) => {
+                            return Err(format!("the guest's agent says: {}", printable(text)));
+                        }
+                        // What an earlier session left in the channel.
+                        _ => {}
                     }
-                    Ok(AgentMessage::Trouble { text }) => {
-                        return Err(format!("the guest's agent says: {}", printable(text)));
-                    }
-                    // What an earlier session left in the channel.
-                    _ => {}
                 }
             }
         }

@@ -9,7 +9,7 @@ use transhume_protocol::agent::{
     MAX_FRAME_LEN,
 };
 
-use super::channel::{Agent, printable, read, send};
+use super::channel::{Agent, Opening, printable, read, send, unusable};
 
 /// How long the agent may leave its channel full.
 const WRITE_PATIENCE: Duration = Duration::from_millis(500);
@@ -67,6 +67,34 @@ impl Drop for Preparation {
     }
 }
 
+impl Opening {
+    /// Asks for a gate below a page frame number, names absent frames, and has the agent put whoever touches them
+    /// to sleep. It need not run yet: it finds all of it when it does.
+    ///
+    /// # Errors
+    /// If the agent does not read its channel.
+    pub fn gate(&self, frames: u64, absent: &[FrameRun]) -> io::Result<()> {
+        send(&self.stream, &HostMessage::GateOpen { frames })?;
+        send_frames(&self.stream, FrameList::Absent, absent)?;
+        send(&self.stream, &HostMessage::GateWalk)
+    }
+}
+
+fn send_frames(mut stream: &UnixStream, list: FrameList, runs: &[FrameRun]) -> io::Result<()> {
+    let mut out = vec![0; MAX_FRAME_LEN];
+    let mut runs = runs.iter().peekable();
+    while runs.peek().is_some() {
+        let mut message = FrameRunEncoder::new(&mut out, list);
+        // An empty message has room for any run.
+        while let Some(run) = runs.next_if(|run| message.add(**run)) {
+            debug_assert!(run.pages > 0, "a run without pages");
+        }
+        let length = message.finish().map_err(io::Error::other)?;
+        stream.write_all(&out[..length])?;
+    }
+    Ok(())
+}
+
 impl Agent {
     /// Begins to have the guest get ready; see [`Preparation`].
     ///
@@ -80,32 +108,21 @@ impl Agent {
         })
     }
 
-    /// Asks for a gate. Blocks for `patience` at most.
+    /// Waits for the gate that [`Opening::gate`] asked for, for `patience` at most.
     ///
     /// # Errors
     /// Why there is none, for people.
-    pub fn open_gate(&mut self, frames: u64, patience: Duration) -> Result<(), String> {
-        let io = |error: io::Error| format!("the agent's channel cannot be used: {error}");
+    pub fn gate_opened(&mut self, patience: Duration) -> Result<(), String> {
         let deadline = Instant::now() + patience;
         self.stream
             .set_write_timeout(Some(WRITE_PATIENCE))
-            .map_err(io)?;
-        send(&self.stream, &HostMessage::GateOpen { frames }).map_err(io)?;
+            .map_err(unusable)?;
         while Instant::now() < deadline {
-            if let Some(ready) = self.gate_news().map_err(io)?.ready {
+            if let Some(ready) = self.gate_news().map_err(unusable)?.ready {
                 return ready;
             }
         }
         Err("the guest's agent does not answer; it may be an older one".to_owned())
-    }
-
-    /// Names absent frames, and then has the agent put whoever touches them to sleep.
-    ///
-    /// # Errors
-    /// If the agent does not read its channel.
-    pub fn name_absent(&mut self, runs: &[FrameRun]) -> io::Result<()> {
-        self.send_frames(FrameList::Absent, runs)?;
-        send(&self.stream, &HostMessage::GateWalk)
     }
 
     /// Says what has arrived.
@@ -113,7 +130,7 @@ impl Agent {
     /// # Errors
     /// If the agent does not read its channel.
     pub fn name_arrived(&mut self, runs: &[FrameRun]) -> io::Result<()> {
-        self.send_frames(FrameList::Arrived, runs)
+        send_frames(&self.stream, FrameList::Arrived, runs)
     }
 
     /// Says that somebody is here, as has to be said each second.
@@ -140,21 +157,6 @@ impl Agent {
         Ok(None)
     }
 
-    fn send_frames(&mut self, list: FrameList, runs: &[FrameRun]) -> io::Result<()> {
-        let mut out = vec![0; MAX_FRAME_LEN];
-        let mut runs = runs.iter().peekable();
-        while runs.peek().is_some() {
-            let mut message = FrameRunEncoder::new(&mut out, list);
-            // An empty message has room for any run.
-            while let Some(run) = runs.next_if(|run| message.add(**run)) {
-                debug_assert!(run.pages > 0, "a run without pages");
-            }
-            let length = message.finish().map_err(io::Error::other)?;
-            self.stream.write_all(&out[..length])?;
-        }
-        Ok(())
-    }
-
     /// Waits this long for news at most.
     ///
     /// # Errors
@@ -169,6 +171,11 @@ impl Agent {
     /// If the channel cannot be used, or was closed.
     pub fn gate_news(&mut self) -> io::Result<GateNews> {
         let mut news = GateNews::default();
+        // It may have come with the session.
+        self.take_news(&mut news);
+        if news != GateNews::default() {
+            return Ok(news);
+        }
         let mut buffer = [0; 4096];
         let Some(read) = read(&self.stream, &mut buffer)? else {
             return Ok(news);
@@ -180,23 +187,27 @@ impl Agent {
         while !rest.is_empty() {
             let taken = self.decoder.push(rest);
             rest = &rest[taken..];
-            while let Some((kind, payload)) = self.decoder.next_frame() {
-                match AgentMessage::decode(kind, payload) {
-                    Ok(AgentMessage::GateReady) => news.ready = Some(Ok(())),
-                    Ok(AgentMessage::GateRefused { text }) => {
-                        let text = format!("the guest's agent says: {}", printable(text));
-                        news.ready = Some(Err(text));
-                    }
-                    Ok(AgentMessage::GateWanted(runs)) => {
-                        let room = MOST_WANTED.saturating_sub(news.wanted.len());
-                        let runs = runs.iter().map_while(Result::ok);
-                        news.wanted.extend(runs.take(room));
-                    }
-                    Ok(AgentMessage::GateOver(counts)) => news.over = Some(counts),
-                    _ => {}
-                }
-            }
+            self.take_news(&mut news);
         }
         Ok(news)
+    }
+
+    fn take_news(&mut self, news: &mut GateNews) {
+        while let Some((kind, payload)) = self.decoder.next_frame() {
+            match AgentMessage::decode(kind, payload) {
+                Ok(AgentMessage::GateReady) => news.ready = Some(Ok(())),
+                Ok(AgentMessage::GateRefused { text }) => {
+                    let text = format!("the guest's agent says: {}", printable(text));
+                    news.ready = Some(Err(text));
+                }
+                Ok(AgentMessage::GateWanted(runs)) => {
+                    let room = MOST_WANTED.saturating_sub(news.wanted.len());
+                    let runs = runs.iter().map_while(Result::ok);
+                    news.wanted.extend(runs.take(room));
+                }
+                Ok(AgentMessage::GateOver(counts)) => news.over = Some(counts),
+                _ => {}
+            }
+        }
     }
 }

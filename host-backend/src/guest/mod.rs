@@ -9,7 +9,7 @@ mod gate;
 mod order;
 mod report;
 
-pub use channel::{Agent, Greeting, Reported, connect};
+pub use channel::{Agent, Greeting, Opening, Reported, connect, open};
 pub use gate::{GateNews, Preparation};
 pub use order::{MemoryOrder, Questions};
 pub use report::{Collector, DiskName, GuestRange, Report};

@@ -131,22 +131,20 @@ fn run(
     let io = |error: std::io::Error| format!("the agent's channel cannot be used: {error}");
     let mut session = [0; 8];
     getrandom::fill(&mut session).map_err(|error| error.to_string())?;
-    let (mut agent, _) = guest::connect(socket, Vec::new(), u64::from_ne_bytes(session), PATIENCE)?;
-    agent.set_tick(TICK).map_err(io)?;
-    agent.open_gate(main_memory_end(regions, PAGE_SIZE as u64), PATIENCE)?;
-    if stop.load(Ordering::Relaxed) {
-        agent.close_gate(LAST_WORD).map_err(io)?;
-        return Err("all of it was there before the agent was ready".to_owned());
-    }
-
+    // The agent can be asleep: its VM may not run yet.
+    let opening = guest::open(socket, u64::from_ne_bytes(session), PATIENCE)?;
     let Some(blocks) = placement.watch() else {
-        return agent.close_gate(LAST_WORD).map_err(io);
+        return Ok(None);
     };
     let _watch = Watch(&placement.output);
     let map = Map::new(regions, &blocks);
     let mut absent = Absent { blocks };
-    agent.name_absent(&absent.runs(&map)).map_err(io)?;
+    let frames = main_memory_end(regions, PAGE_SIZE as u64);
+    opening.gate(frames, &absent.runs(&map)).map_err(io)?;
     let mut left = absent.count(&map);
+    let (mut agent, _) = opening.agreed(Vec::new(), PATIENCE)?;
+    agent.set_tick(TICK).map_err(io)?;
+    agent.gate_opened(PATIENCE)?;
     let after_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
     tracing::info!(pages = left, after_ms, "the agent knows what is absent");
     let mut last = Instant::now();

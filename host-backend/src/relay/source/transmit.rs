@@ -195,8 +195,8 @@ impl Prepare for Packer {
             .compression
             .is_worth_it(Instant::now(), sent, backlog.unacknowledged);
         // A guest that waits for its memory wants it soon, rather than small.
-        let idle = self.progress.is_post_copy()
-            && self.compression.idles(header.data_len, backlog.unsent);
+        let idle =
+            self.progress.is_post_copy() && self.compression.idles(header.data_len, backlog.unsent);
         let compressed = if worth && !idle {
             self.compress(&buffer, &ranges)
         } else {
