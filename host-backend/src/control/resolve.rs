@@ -260,7 +260,7 @@ impl Daemon {
         let sending = async move {
             let cause = "transhumed ended while it followed".to_owned();
             let ending = match rest.send(cause, job.progress()).await {
-                Ok(()) => {
+                Ok(_) => {
                     if let Err(error) = vm.discard().await {
                         tracing::warn!(%error, "QEMU of the VM that has moved cannot be ended");
                     }

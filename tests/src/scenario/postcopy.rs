@@ -7,6 +7,7 @@ use super::pair::{At, NEWEST, Pair};
 use super::transhume::{Answer, ask};
 use super::{Bed, Scenario};
 use crate::bench::{Profile, Setup};
+use crate::cleanup::still_time;
 use crate::command::Run;
 use crate::error::check;
 use crate::hosts::daemon::Daemon;
@@ -14,7 +15,7 @@ use crate::hosts::{HOST_B, Hosts};
 use crate::packages::Qemu;
 use crate::qemu::serial::{Console, Side};
 use crate::{Error, Result};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const LIMIT: Duration = Duration::from_secs(400);
 pub(super) const POST: [&str; 2] = ["--mode", "post"];
@@ -71,7 +72,13 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             name: "post-copy-linux",
             about: "a Linux guest at work moves by post-copy; processes sleep for what is absent, and its data is right",
             limit: LIMIT,
-            run: linux,
+            run: |bed| linux(bed, false),
+        },
+        Scenario {
+            name: "post-copy-linux-resumed",
+            about: "the same, and the link goes away for longer than the job waits: its processes sleep again",
+            limit: LIMIT,
+            run: |bed| linux(bed, true),
         },
         Scenario {
             name: "post-copy-cancel",
@@ -299,7 +306,7 @@ fn lost(bed: &Bed) -> Result<()> {
     Ok(())
 }
 
-fn linux(bed: &Bed) -> Result<()> {
+fn linux(bed: &Bed, breaks: bool) -> Result<()> {
     let (layout, packages) = (&bed.layout, &bed.packages);
     let setup = Setup::prepare(layout, packages, Profile::QUICK, Qemu::V10_0, true)?;
     let machine = &setup.machine;
@@ -316,11 +323,29 @@ fn linux(bed: &Bed) -> Result<()> {
     console.attach(Side::Source, &serial, || a.alive())?;
     console.wait_for("ready", 0, crate::qemu::BOOT, || a.alive())?;
     let serial = b.vm_folder(&machine.name).join("serial.sock");
-    let arguments = [&["migrate", &machine.name, "--to", HOST_B], &POST[..]].concat();
+    let arguments = [
+        "migrate",
+        &machine.name,
+        "--to",
+        HOST_B,
+        "--link-patience",
+        "1",
+    ];
+    let arguments = [&arguments, &POST[..]].concat();
     let answer = std::thread::scope(|scope| {
         // The socket is there once the destination's QEMU is.
         scope.spawn(|| console.attach(Side::Destination, &serial, || b.alive()));
-        ask(&a, &arguments)
+        let broken = scope.spawn(|| {
+            if breaks {
+                break_off(&hosts, &a, &b)
+            } else {
+                Ok(())
+            }
+        });
+        let answer = ask(&a, &arguments)?;
+        let broken = broken.join();
+        broken.unwrap_or_else(|_| Err(Error::Check("A thread failed".into())))?;
+        Ok::<_, Error>(answer)
     })?;
     let answer = answer.expect(0).map_err(|error| {
         Error::Check(format!(
@@ -332,10 +357,52 @@ fn linux(bed: &Bed) -> Result<()> {
     followed(&answer)?;
     console.check(Side::Destination, ANSWER, || b.alive())?;
     gated(&answer, &b, &console)?;
-    ordered(&answer, &b, &console)?;
+    if breaks {
+        let remarks = answer.value["summary"]["remarks"].to_string();
+        check(remarks.contains("was cut off, and went on"), || {
+            format!("It was not: {answer}")
+        })?;
+        let said = console.run(
+            Side::Destination,
+            "grep -c 'the gate is over' /tmp/agent.log",
+            ANSWER,
+            || b.alive(),
+        )?;
+        check(said.trim() != "1", || {
+            format!(
+                "The guest had no second gate: {answer}\nhostb:\n{}",
+                b.words()
+            )
+        })?;
+    } else {
+        ordered(&answer, &b, &console)?;
+    }
     ask(&b, &["vm", "stop", &machine.name, "--force"])?
         .expect(0)
         .map(drop)
+}
+
+/// Takes the link away while memory follows, for longer than the job waits for it.
+fn break_off(hosts: &Hosts, a: &Daemon, b: &Daemon) -> Result<()> {
+    let begun = Instant::now();
+    let follows = || {
+        let jobs = ask(a, &["job", "list"])?;
+        let phase = &jobs.value[0]["progress"]["phase"];
+        let vms = ask(b, &["vm", "list"])?;
+        Ok::<_, Error>(phase == "post-copy" && vms.value[0]["state"] == "running")
+    };
+    while !follows()? {
+        still_time()?;
+        check(begun.elapsed() < LIMIT, || {
+            "It was never handed over".into()
+        })?;
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // So that there was a gate.
+    std::thread::sleep(Duration::from_secs(2));
+    hosts.break_link()?;
+    std::thread::sleep(Duration::from_secs(4));
+    hosts.set_link(true)
 }
 
 /// The guest told what is its kernel's and what its processes work with, its workload first.

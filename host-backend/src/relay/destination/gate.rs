@@ -131,11 +131,17 @@ fn run(
     let io = |error: std::io::Error| format!("the agent's channel cannot be used: {error}");
     let mut session = [0; 8];
     getrandom::fill(&mut session).map_err(|error| error.to_string())?;
+    let blocks = loop {
+        if let Some(blocks) = placement.watch() {
+            break blocks;
+        }
+        if stop.load(Ordering::Relaxed) || began.elapsed() > PATIENCE {
+            return Err("what is absent was not known in time".to_owned());
+        }
+        std::thread::sleep(TICK);
+    };
     // The agent can be asleep: its VM may not run yet.
     let opening = guest::open(socket, u64::from_ne_bytes(session), PATIENCE)?;
-    let Some(blocks) = placement.watch() else {
-        return Ok(None);
-    };
     let _watch = Watch(&placement.output);
     let map = Map::new(regions, &blocks);
     let mut absent = Absent { blocks };

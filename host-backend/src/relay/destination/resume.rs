@@ -125,8 +125,14 @@ pub(super) async fn serve(
     // Nothing is read from a disk any more.
     let digester = Digester::new(&[0; 16]);
     let engine = Engine::start(session, target, &digester).map_err(|error| text(&error))?;
+    // Where there was one before, it has let everybody go.
+    let gate = engine.gate(&vm);
     match postcopy::complete(&engine, &vm, events).await {
-        Ok(()) => whole(&*host, &vm, asked.job),
+        Ok(()) => {
+            whole(&*host, &vm, asked.job);
+            let stalls = postcopy::stalls(vm.qmp(), Some(gate)).await;
+            engine.send(Control::Stalled(stalls));
+        }
         Err(cause) => tracing::warn!(vm = name, cause, "post-copy is cut off again"),
     }
     engine.finish(FAREWELL).await;

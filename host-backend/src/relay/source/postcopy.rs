@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::broadcast;
 use tokio::time::{MissedTickBehavior, interval, timeout};
-use transhume_protocol::link::{Control, encode_control};
+use transhume_protocol::link::{Control, Stalls, encode_control};
 use transhume_protocol::qemu::{Command, CommandKind, Discard};
 
 use super::buffers::Buffer;
@@ -295,17 +295,17 @@ impl Migration {
         tracing::info!("the VM runs at its destination; the rest of its memory follows");
         let pages = self.progress.get(Counter::PostCopyPages);
         let cut_off = rest(&self.request.vm, &copied.shared, &self.progress).await;
-        let mut stalls = None;
+        let mut resumed = None;
         if let Err(cause) = cut_off {
             copied.shared.stop(RelayError::Stopped);
-            self.left().send(cause, &self.progress).await?;
+            resumed = Some(self.left().send(cause, &self.progress).await?);
             remarks.push("post-copy was cut off, and went on".to_owned());
         }
         let (whole, total) = (Instant::now(), self.progress.elapsed());
-        if !copied.shared.failed() {
-            let told = timeout(STALLS_PATIENCE, copied.shared.stalls()).await;
-            stalls = told.ok().flatten();
-        }
+        let stalls = match resumed {
+            Some(since_then) => since_then,
+            None => stalls(&copied.shared).await,
+        };
         let mut summary = self.ended(&copied, running, remarks).await;
         summary.total_ms = total.as_secs_f64() * 1e3;
         summary.post_copy = Some(Box::new(PostCopy {
@@ -353,6 +353,12 @@ fn show(shared: &Shared, said: Option<&Said>, progress: &Progress) {
     if let Some(ram) = said.and_then(|said| said.ram) {
         progress.set(Counter::RemainingBytes, ram.remaining.saturating_add(1));
     }
+}
+
+/// What post-copy cost the guest, if the destination says so in time.
+pub(super) async fn stalls(shared: &Shared) -> Option<Stalls> {
+    let told = timeout(STALLS_PATIENCE, shared.stalls()).await;
+    told.ok().flatten()
 }
 
 /// Waits until QEMU has sent the rest and the destination's has it.

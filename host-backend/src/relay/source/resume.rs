@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use transhume_protocol::link::Control;
+use transhume_protocol::link::{Control, Stalls};
 use transhume_protocol::qemu::Block;
 
 use super::flow::Flow;
@@ -82,11 +82,16 @@ enum Answer {
 }
 
 impl Rest {
-    /// Sends the rest, until all of it is there. `cause`: why the stream broke, for people.
+    /// Sends the rest, until all of it is there; what waiting for it cost the guest since then, if that was told.
+    /// `cause`: why the stream broke, for people.
     ///
     /// # Errors
     /// [`Error::Broken`] when one of the QEMUs has ended.
-    pub async fn send(&self, mut cause: String, progress: &Arc<Progress>) -> Result<(), Error> {
+    pub async fn send(
+        &self,
+        mut cause: String,
+        progress: &Arc<Progress>,
+    ) -> Result<Option<Stalls>, Error> {
         let Destination { host: to, .. } = &self.destination;
         let mut told = String::new();
         loop {
@@ -98,9 +103,9 @@ impl Rest {
                 "{to}, to send it the rest of the memory: {cause}"
             )));
             match self.try_once(progress).await {
-                Ok(()) => {
+                Ok(stalls) => {
                     progress.wait_for(None);
-                    return Ok(());
+                    return Ok(stalls);
                 }
                 Err(Not::Ever(cause)) => {
                     progress.wait_for(None);
@@ -117,10 +122,10 @@ impl Rest {
         }
     }
 
-    async fn try_once(&self, progress: &Arc<Progress>) -> Result<(), Not> {
+    async fn try_once(&self, progress: &Arc<Progress>) -> Result<Option<Stalls>, Not> {
         let sent = self.is_sent().await;
         if matches!(sent, Ok(true)) {
-            return Ok(());
+            return Ok(None);
         }
         let rest = self.clone();
         let asked = tokio::task::spawn_blocking(move || rest.ask()).await;
@@ -137,7 +142,7 @@ impl Rest {
             blocks,
         } = answer
         else {
-            return Ok(());
+            return Ok(None);
         };
         let memory = self.vm.definition().memory.bytes();
         let blocks = table::check(blocks.into_iter(), memory).map_err(RelayError::from)?;
@@ -171,7 +176,7 @@ impl Rest {
         section: u32,
         blocks: Vec<Block>,
         progress: &Arc<Progress>,
-    ) -> Result<(), Not> {
+    ) -> Result<Option<Stalls>, Not> {
         let (ours, theirs) = stream::pair().map_err(|error| Not::Now(error.to_string()))?;
         stream::narrow(&theirs);
         let flow = Arc::new(Flow::new());
@@ -199,9 +204,9 @@ impl Rest {
             self.vm.qmp().migrate_resume(theirs).await?;
             tracing::info!("post-copy goes on");
             progress.wait_for(None);
-            postcopy::rest(&self.vm, &shared, progress)
-                .await
-                .map_err(Not::Now)
+            let rest = postcopy::rest(&self.vm, &shared, progress);
+            rest.await.map_err(Not::Now)?;
+            Ok(postcopy::stalls(&shared).await)
         };
         let sent = sent.await;
         shared.stop(RelayError::Stopped);

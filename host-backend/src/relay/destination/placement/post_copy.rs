@@ -36,11 +36,14 @@ impl Placement {
         Ok(())
     }
 
-    /// What is missing, if it is post-copy. From here on the output notes what it writes: what is missing now will
+    /// What is missing, if it is post-copy; after a break only when QEMU has told it of all blocks. From here on the output notes what it writes: what is missing now will
     /// be noted.
     pub(in crate::relay::destination) fn watch(&self) -> Option<Vec<gate::Block>> {
         let state = self.lock();
         let missing = state.missing.as_ref()?;
+        if state.told.contains(&false) {
+            return None;
+        }
         self.output.watch();
         let blocks = state.blocks.iter().zip(missing.pages());
         let block = |(block, missing): (&BlockState, &Bitmap)| gate::Block {
