@@ -143,7 +143,8 @@ pub struct Downtime {
     pub memory_ms: f64,
     /// From there to the destination having loaded all devices.
     pub devices_ms: f64,
-    /// From there to the VM running: the commit, its way over the link, and the disks taken over.
+    /// From there to the VM running: the commit, its way over the link, and the disks taken over. Half the shortest
+    /// round trip is taken off for the word's way back.
     pub handover_ms: f64,
     /// All of it.
     pub total_ms: f64,

@@ -91,6 +91,10 @@ impl Migration {
         let ms =
             |from: Instant, to: Instant| to.saturating_duration_since(from).as_secs_f64() * 1e3;
         let sent = copied.shared.memory_sent().unwrap_or(copied.completed);
+        // The word of it was half a round trip on its way.
+        let way = copied.shared.flow.round_trip() / 2;
+        let running = running.checked_sub(way).unwrap_or(running);
+        let running = running.max(copied.completed);
         let snapshot = self.progress.snapshot();
         Summary {
             vm: self.request.vm.name().to_owned(),
