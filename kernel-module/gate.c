@@ -11,10 +11,13 @@
  */
 #include <linux/atomic.h>
 #include <linux/bitmap.h>
+#include <linux/bitops.h>
 #include <linux/jiffies.h>
 #include <linux/math64.h>
 #include <linux/mm.h>
+#include <linux/mmzone.h>
 #include <linux/mutex.h>
+#include <linux/nodemask.h>
 #include <linux/rcupdate.h>
 #include <linux/sched/mm.h>
 #include <linux/spinlock.h>
@@ -30,8 +33,8 @@
 
 #include <linux/cc_platform.h>
 
-/* Nobody cared for so long: let everybody go. */
-#define PATIENCE	HZ
+/* Nobody cared for so long: let everybody go, before a second has passed. */
+#define PATIENCE	(HZ * 9 / 10)
 /* The same while nothing is absent, and so nobody waits. */
 #define IDLE_PATIENCE	(30 * HZ)
 /* How often it is tried again to take the hook away. */
@@ -106,6 +109,17 @@ static void renew(void)
 	mod_delayed_work(system_wq, &gate_watchdog, patience);
 }
 
+/* No frame of this machine has this number, nor a higher one. */
+static unsigned long frames_end(void)
+{
+	unsigned long end = 0;
+	int node;
+
+	for_each_online_node(node)
+		end = max(end, node_end_pfn(node));
+	return end;
+}
+
 static int gate_open(struct file *file, const void __user *arg)
 {
 	struct transhume_gate_open open;
@@ -127,6 +141,7 @@ static int gate_open(struct file *file, const void __user *arg)
 		return -EOPNOTSUPP;
 	}
 
+	open.frames = min_t(u64, open.frames, frames_end());
 	absent = vzalloc(BITS_TO_LONGS(open.frames) * sizeof(*absent));
 	if (!absent)
 		return -ENOMEM;
@@ -160,43 +175,58 @@ static int gate_open(struct file *file, const void __user *arg)
 	return 0;
 }
 
+/* The frames from pfn on and below end that one word of the bitmap stands for. */
+static unsigned long bits_of(unsigned long word, unsigned long pfn,
+			     unsigned long end)
+{
+	unsigned long bits = ~0UL;
+
+	if (word == BIT_WORD(pfn))
+		bits &= BITMAP_FIRST_WORD_MASK(pfn);
+	if (word == BIT_WORD(end - 1))
+		bits &= BITMAP_LAST_WORD_MASK(end);
+	return bits;
+}
+
 /* Nobody else writes to the bitmap, so whole words of it are written at once. */
 static void mark_absent(unsigned long pfn, unsigned long end)
 {
-	unsigned long next;
+	unsigned long word;
 
-	for_each_clear_bitrange_from(pfn, next, gate.absent, end) {
-		bitmap_set(gate.absent, pfn, next - pfn);
-		gate.nr_absent += next - pfn;
-		gate.named += next - pfn;
+	for (word = BIT_WORD(pfn); word <= BIT_WORD(end - 1); word++) {
+		unsigned long old = gate.absent[word];
+		unsigned long bits = bits_of(word, pfn, end) & ~old;
+
+		WRITE_ONCE(gate.absent[word], old | bits);
+		gate.nr_absent += hweight_long(bits);
+		gate.named += hweight_long(bits);
 	}
 }
 
-/* Wakes those who wait for frames that are not absent any more. */
-static void wake_waiters(unsigned long pfn, unsigned long end)
+/* Wakes those who wait for frames of a word, which are not absent any more. */
+static void wake_waiters(unsigned long word)
 {
-	const unsigned long frames = 1UL << GATE_BLOCK_BITS;
+	wait_queue_head_t *queue = gate_queue(word * BITS_PER_LONG);
 
 	/* Against set_current_state() in wait_for(), behind the hook's count. */
 	smp_mb();
-	if (!atomic_read(&gate.inside))
-		return;
-	for (pfn = round_down(pfn, frames); pfn < end; pfn += frames) {
-		wait_queue_head_t *queue = gate_queue(pfn);
-
-		if (waitqueue_active(queue))
-			wake_up_all(queue);
-	}
+	if (atomic_read(&gate.inside) && waitqueue_active(queue))
+		wake_up_all(queue);
 }
 
 static void mark_arrived(unsigned long pfn, unsigned long end)
 {
-	unsigned long next;
+	unsigned long word;
 
-	for_each_set_bitrange_from(pfn, next, gate.absent, end) {
-		bitmap_clear(gate.absent, pfn, next - pfn);
-		gate.nr_absent -= next - pfn;
-		wake_waiters(pfn, next);
+	for (word = BIT_WORD(pfn); word <= BIT_WORD(end - 1); word++) {
+		unsigned long old = gate.absent[word];
+		unsigned long bits = bits_of(word, pfn, end) & old;
+
+		if (!bits)
+			continue;
+		WRITE_ONCE(gate.absent[word], old & ~bits);
+		gate.nr_absent -= hweight_long(bits);
+		wake_waiters(word);
 	}
 }
 
@@ -205,18 +235,22 @@ static int mark_list(const struct transhume_frame_list *list,
 		     void (*mark)(unsigned long pfn, unsigned long end))
 {
 	const struct transhume_frames __user *from = u64_to_user_ptr(list->frames);
-	u32 i;
+	struct transhume_frames some[16];
+	u32 i, n, left;
 
-	for (i = 0; i < list->count; i++) {
-		struct transhume_frames frames;
-
-		if (copy_from_user(&frames, from + i, sizeof(frames)))
+	for (left = list->count; left; left -= n, from += n) {
+		n = min_t(u32, left, ARRAY_SIZE(some));
+		if (copy_from_user(some, from, n * sizeof(*some)))
 			return -EFAULT;
-		if (frames.pfn >= gate.frames)
-			continue;
-		frames.pages = min_t(u64, frames.pages, gate.frames - frames.pfn);
-		mark(frames.pfn, frames.pfn + frames.pages);
-		cond_resched();
+		for (i = 0; i < n; i++) {
+			u64 pfn = some[i].pfn, pages = some[i].pages;
+
+			if (pfn >= gate.frames || !pages)
+				continue;
+			pages = min_t(u64, pages, gate.frames - pfn);
+			mark(pfn, pfn + pages);
+			cond_resched();
+		}
 	}
 	return 0;
 }

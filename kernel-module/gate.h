@@ -6,6 +6,7 @@
 #define _TRANSHUME_GATE_H
 
 #include <linux/atomic.h>
+#include <linux/bits.h>
 #include <linux/fs.h>
 #include <linux/hash.h>
 #include <linux/kconfig.h>
@@ -40,8 +41,6 @@ struct gate_span {
 };
 
 #define GATE_QUEUE_BITS	8
-/* So many frames in a row have one queue, 1 << this: those of a bitmap's word. */
-#define GATE_BLOCK_BITS	6
 /* Spans that processes wait for and nobody has fetched, at most. */
 #define GATE_WANTED	256
 
@@ -91,10 +90,10 @@ static inline bool gate_is_active(void)
 	return READ_ONCE(gate.state) == TRANSHUME_GATE_ACTIVE;
 }
 
-/* Where those sleep who wait for a frame. */
+/* Where those sleep who wait for a frame: all of a bitmap's word at one place. */
 static inline wait_queue_head_t *gate_queue(unsigned long pfn)
 {
-	return &gate.queues[hash_long(pfn >> GATE_BLOCK_BITS, GATE_QUEUE_BITS)];
+	return &gate.queues[hash_long(BIT_WORD(pfn), GATE_QUEUE_BITS)];
 }
 
 /**
@@ -109,6 +108,8 @@ struct gate_faults {
 
 /* A clock that is read costs as much as the look-up, so it seldom is. */
 #define GATE_SAMPLE	16
+/* What took longer had lost its processor meanwhile; in nanoseconds. */
+#define GATE_LONGEST	20000
 
 /* In gate_wait.c: the hook. */
 void gate_forget_faults(void);

@@ -158,7 +158,7 @@ static void notrace fault_hook(unsigned long ip, unsigned long parent_ip,
 			       struct ftrace_ops *ops, struct ftrace_regs *fregs)
 {
 	struct pt_regs *regs = ftrace_get_regs(fregs);
-	u64 began;
+	u64 began, took;
 
 	if (!regs || !gate_is_active())
 		return;
@@ -168,7 +168,8 @@ static void notrace fault_hook(unsigned long ip, unsigned long parent_ip,
 	}
 	began = ktime_get_mono_fast_ns();
 	put_off(regs);
-	this_cpu_add(gate_faults.sampled_ns, ktime_get_mono_fast_ns() - began);
+	took = ktime_get_mono_fast_ns() - began;
+	this_cpu_add(gate_faults.sampled_ns, min_t(u64, took, GATE_LONGEST));
 }
 
 static struct ftrace_ops gate_ops = {

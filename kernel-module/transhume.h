@@ -96,7 +96,8 @@ struct transhume_counts {
 
 /**
  * struct transhume_gate_open - get ready to put processes to sleep
- * @frames: no page frame number reaches this, TRANSHUME_MAX_FRAMES at most
+ * @frames: no page frame number reaches this, TRANSHUME_MAX_FRAMES at most;
+ *	more than this machine has are not kept
  * @flags: must be 0
  * @reserved: must be 0
  *

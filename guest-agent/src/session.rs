@@ -152,20 +152,37 @@ impl Session {
         while !bytes.is_empty() {
             let taken = self.decoder.push(bytes);
             bytes = &bytes[taken..];
-            while let Some((kind, payload)) = self.decoder.next_frame() {
-                let Ok(message) = HostMessage::decode(kind, payload) else {
-                    continue;
-                };
-                if matches!(message, HostMessage::Hello { .. }) {
-                    self.gating.change_host(gate);
-                    self.naming.forget();
-                } else if matches!(self.channel, Channel::Open | Channel::Greeting { .. }) {
-                    self.gating.obey(message, gate);
-                    self.naming.obey(message);
-                }
-                if let Some(message) = without_runs(message) {
-                    self.obey(message);
-                }
+            self.take_frames(gate);
+        }
+    }
+
+    /// Whether the host stopped in the midst of a frame, so far.
+    pub fn is_mid_frame(&self) -> bool {
+        self.decoder.is_mid_frame()
+    }
+
+    /// The frame that the host began will never end. What it said of absent memory may be lost with it, so nobody
+    /// waits any longer for memory to arrive. What was received behind its beginning counts.
+    pub fn give_up_frame(&mut self, gate: &mut impl Gate) {
+        self.gating.end();
+        self.decoder.give_up_frame();
+        self.take_frames(gate);
+    }
+
+    fn take_frames(&mut self, gate: &mut impl Gate) {
+        while let Some((kind, payload)) = self.decoder.next_frame() {
+            let Ok(message) = HostMessage::decode(kind, payload) else {
+                continue;
+            };
+            if matches!(message, HostMessage::Hello { .. }) {
+                self.gating.change_host(gate);
+                self.naming.forget();
+            } else if matches!(self.channel, Channel::Open | Channel::Greeting { .. }) {
+                self.gating.obey(message, gate);
+                self.naming.obey(message);
+            }
+            if let Some(message) = without_runs(message) {
+                self.obey(message);
             }
         }
     }

@@ -34,174 +34,11 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "../transhume.h"
+#include "calls.h"
 #include "classes.h"
 #include "load.h"
+#include "sleepers.h"
 #include "tap.h"
-
-/* More frames than the guest has. */
-#define FRAMES		(1ULL << 20)
-/* Nothing here takes so long, unless it hangs. In 10 ms. */
-#define PATIENCE	3000
-
-static long gate_open(int dev, uint64_t frames)
-{
-	struct transhume_gate_open open = { .frames = frames };
-
-	return ioctl(dev, TRANSHUME_GATE_OPEN, &open);
-}
-
-static long list(int dev, unsigned long call, struct transhume_frames *frames,
-		 uint32_t count)
-{
-	struct transhume_frame_list list = {
-		.frames = (uintptr_t)frames,
-		.count = count,
-	};
-
-	return ioctl(dev, call, &list);
-}
-
-static long one(int dev, unsigned long call, uint64_t pfn, uint64_t pages)
-{
-	struct transhume_frames frames = { .pfn = pfn, .pages = pages };
-
-	return list(dev, call, &frames, 1);
-}
-
-/* Returns how many pages were gated, or -1. */
-static int64_t walk(int dev, pid_t pid)
-{
-	struct transhume_gate_walk walk = { .pid = pid };
-	int64_t gated = 0;
-
-	do {
-		if (ioctl(dev, TRANSHUME_GATE_WALK, &walk))
-			return -1;
-		gated += walk.gated;
-	} while (walk.addr);
-	return gated;
-}
-
-static struct transhume_gate_state state(int dev)
-{
-	struct transhume_gate_state state = {};
-
-	ioctl(dev, TRANSHUME_GATE_STATE, &state);
-	return state;
-}
-
-static void renew(int dev)
-{
-	list(dev, TRANSHUME_GATE_ARRIVED, NULL, 0);
-}
-
-/* What a sleeper and the test share; never absent. */
-struct talk {
-	volatile int ready;
-	volatile int go;
-	volatile int value;
-	volatile int signals;
-};
-
-static struct talk *talk;
-static volatile int *page;
-
-static void count_signal(int signal)
-{
-	(void)signal;
-	talk->signals++;
-}
-
-static bool until(bool (*is)(int dev), int dev)
-{
-	int i;
-
-	for (i = 0; i < PATIENCE; i++) {
-		if (is(dev))
-			return true;
-		renew(dev);
-		usleep(10000);
-	}
-	return false;
-}
-
-static bool is_ready(int dev)
-{
-	(void)dev;
-	return talk->ready;
-}
-
-static bool is_asleep(int dev)
-{
-	return state(dev).waiting == 1;
-}
-
-static bool has_read(int dev)
-{
-	(void)dev;
-	return talk->value == 4711;
-}
-
-static bool has_handled(int dev)
-{
-	(void)dev;
-	return talk->signals == 1;
-}
-
-/* Starts a process that reads the page when told to go. */
-static pid_t sleeper(int dev)
-{
-	struct sigaction action = { .sa_handler = count_signal };
-	pid_t pid;
-
-	memset((void *)talk, 0, sizeof(*talk));
-	page = mmap(NULL, 4096, PROT_READ | PROT_WRITE,
-		    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	pid = fork();
-	if (!pid) {
-		sigaction(SIGUSR1, &action, NULL);
-		*page = 4711;
-		talk->ready = 1;
-		while (!talk->go)
-			usleep(1000);
-		talk->value = *page;
-		_exit(0);
-	}
-	until(is_ready, dev);
-	munmap((void *)page, 4096);
-	return pid;
-}
-
-/* A sleeper behind an open gate, asleep. Returns the frame that it waits for. */
-static uint64_t put_to_sleep(int dev, pid_t *pid)
-{
-	uint64_t pfn;
-
-	*pid = sleeper(dev);
-	pfn = frame(*pid, page);
-	check(pfn && !gate_open(dev, FRAMES), "a gate opens");
-	check(!one(dev, TRANSHUME_GATE_ABSENT, pfn, 1) && walk(dev, *pid) == 1,
-	      "one page is gated");
-	talk->go = 1;
-	check(until(is_asleep, dev) && !talk->value, "who touches it sleeps");
-	return pfn;
-}
-
-static bool ended(pid_t pid, int dev)
-{
-	int i, status;
-
-	for (i = 0; i < PATIENCE; i++) {
-		if (waitpid(pid, &status, WNOHANG) == pid)
-			return true;
-		if (dev >= 0)
-			renew(dev);
-		usleep(10000);
-	}
-	kill(pid, SIGKILL);
-	return false;
-}
 
 static void test_arguments(void)
 {
@@ -215,8 +52,8 @@ static void test_arguments(void)
 			     -1, 0);
 	int dev = device(), other = device();
 
-	check(state(dev).state == TRANSHUME_GATE_NONE, "there is no gate");
-	fails(one(dev, TRANSHUME_GATE_ABSENT, 1, 1), ESTALE,
+	check(gate_state(dev).state == TRANSHUME_GATE_NONE, "there is no gate");
+	fails(gate_one(dev, TRANSHUME_GATE_ABSENT, 1, 1), ESTALE,
 	      "nothing is absent without a gate");
 	fails(ioctl(dev, TRANSHUME_GATE_OPEN, &bad), EINVAL,
 	      "unknown flags are refused");
@@ -230,142 +67,31 @@ static void test_arguments(void)
 	check(!gate_open(dev, FRAMES), "a gate opens");
 	fails(gate_open(dev, FRAMES), EBUSY, "but not twice");
 	fails(gate_open(other, FRAMES), EBUSY, "nor in another file");
-	fails(one(other, TRANSHUME_GATE_ARRIVED, 1, 1), ESTALE,
+	fails(gate_one(other, TRANSHUME_GATE_ARRIVED, 1, 1), ESTALE,
 	      "which has no say");
-	fails(list(dev, TRANSHUME_GATE_ABSENT, odd, TRANSHUME_MAX_RANGES + 1),
+	fails(gate_list(dev, TRANSHUME_GATE_ABSENT, odd, TRANSHUME_MAX_RANGES + 1),
 	      EINVAL, "too many ranges are refused");
-	fails(list(dev, TRANSHUME_GATE_ABSENT, nowhere, 1), EFAULT,
+	fails(gate_list(dev, TRANSHUME_GATE_ABSENT, nowhere, 1), EFAULT,
 	      "ranges that are not there are refused");
-	check(!list(dev, TRANSHUME_GATE_ARRIVED, odd, 7),
+	check(!gate_list(dev, TRANSHUME_GATE_ARRIVED, odd, 7),
 	      "what was never absent can arrive");
-	check(!list(dev, TRANSHUME_GATE_ABSENT, odd, 7) &&
-	      state(dev).absent == 4, "odd ranges are cut");
+	check(!gate_list(dev, TRANSHUME_GATE_ABSENT, odd, 7) &&
+	      gate_state(dev).absent == 3, "odd ranges are cut");
 	fails(ioctl(dev, TRANSHUME_GATE_WALK, &crooked), EINVAL,
 	      "a walk with unknown flags is refused");
-	fails(walk(dev, 2), ESRCH, "a kernel thread has nothing to gate");
-	fails(walk(dev, 4194304), ESRCH, "nor has nobody");
-	check(walk(dev, getpid()) == 0, "the caller is never gated");
-	fails(one(dev, TRANSHUME_GATE_ABSENT, 7, 1), EBUSY,
+	fails(gate_walk(dev, 2), ESRCH, "a kernel thread has nothing to gate");
+	fails(gate_walk(dev, 4194304), ESRCH, "nor has nobody");
+	check(gate_walk(dev, getpid()) == 0, "the caller is never gated");
+	fails(gate_one(dev, TRANSHUME_GATE_ABSENT, 7, 1), EBUSY,
 	      "nothing is absent after the walk that was not before");
-	check(!one(dev, TRANSHUME_GATE_ARRIVED, 0, UINT64_MAX) &&
-	      state(dev).absent == 0, "all can arrive at once");
+	check(!gate_one(dev, TRANSHUME_GATE_ARRIVED, 0, UINT64_MAX) &&
+	      gate_state(dev).absent == 0, "all can arrive at once");
 	check(!ioctl(dev, TRANSHUME_GATE_RELEASE) &&
-	      state(dev).state == TRANSHUME_GATE_RELEASED, "it is released");
+	      gate_state(dev).state == TRANSHUME_GATE_RELEASED, "it is released");
 	close(dev);
 	check(!gate_open(other, FRAMES), "then another one can be opened");
 	close(other);
 	munmap(nowhere, 8192);
-}
-
-static void test_sleep(void)
-{
-	struct transhume_frames wanted[4];
-	struct pollfd news;
-	int dev = device();
-	uint64_t pfn;
-	pid_t pid;
-
-	pfn = put_to_sleep(dev, &pid);
-	news = (struct pollfd){ .fd = dev, .events = POLLIN };
-	check(poll(&news, 1, 1000) == 1 && news.revents == POLLIN,
-	      "poll tells of it");
-	check(list(dev, TRANSHUME_GATE_WANTED, wanted, 4) == 1 &&
-	      wanted[0].pfn == pfn && wanted[0].pages == 1,
-	      "and the page is wanted");
-	check(list(dev, TRANSHUME_GATE_WANTED, wanted, 4) == 0, "once");
-	kill(pid, SIGUSR1);
-	check(until(has_handled, dev) && until(is_asleep, dev) && !talk->value,
-	      "a signal is handled meanwhile");
-	one(dev, TRANSHUME_GATE_ARRIVED, pfn, 1);
-	check(until(has_read, dev), "the page arrives, and holds what it held");
-	ended(pid, dev);
-	check(state(dev).waits >= 2 && state(dev).interrupted == 1 &&
-	      state(dev).gated == 1 && state(dev).longest_us > 0 &&
-	      state(dev).waiting == 0, "the counts make sense");
-	close(dev);
-}
-
-static void test_kill(void)
-{
-	int dev = device();
-	pid_t pid;
-
-	put_to_sleep(dev, &pid);
-	kill(pid, SIGKILL);
-	check(ended(pid, dev) && state(dev).absent == 1 &&
-	      state(dev).state == TRANSHUME_GATE_ACTIVE && !talk->value,
-	      "a sleeper can be killed while its page is absent");
-	close(dev);
-}
-
-static void test_watchdog(void)
-{
-	struct pollfd news;
-	int dev = device();
-	pid_t pid;
-
-	put_to_sleep(dev, &pid);
-	check(ended(pid, -1) && talk->value == 4711,
-	      "nobody cares: the sleeper goes on");
-	check(state(dev).state == TRANSHUME_GATE_EXPIRED &&
-	      state(dev).waits == 1, "and the state says so");
-	news = (struct pollfd){ .fd = dev, .events = POLLIN };
-	check(poll(&news, 1, 1000) == 1 && news.revents & POLLHUP,
-	      "poll tells of that, too");
-	fails(one(dev, TRANSHUME_GATE_ARRIVED, 1, 1), ESTALE,
-	      "nothing arrives any more");
-	close(dev);
-}
-
-static void test_close(void)
-{
-	int dev = device();
-	pid_t pid;
-
-	put_to_sleep(dev, &pid);
-	close(dev);
-	check(ended(pid, -1) && talk->value == 4711,
-	      "the file is closed: the sleeper goes on");
-}
-
-/* The one who keeps the gate is killed, and the module is taken out. */
-static void test_unload(const char *module)
-{
-	pid_t agent, pid;
-	int dev, i, file;
-	long out = -1;
-	volatile int *child = shared(4096);
-
-	agent = fork();
-	if (!agent) {
-		dev = device();
-		put_to_sleep(dev, &pid);
-		child[0] = pid;
-		for (;;) {
-			renew(dev);
-			usleep(10000);
-		}
-	}
-	for (i = 0; i < PATIENCE && !child[0]; i++)
-		usleep(10000);
-	kill(agent, SIGKILL);
-	/* Until its file is closed. */
-	for (i = 0; i < PATIENCE && out; i++) {
-		out = syscall(SYS_delete_module, "transhume", O_NONBLOCK);
-		if (out)
-			usleep(1000);
-	}
-	check(child[0] && !out, "the agent dies, and the module goes");
-	for (i = 0; i < PATIENCE && talk->value != 4711; i++)
-		usleep(10000);
-	check(talk->value == 4711, "the sleeper goes on");
-	waitpid(agent, NULL, 0);
-	file = open(module, O_RDONLY);
-	check(!syscall(SYS_finit_module, file, "", 0), "the module comes back");
-	close(file);
-	/* mdev or devtmpfs makes the node. */
-	for (i = 0; i < PATIENCE && access("/dev/transhume", F_OK); i++)
-		usleep(10000);
 }
 
 static void test_garbage(void)
@@ -385,17 +111,17 @@ static void test_garbage(void)
 			gate_open(dev, random() % (2 * FRAMES));
 			break;
 		case 1:
-			list(dev, TRANSHUME_GATE_ABSENT, frames, random() % 64);
+			gate_list(dev, TRANSHUME_GATE_ABSENT, frames, random() % 64);
 			break;
 		case 2:
-			list(dev, TRANSHUME_GATE_ARRIVED, frames, random() % 64);
+			gate_list(dev, TRANSHUME_GATE_ARRIVED, frames, random() % 64);
 			break;
 		case 3:
-			list(dev, TRANSHUME_GATE_WANTED, frames, random() % 64);
+			gate_list(dev, TRANSHUME_GATE_WANTED, frames, random() % 64);
 			break;
 		case 4:
 			/* Only processes that nobody needs. */
-			walk(dev, 1000000 + random() % 1000);
+			gate_walk(dev, 1000000 + random() % 1000);
 			break;
 		default:
 			for (i = 0; i < 8; i++)
@@ -405,7 +131,7 @@ static void test_garbage(void)
 			ioctl(dev, TRANSHUME_GATE_ABSENT, argument);
 		}
 	}
-	check(state(dev).waiting == 0, "garbage does no harm");
+	check(gate_state(dev).waiting == 0, "garbage does no harm");
 	close(dev);
 }
 
@@ -413,12 +139,12 @@ static void test_garbage(void)
 static unsigned int serve(int dev)
 {
 	struct transhume_frames wanted[64];
-	long count = list(dev, TRANSHUME_GATE_WANTED, wanted, 64);
+	long count = gate_list(dev, TRANSHUME_GATE_WANTED, wanted, 64);
 
 	if (count > 0)
-		list(dev, TRANSHUME_GATE_ARRIVED, wanted, count);
+		gate_list(dev, TRANSHUME_GATE_ARRIVED, wanted, count);
 	else
-		renew(dev);
+		gate_renew(dev);
 	return count > 0 ? count : 0;
 }
 
@@ -434,7 +160,7 @@ static bool round_trip(int dev, uint64_t frames, struct transhume_gate_state *su
 	DIR *proc;
 
 	if (gate_open(dev, frames) ||
-	    one(dev, TRANSHUME_GATE_ABSENT, 0, frames))
+	    gate_one(dev, TRANSHUME_GATE_ABSENT, 0, frames))
 		return false;
 	proc = opendir("/proc");
 	while ((entry = readdir(proc))) {
@@ -450,7 +176,7 @@ static bool round_trip(int dev, uint64_t frames, struct transhume_gate_state *su
 	}
 	closedir(proc);
 	for (i = 0; i < pieces; i++) {
-		one(dev, TRANSHUME_GATE_ARRIVED, i * step % pieces * piece, piece);
+		gate_one(dev, TRANSHUME_GATE_ARRIVED, i * step % pieces * piece, piece);
 		while (serve(dev))
 			;
 		if (i % 4 == 0)
@@ -458,9 +184,9 @@ static bool round_trip(int dev, uint64_t frames, struct transhume_gate_state *su
 	}
 	/* Sometimes all goes its way, and sometimes it breaks off. */
 	if (random() % 2)
-		one(dev, TRANSHUME_GATE_ARRIVED, 0, frames);
+		gate_one(dev, TRANSHUME_GATE_ARRIVED, 0, frames);
 	ioctl(dev, TRANSHUME_GATE_RELEASE);
-	now = state(dev);
+	now = gate_state(dev);
 	if (now.state == TRANSHUME_GATE_RELEASED)
 		(*whole)++;
 	sum->gated += now.gated;
@@ -563,17 +289,11 @@ int main(int argc, char **argv)
 		return only_load(argv[2]);
 	mlockall(MCL_CURRENT | MCL_FUTURE);
 	tap_start();
-	talk = shared(sizeof(*talk));
 	test_arguments();
-	test_sleep();
-	test_kill();
-	test_watchdog();
-	test_close();
+	test_sleepers(argv[2], argc > 3 ? argv[3] : NULL);
 	test_garbage();
 	test_classes(argv[2]);
 	test_touched();
-	if (argc > 3)
-		test_unload(argv[3]);
 	test_stress(atoi(argv[1]), argv[2]);
 	test_log();
 	return tap_end();

@@ -100,6 +100,8 @@ pub struct LinuxGate {
     opening: Duration,
     /// The CPU time that this process had when frames were named.
     named_at: Duration,
+    /// CPU time from there until all processes were walked.
+    walking: Duration,
 }
 
 impl LinuxGate {
@@ -252,6 +254,7 @@ impl Gate for LinuxGate {
         if !self.walk_process(pid) {
             self.to_walk.pop();
         }
+        self.walking = cpu_time().saturating_sub(self.named_at);
         !self.to_walk.is_empty()
     }
 
@@ -273,6 +276,7 @@ impl Gate for LinuxGate {
     fn close(&mut self) -> GateCounts {
         let state = self.state();
         let was_open = self.device.is_some();
+        let closed_at = cpu_time();
         // The module lets everybody go when the file is closed.
         if self.device.take().is_some() {
             let _ = munlockall();
@@ -288,6 +292,8 @@ impl Gate for LinuxGate {
                 gated = state.gated,
                 waits = state.waits,
                 opening = ?self.opening,
+                walking = ?self.walking,
+                closing = ?cpu_time().saturating_sub(closed_at),
                 agent = ?agent,
                 faults = state.faults,
                 in_faults = ?Duration::from_micros(state.faults_us),

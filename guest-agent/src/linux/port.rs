@@ -28,6 +28,12 @@ const NICE: i32 = -10;
 /// How long a walk is kept that the host takes nothing of.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// A host that is silent for so long in the midst of a frame was cut off: shorter than a new one waits for an answer
+/// to its hello, which would be taken for the rest.
+const CUT_OFF: Duration = Duration::from_millis(1500);
+/// The same where the host has hung up.
+const HUNG_UP: Duration = Duration::from_millis(100);
+
 /// Which port leads to the host.
 #[derive(Debug, Clone)]
 pub enum PortPath {
@@ -133,7 +139,11 @@ fn speak(
     let mut link = Link::new(port.as_fd());
     let mut is_interrupted = false;
     loop {
-        let wait = if link.receive(session, gate)? && link.flush()? {
+        let is_connected = link.receive(session, gate)?;
+        if session.is_mid_frame() && link.last_read.elapsed() >= link.bearable_silence() {
+            session.give_up_frame(gate);
+        }
+        let wait = if is_connected && link.flush()? {
             is_interrupted = false;
             let now = started.elapsed();
             match session.poll_for(cache, gate, classes, now, &mut link.frame) {
@@ -157,6 +167,11 @@ fn speak(
                 .add(module, EpollEvent::new(interest, 0))
                 .map_err(Error::call("epoll_ctl"))?;
         }
+        let wait = if session.is_mid_frame() {
+            sooner(wait, timeout(link.bearable_silence()))
+        } else {
+            wait
+        };
         let is_stalled = !link.to_send.is_empty() || !link.is_connected;
         match epoll.wait(&mut [EpollEvent::empty()], wait) {
             Ok(0) if is_stalled => {
@@ -175,6 +190,16 @@ fn timeout(pause: Duration) -> EpollTimeout {
     EpollTimeout::try_from(i32::try_from(ms).unwrap_or(i32::MAX)).unwrap_or(EpollTimeout::MAX)
 }
 
+/// The one that ends first.
+fn sooner(one: EpollTimeout, other: EpollTimeout) -> EpollTimeout {
+    // nix's `as_millis` panics on NONE.
+    if one == EpollTimeout::NONE || (other != EpollTimeout::NONE && other < one) {
+        other
+    } else {
+        one
+    }
+}
+
 struct Link<Fd: AsFd> {
     port: Fd,
     frame: Vec<u8>,
@@ -182,6 +207,9 @@ struct Link<Fd: AsFd> {
     to_send: std::ops::Range<usize>,
     input: Vec<u8>,
     is_connected: bool,
+    last_read: Instant,
+    /// The host hung up in the midst of a frame, which has not come to an end since.
+    is_cut_off: bool,
 }
 
 impl<Fd: AsFd> Link<Fd> {
@@ -192,7 +220,14 @@ impl<Fd: AsFd> Link<Fd> {
             to_send: 0..0,
             input: vec![0; 4096],
             is_connected: false,
+            last_read: Instant::now(),
+            is_cut_off: false,
         }
+    }
+
+    /// How long the rest of a frame is waited for.
+    fn bearable_silence(&self) -> Duration {
+        if self.is_cut_off { HUNG_UP } else { CUT_OFF }
     }
 
     /// Reads all there is; `false` while no host is connected.
@@ -207,10 +242,13 @@ impl<Fd: AsFd> Link<Fd> {
                         debug!("the host has hung up");
                     }
                     self.is_connected = false;
+                    self.is_cut_off = session.is_mid_frame();
                     return Ok(false);
                 }
                 Ok(read) => {
+                    self.last_read = Instant::now();
                     session.receive_for(gate, self.input.get(..read).unwrap_or_default());
+                    self.is_cut_off &= session.is_mid_frame();
                 }
                 Err(Errno::EAGAIN) => {
                     self.is_connected = true;
@@ -275,6 +313,20 @@ mod tests {
         assert_eq!(ms(Duration::from_micros(1)), Some(1));
         assert_eq!(ms(Duration::from_millis(1500)), Some(1500));
         assert!(ms(Duration::MAX) >= ms(Duration::from_secs(1)));
+        let (none, short, long) = (
+            EpollTimeout::NONE,
+            EpollTimeout::ZERO,
+            timeout(Duration::MAX),
+        );
+        for (one, other, first) in [
+            (none, none, none),
+            (none, long, long),
+            (short, none, short),
+            (short, long, short),
+            (long, short, short),
+        ] {
+            assert_eq!(sooner(one, other), first);
+        }
     }
 
     fn hello() -> Vec<u8> {

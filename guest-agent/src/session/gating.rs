@@ -66,6 +66,13 @@ impl Gating {
         }
     }
 
+    /// Lets everybody go who waits, and tells the host.
+    pub(super) fn end(&mut self) {
+        if matches!(self.stage, Stage::Naming | Stage::Walking | Stage::Open) {
+            self.stage = Stage::Closing;
+        }
+    }
+
     /// Takes a message of a host with an open session, if it is about this.
     pub(super) fn obey(&mut self, message: HostMessage<'_>, gate: &mut impl Gate) {
         match (message, self.stage) {
@@ -398,6 +405,36 @@ mod tests {
             (bench.heard(), bench.gate.closed),
             (vec!["hello".into()], 2)
         );
+    }
+
+    #[test]
+    fn what_is_cut_off_ends_a_gate_and_hides_no_hello() {
+        let mut bench = Bench::new();
+        bench.say(HELLO);
+        bench.say(OPEN);
+        assert_eq!(bench.heard(), ["hello", "ready"]);
+        bench.list(FrameList::Absent, &[(4, 1)]);
+        bench.say(HostMessage::GateWalk);
+        assert_eq!(bench.heard(), [""; 0]);
+        let mut out = vec![0; MAX_FRAME_LEN];
+        let mut arrived = FrameRunEncoder::new(&mut out, FrameList::Arrived);
+        for pfn in 0..99 {
+            assert!(arrived.add(FrameRun {
+                pfn: pfn * 9,
+                pages: 1
+            }));
+        }
+        let length = arrived.finish().expect("room");
+        bench
+            .session
+            .receive_for(&mut bench.gate, &out[..length / 2]);
+        bench.say(HELLO);
+        assert_eq!(bench.heard(), [""; 0]);
+        assert!(bench.session.is_mid_frame());
+        bench.session.give_up_frame(&mut bench.gate);
+        assert!(!bench.session.is_mid_frame());
+        assert_eq!(bench.heard(), ["hello"]);
+        assert!(!bench.gate.is_open && bench.gate.closed == 1);
     }
 
     #[test]

@@ -229,7 +229,9 @@ impl Agent {
                 rest = &rest[taken..];
                 while let Some((kind, payload)) = self.decoder.next_frame() {
                     match AgentMessage::decode(kind, payload) {
-                        Ok(AgentMessage::Trouble { text }) => trouble(printable(text)),
+                        Ok(AgentMessage::Trouble { text } | AgentMessage::GateRefused { text }) => {
+                            trouble(printable(text));
+                        }
                         Ok(message) => {
                             if let Some(whole) = self.collector.take(&message) {
                                 report(Reported::Whole(whole));

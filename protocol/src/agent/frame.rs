@@ -113,6 +113,17 @@ impl Decoder {
         self.filled > self.used
     }
 
+    /// Takes the frame that is incomplete for one that never will be: what was pushed behind its beginning is looked
+    /// through for others.
+    pub fn give_up_frame(&mut self) {
+        self.drop_used();
+        if self.filled > 0 {
+            self.buffer.copy_within(1..self.filled, 0);
+            self.filled -= 1;
+            self.skipped += 1;
+        }
+    }
+
     /// Forgets everything that was pushed.
     pub fn reset(&mut self) {
         self.filled = 0;
@@ -245,6 +256,23 @@ mod tests {
             stream.extend_from_slice(&out[..length]);
             prop_assert!(frames(&stream, 4096).contains(&(7, payload)));
         }
+    }
+
+    #[test]
+    fn a_frame_is_found_behind_one_that_was_cut_off() {
+        let mut out = [0; MAX_FRAME_LEN];
+        let mut decoder = Decoder::new();
+        decoder.give_up_frame();
+        let length = encode_frame(&mut out, 3, &[7; 5000]).unwrap();
+        decoder.push(&out[..length / 2]);
+        let length = encode_frame(&mut out, 4, b"hello").unwrap();
+        decoder.push(&out[..length]);
+        assert_eq!(decoder.next_frame(), None);
+        assert!(decoder.is_mid_frame());
+        decoder.give_up_frame();
+        assert_eq!(decoder.next_frame(), Some((4, &b"hello"[..])));
+        assert_eq!(decoder.next_frame(), None);
+        assert!(!decoder.is_mid_frame());
     }
 
     #[test]

@@ -104,6 +104,7 @@ pub(super) fn machine(
         disks,
         card: None,
         settings: Vec::new(),
+        counts_instructions: false,
     }
 }
 

@@ -74,6 +74,7 @@ impl Profile {
                 ("memory-mib", self.own.to_string()),
                 ("dirty-mib", self.dirty.to_string()),
             ],
+            counts_instructions: false,
         })
     }
 }

@@ -51,15 +51,33 @@ pub fn static_program(layout: &Layout, package: &str, program: &str) -> Result<P
     Ok(folder.join(TARGET).join("release").join(program))
 }
 
-/// Builds the kernel module for a kernel, in a copy of its folder, and returns it.
+/// Builds the kernel module for a kernel, and returns it.
 pub fn kernel_module(layout: &Layout, packages: &Packages, kernel: Kernel) -> Result<PathBuf> {
+    module(layout, packages, kernel, "", "transhume")
+}
+
+/// Builds a livepatch of the function that the module hooks, for a kernel, and returns it.
+pub fn livepatch(layout: &Layout, packages: &Packages, kernel: Kernel) -> Result<PathBuf> {
+    let folder = "selftest/livepatch";
+    module(layout, packages, kernel, folder, "livepatch_test")
+}
+
+/// Builds a module of the module's source, in a copy of its folder.
+fn module(
+    layout: &Layout,
+    packages: &Packages,
+    kernel: Kernel,
+    folder: &str,
+    name: &str,
+) -> Result<PathBuf> {
     let root = packages.kernel(kernel)?;
     let release = super::modules::release(&root)?;
     let headers = root
         .join("usr/src")
         .join(format!("linux-headers-{release}"));
-    let copy = layout.folder(Path::new("module").join(kernel.version()))?;
-    let source = layout.source.join("kernel-module");
+    let copy = Path::new("module").join(kernel.version()).join(folder);
+    let copy = layout.folder(copy)?;
+    let source = layout.source.join("kernel-module").join(folder);
     for entry in fs::read_dir(&source)
         .map_err(Error::file("list", &source))?
         .flatten()
@@ -80,19 +98,16 @@ pub fn kernel_module(layout: &Layout, packages: &Packages, kernel: Kernel) -> Re
             fs::write(&to, content).map_err(Error::file("write", &to))?;
         }
     }
-    step(
-        &format!("Building the kernel module for Linux {release}"),
-        || {
-            Run::new("make")
-                .arg("-C")
-                .arg(&headers)
-                .arg(format!("M={}", copy.display()))
-                .args(["KCFLAGS=-Werror", "modules"])
-                .cure("See make's words below")
-                .output()
-        },
-    )?;
-    Ok(copy.join("transhume.ko"))
+    step(&format!("Building {name}.ko for Linux {release}"), || {
+        Run::new("make")
+            .arg("-C")
+            .arg(&headers)
+            .arg(format!("M={}", copy.display()))
+            .args(["KCFLAGS=-Werror", "modules"])
+            .cure("See make's words below")
+            .output()
+    })?;
+    Ok(copy.join(name).with_extension("ko"))
 }
 
 /// Builds the module's test of page faults that are put off, and returns it.
@@ -104,7 +119,10 @@ pub fn gate_test(layout: &Layout) -> Result<PathBuf> {
             .args(["-static", "-pthread", "-O2", "-Wall", "-Wextra", "-Werror"])
             .arg("-o")
             .arg(&program)
-            .args(["gate.c", "classes.c", "load.c", "tap.c"].map(|file| folder.join(file)))
+            .args(
+                ["gate", "sleepers", "classes", "load", "calls", "tap"]
+                    .map(|file| folder.join(file).with_extension("c")),
+            )
             .cure("Install the packages gcc and libc6-dev")
             .output()
     })?;

@@ -56,6 +56,10 @@ fn make(layout: &Layout, packages: &Packages, kernel: Kernel, servers: bool) -> 
         let module = build::kernel_module(layout, packages, kernel)?;
         archive.file("modules/transhume.ko", &read(module)?);
         archive.file("bin/gate-test", &read(build::gate_test(layout)?)?);
+        let other = build::kernel_module(layout, packages, kernel.other())?;
+        archive.file("modules/transhume-other.ko", &read(other)?);
+        let livepatch = build::livepatch(layout, packages, kernel)?;
+        archive.file("modules/livepatch_test.ko", &read(livepatch)?);
     }
     let mut order = String::new();
     for (name, content) in modules::load_order(&root, &release)? {

@@ -149,6 +149,15 @@ impl Kernel {
         }
     }
 
+    /// The other one.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::V6_1 => Self::V6_12,
+            Self::V6_12 => Self::V6_1,
+        }
+    }
+
     fn recipe(self) -> &'static Recipe {
         match self {
             Self::V6_1 => &KERNEL_6_1,

@@ -63,6 +63,8 @@ pub struct Machine {
     pub card: Option<Card>,
     /// Settings of the workload: `testbed.KEY=VALUE` on the kernel's command line.
     pub settings: Vec<(&'static str, String)>,
+    /// Its clock counts instructions, a nanosecond each, so that its CPU time is that of no other load on this machine.
+    pub counts_instructions: bool,
 }
 
 impl Machine {
@@ -125,7 +127,12 @@ impl Machine {
             "none",
             "-no-reboot",
         ]);
-        add(&["-machine", &self.machine, "-accel", "tcg,thread=multi"]);
+        add(&["-machine", &self.machine]);
+        if self.counts_instructions {
+            add(&["-accel", "tcg,thread=single", "-icount", "shift=0"]);
+        } else {
+            add(&["-accel", "tcg,thread=multi"]);
+        }
         add(&[
             "-m",
             &format!("{}M", self.memory),

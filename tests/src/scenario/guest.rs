@@ -100,6 +100,7 @@ pub(super) fn machine(bed: &Bed, kernel: Kernel) -> Result<Machine> {
             ("memory-mib", "16".into()),
             ("dirty-mib", "5".into()),
         ],
+        counts_instructions: false,
     })
 }
 

@@ -9,8 +9,10 @@ mod channels;
 mod choice;
 mod converge;
 mod die;
+mod fake_host;
 mod false_source;
 mod flood;
+mod gate;
 mod guest;
 mod lie;
 pub(crate) mod micro;
@@ -55,6 +57,7 @@ pub fn all() -> Vec<Scenario> {
         choice::scenarios(),
         postcopy::scenarios(),
         stress::scenarios(),
+        gate::scenarios(),
         order::scenarios(),
         lie::scenarios(),
         die::scenarios(),

@@ -2,14 +2,16 @@
 
 use super::guest;
 use super::postcopy::{GATE_IS_GONE, POST};
-use super::transhume::ask;
+use super::transhume::{Answer, ask};
 use super::{Bed, Scenario};
 use crate::error::check;
 use crate::hosts::daemon::Daemon;
 use crate::hosts::{HOST_A, HOST_B, Hosts};
 use crate::packages::{Kernel, Qemu};
+use crate::qemu::Machine;
 use crate::qemu::serial::{Console, Side};
 use crate::{Error, Result};
+use std::path::PathBuf;
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(600);
@@ -37,16 +39,59 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     ]
 }
 
-/// A guest, and the daemon that has it.
-struct Scene<'a> {
+/// A Linux guest, and the daemon that has it.
+pub(super) struct Scene<'a> {
     name: &'a str,
-    console: &'a Console,
+    pub(super) console: &'a Console,
     daemons: [Daemon; 2],
     at: usize,
 }
 
-impl Scene<'_> {
+impl<'a> Scene<'a> {
     const SIDES: [Side; 2] = [Side::Source, Side::Destination];
+
+    /// Starts two daemons, and the guest at the first one.
+    pub(super) fn start(
+        bed: &Bed,
+        hosts: &Hosts,
+        machine: &'a Machine,
+        console: &'a Console,
+    ) -> Result<Self> {
+        let (programs, qemu) = (bed.programs()?, bed.packages.qemu(Qemu::V10_0)?);
+        let scene = Self {
+            name: &machine.name,
+            console,
+            daemons: [
+                Daemon::start(hosts, &hosts.a, programs, &qemu)?,
+                Daemon::start(hosts, &hosts.b, programs, &qemu)?,
+            ],
+            at: 0,
+        };
+        let path = hosts.a.folder.join("definition.toml");
+        std::fs::write(&path, machine.definition()).map_err(Error::file("write", &path))?;
+        ask(scene.here(), &["vm", "start", &path.display().to_string()])?.expect(0)?;
+        scene.attach(0)?;
+        console.wait_for("ready", 0, crate::qemu::BOOT, || scene.here().alive())?;
+        Ok(scene)
+    }
+
+    /// The guest's data is right, its gate is gone, and its kernel has nothing to complain of.
+    pub(super) fn is_well(&self) -> Result<()> {
+        let here = self.here();
+        self.console
+            .check(Self::SIDES[self.at], ANSWER, || here.alive())?;
+        self.run(GATE_IS_GONE).map(drop)
+    }
+
+    pub(super) fn stop(self) -> Result<()> {
+        let stopped = ask(self.here(), &["vm", "stop", self.name, "--force"])?;
+        stopped.expect(0).map(drop)
+    }
+
+    /// The host's end of the agent's channel.
+    pub(super) fn agent_socket(&self) -> PathBuf {
+        self.here().vm_folder(self.name).join("agent.sock")
+    }
 
     fn here(&self) -> &Daemon {
         &self.daemons[self.at]
@@ -59,15 +104,14 @@ impl Scene<'_> {
             .attach(Self::SIDES[at], &serial, || daemon.alive())
     }
 
-    fn run(&self, command: &str) -> Result<String> {
+    pub(super) fn run(&self, command: &str) -> Result<String> {
         let here = self.here();
         self.console
             .run(Self::SIDES[self.at], command, ANSWER, || here.alive())
     }
 
-    /// Moves by post-copy; returns how often processes slept, as far as that is told: a guest that is slow to say so
-    /// is not waited for.
-    fn moves(&mut self) -> Result<u64> {
+    /// Moves by post-copy.
+    pub(super) fn moves(&mut self) -> Result<Answer> {
         let to = [HOST_B, HOST_A][self.at];
         let arguments = [&["migrate", self.name, "--to", to], &POST[..]].concat();
         let answer = std::thread::scope(|scope| {
@@ -84,15 +128,14 @@ impl Scene<'_> {
         })?;
         self.at = 1 - self.at;
         let post = &answer.value["summary"]["post-copy"];
-        let stalls = &post["stalls"];
         println!(
-            "  to {to}: {} pages followed, {} asked for; {stalls}",
-            post["pages"], post["requested-pages"]
+            "  to {to}: {} pages followed, {} asked for; {}",
+            post["pages"], post["requested-pages"], post["stalls"]
         );
         check(post.is_object(), || {
             format!("It was no post-copy: {answer}")
         })?;
-        Ok(stalls["waits"].as_u64().unwrap_or_default())
+        Ok(answer)
     }
 }
 
@@ -106,37 +149,21 @@ fn stress(bed: &Bed, kernel: Kernel) -> Result<()> {
         ("dirty-mib", "20".into()),
     ];
     let hosts = Hosts::new(Some(RATE))?;
-    let (programs, qemu) = (bed.programs()?, bed.packages.qemu(Qemu::V10_0)?);
     let console = Console::new(&machine.name);
-    let mut scene = Scene {
-        name: &machine.name,
-        console: &console,
-        daemons: [
-            Daemon::start(&hosts, &hosts.a, programs, &qemu)?,
-            Daemon::start(&hosts, &hosts.b, programs, &qemu)?,
-        ],
-        at: 0,
-    };
-    let path = hosts.a.folder.join("definition.toml");
-    std::fs::write(&path, machine.definition()).map_err(Error::file("write", &path))?;
-    ask(scene.here(), &["vm", "start", &path.display().to_string()])?.expect(0)?;
-    scene.attach(0)?;
-    console.wait_for("ready", 0, crate::qemu::BOOT, || scene.here().alive())?;
+    let mut scene = Scene::start(bed, &hosts, &machine, &console)?;
     scene.run("/bin/gate-test load /disk/ext4 > /tmp/load.log 2>&1 & echo $! > /tmp/load.pid")?;
 
     let mut waits = 0;
     for _ in 0..MIGRATIONS {
-        waits += scene.moves()?;
+        // A guest that is slow to say how often they did is not waited for.
+        let waited = scene.moves()?.number("/summary/post-copy/stalls/waits");
+        waits += waited.unwrap_or_default();
         scene.run("kill -0 $(cat /tmp/load.pid)")?;
     }
     println!("  processes slept {waits} times");
     let end = "pid=$(cat /tmp/load.pid); kill -TERM $pid; while kill -0 $pid 2>/dev/null; do sleep 1; done; \
                cat /tmp/load.log; grep -q ', 0 errors' /tmp/load.log && ! grep -q '^load: 0 steps' /tmp/load.log";
     println!("  {}", scene.run(end)?.trim());
-    let here = scene.here();
-    console.check(Scene::SIDES[scene.at], ANSWER, || here.alive())?;
-    scene.run(GATE_IS_GONE)?;
-    ask(scene.here(), &["vm", "stop", &machine.name, "--force"])?
-        .expect(0)
-        .map(drop)
+    scene.is_well()?;
+    scene.stop()
 }

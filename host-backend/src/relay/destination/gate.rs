@@ -23,8 +23,12 @@ use crate::pages::{PAGE_SIZE, PageKey};
 
 /// How long the agent may take to answer, from before the VM runs. It runs on memory that is partly absent itself.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Arrivals are told this late at most, about.
+/// Arrivals that somebody waits for are told this late at most, about.
 const TICK: Duration = Duration::from_millis(3);
+/// Other arrivals are told this late at most, since each time costs the guest's CPU.
+const HOLD: Duration = Duration::from_millis(50);
+/// Pages whose arrival is held back so, at most.
+const MOST_HELD: u64 = 1024;
 /// The agent lets everybody go when it hears nothing for a second.
 const ALIVE: Duration = Duration::from_millis(200);
 /// How long the last word of the agent is waited for.
@@ -39,6 +43,19 @@ pub(super) struct Block {
     pub(super) name: String,
     /// Pages that are missing.
     pub(super) missing: Bitmap,
+    /// Pages that a process of the guest waits for.
+    pub(super) wanted: Bitmap,
+}
+
+impl Block {
+    pub(super) fn new(name: String, missing: Bitmap) -> Self {
+        let wanted = Bitmap::new(missing.len());
+        Self {
+            name,
+            missing,
+            wanted,
+        }
+    }
 }
 
 /// Ends it when it is dropped.
@@ -154,15 +171,17 @@ fn run(
     let after_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
     tracing::info!(pages = left, after_ms, "the agent knows what is absent");
     let mut last = Instant::now();
+    let mut held = Held::default();
     while left > 0 && !stop.load(Ordering::Relaxed) {
         let arrived = placement.output.arrived();
-        let mut runs = Vec::new();
         for one in arrived {
-            left -= absent.take(&map, one).min(left);
-            map.frames(one, |run| push(&mut runs, run));
+            let (frames, was_wanted) = absent.take(&map, one);
+            left -= frames.min(left);
+            held.is_urgent |= was_wanted;
+            map.frames(one, |run| held.add(run));
         }
-        if !runs.is_empty() {
-            agent.name_arrived(&runs).map_err(io)?;
+        if held.is_due(last.elapsed()) {
+            agent.name_arrived(&held.take()).map_err(io)?;
             last = Instant::now();
         } else if last.elapsed() > ALIVE {
             agent.stay().map_err(io)?;
@@ -174,7 +193,10 @@ fn run(
         }
         for run in news.wanted {
             map.pages(run, |wanted| {
-                if let Some((key, count)) = absent.ask(wanted) {
+                let asked = absent.ask(wanted);
+                // It is there, and was only not told yet.
+                held.is_urgent |= asked.is_none() && !held.runs.is_empty();
+                if let Some((key, count)) = asked {
                     let name = &absent.blocks[usize::from(key.block)].name;
                     // The receiver ends only when the relay does.
                     let _ = replies.send(Reply::ReturnPath(request(name, key.page, count)));
@@ -194,11 +216,38 @@ impl Drop for Watch<'_> {
     }
 }
 
-/// Joins a run with the one before.
-fn push(runs: &mut Vec<FrameRun>, run: FrameRun) {
-    match runs.last_mut() {
-        Some(last) if last.pfn + last.pages == run.pfn => last.pages += run.pages,
-        _ => runs.push(run),
+/// Arrivals that were not told yet.
+#[derive(Default)]
+struct Held {
+    runs: Vec<FrameRun>,
+    pages: u64,
+    /// Somebody waits for some of them.
+    is_urgent: bool,
+}
+
+impl Held {
+    fn add(&mut self, run: FrameRun) {
+        self.pages += run.pages;
+        match self.runs.last_mut() {
+            Some(last) if last.pfn + last.pages == run.pfn => last.pages += run.pages,
+            _ => self.runs.push(run),
+        }
+    }
+
+    /// Whether they are to be told, so long after the last time that something was.
+    fn is_due(&self, since: Duration) -> bool {
+        !self.runs.is_empty() && (self.is_urgent || self.pages >= MOST_HELD || since >= HOLD)
+    }
+
+    /// All of them, in order: as few runs as there can be.
+    fn take(&mut self) -> Vec<FrameRun> {
+        let mut held = std::mem::take(self);
+        held.runs.sort_unstable_by_key(|run| run.pfn);
+        let mut ordered = Self::default();
+        for run in held.runs {
+            ordered.add(run);
+        }
+        ordered.runs
     }
 }
 
@@ -312,14 +361,15 @@ impl Absent {
         pages
     }
 
-    /// Pages have come; how many frames were absent until now.
-    fn take(&mut self, map: &Map, arrived: Arrived) -> u64 {
-        let mut frames = 0;
+    /// Pages have come; how many frames were absent until now, and whether one of them was waited for.
+    fn take(&mut self, map: &Map, arrived: Arrived) -> (u64, bool) {
+        let (mut frames, mut was_wanted) = (0, false);
         let Some(block) = self.blocks.get_mut(usize::from(arrived.block)) else {
-            return 0;
+            return (0, false);
         };
         let end = arrived.page.saturating_add(u64::from(arrived.count));
         for page in arrived.page..end {
+            was_wanted |= block.wanted.remove(page);
             if block.missing.remove(page) {
                 let one = Arrived {
                     page,
@@ -329,16 +379,19 @@ impl Absent {
                 map.frames(one, |run| frames += run.pages);
             }
         }
-        frames
+        (frames, was_wanted)
     }
 
     /// What is to be asked for of pages that somebody waits for: those that are still absent. QEMU asks for a
     /// page more than once, too, but only when it has to.
-    fn ask(&self, (key, count): (PageKey, u64)) -> Option<(PageKey, u64)> {
-        let missing = &self.blocks.get(usize::from(key.block))?.missing;
+    fn ask(&mut self, (key, count): (PageKey, u64)) -> Option<(PageKey, u64)> {
+        let Block {
+            missing, wanted, ..
+        } = self.blocks.get_mut(usize::from(key.block))?;
         let end = key.page.saturating_add(count);
         let first = missing.first_present(key.page, end)?;
         let end = missing.first_absent(first, end).unwrap_or(end);
+        wanted.insert_run(first, end - first);
         let block = key.block;
         Some((PageKey { block, page: first }, end - first))
     }
@@ -362,10 +415,7 @@ mod tests {
         for &page in missing {
             ram.insert(page);
         }
-        let block = |name: &str, missing| Block {
-            name: name.to_owned(),
-            missing,
-        };
+        let block = |name: &str, missing| Block::new(name.to_owned(), missing);
         Absent {
             blocks: vec![block("vga.vram", Bitmap::new(8)), block("pc.ram", ram)],
         }
@@ -398,21 +448,45 @@ mod tests {
         );
         assert_eq!(absent.count(&map), 5);
 
-        let mut told = Vec::new();
-        map.frames(arrived(30, 4), |run| push(&mut told, run));
-        assert_eq!(told, [run(30, 2), run(100, 2)]);
-        assert_eq!(absent.take(&map, arrived(30, 4)), 2);
-        assert_eq!(absent.take(&map, arrived(30, 4)), 0);
-        assert_eq!(absent.take(&map, arrived(63, 9)), 0);
+        let mut held = Held::default();
+        map.frames(arrived(30, 4), |run| held.add(run));
+        assert_eq!(held.take(), [run(30, 2), run(100, 2)]);
+        assert_eq!(absent.take(&map, arrived(30, 4)), (2, false));
+        assert_eq!(absent.take(&map, arrived(30, 4)), (0, false));
+        assert_eq!(absent.take(&map, arrived(63, 9)), (0, false));
         assert_eq!(absent.count(&map), 3);
+        let page = |page| (PageKey { block: 1, page }, 1);
+        assert_eq!(absent.ask(page(40)), Some(page(40)));
+        assert_eq!(absent.take(&map, arrived(40, 1)), (1, true));
+        assert_eq!(absent.take(&map, arrived(40, 1)), (0, false));
+        assert_eq!(absent.ask(page(40)), None);
+    }
+
+    #[test]
+    fn arrivals_are_held_until_there_are_some_or_somebody_waits() {
+        let run = |pfn, pages| FrameRun { pfn, pages };
+        let mut held = Held::default();
+        assert!(!held.is_due(HOLD));
+        held.is_urgent = true;
+        assert!(!held.is_due(HOLD), "there is nothing to tell");
+        held.add(run(9, 1));
+        assert!(held.is_due(Duration::ZERO));
+        assert_eq!(held.take(), [run(9, 1)]);
+        for pfn in [7, 3, 4, 1, 8, 2] {
+            held.add(run(pfn, 1));
+        }
+        assert!(held.is_due(HOLD) && !held.is_due(Duration::ZERO));
+        assert_eq!(held.take(), [run(1, 4), run(7, 2)]);
+        held.add(run(0, MOST_HELD));
+        assert!(held.is_due(Duration::ZERO));
     }
 
     #[test]
     fn a_guest_is_given_only_what_is_absent() {
         let regions = [region(0, 32, "pc.ram", 0), region(100, 32, "pc.ram", 32)];
-        let absent = absent(&[3, 4, 5, 40]);
+        let mut absent = absent(&[3, 4, 5, 40]);
         let map = Map::new(&regions, &absent.blocks);
-        let ask = |pfn, pages| {
+        let mut ask = |pfn, pages| {
             let mut asked = Vec::new();
             map.pages(FrameRun { pfn, pages }, |wanted| {
                 asked.extend(absent.ask(wanted).map(|(key, count)| (key.page, count)));

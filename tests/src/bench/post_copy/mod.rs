@@ -198,6 +198,7 @@ impl Setup {
             disks,
             card: Some(CARD),
             settings,
+            counts_instructions: false,
         }
     }
 }

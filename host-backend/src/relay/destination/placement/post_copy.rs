@@ -46,9 +46,8 @@ impl Placement {
         }
         self.output.watch();
         let blocks = state.blocks.iter().zip(missing.pages());
-        let block = |(block, missing): (&BlockState, &Bitmap)| gate::Block {
-            name: block.name.clone(),
-            missing: missing.clone(),
+        let block = |(block, missing): (&BlockState, &Bitmap)| {
+            gate::Block::new(block.name.clone(), missing.clone())
         };
         Some(blocks.map(block).collect())
     }
