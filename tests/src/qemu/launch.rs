@@ -35,6 +35,25 @@ pub enum AgentPort {
     Console,
 }
 
+/// What runs a guest's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accelerator {
+    /// QEMU's translator, which every machine has.
+    Tcg,
+    /// The kernel's, on a host that has it.
+    Kvm,
+}
+
+impl Accelerator {
+    /// As a definition names it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Tcg => "tcg",
+            Self::Kvm => "kvm",
+        }
+    }
+}
+
 /// A guest's network card, plugged into [`TAP`] on whichever host it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Card {
@@ -53,6 +72,8 @@ pub struct Machine {
     pub memory: u64,
     /// How many.
     pub vcpus: u32,
+    /// What runs it.
+    pub accelerator: Accelerator,
     /// What it boots.
     pub boot: Boot,
     /// How its agent speaks.
@@ -78,11 +99,12 @@ impl Machine {
     /// The definition of the same machine for `transhume vm start`.
     pub fn definition(&self) -> String {
         let mut text = format!(
-            "name = \"{}\"\nmachine = \"{}\"\naccelerator = \"tcg\"\nmemory = \"{}MiB\"\nvcpus = {}\n\n\
+            "name = \"{}\"\nmachine = \"{}\"\naccelerator = \"{}\"\nmemory = \"{}MiB\"\nvcpus = {}\n\n\
              [console]\nserial = true\n\n[agent]\nport = \"{}\"\n\n\
              [boot]\nkernel = \"{}\"\nappend = \"{}\"\n",
             self.name,
             self.machine,
+            self.accelerator.name(),
             self.memory,
             self.vcpus,
             match self.agent {
@@ -125,7 +147,11 @@ impl Machine {
             "none",
             "-no-reboot",
         ]);
-        add(&["-machine", &self.machine, "-accel", "tcg,thread=multi"]);
+        add(&["-machine", &self.machine]);
+        add(match self.accelerator {
+            Accelerator::Tcg => &["-accel", "tcg,thread=multi"],
+            Accelerator::Kvm => &["-accel", "kvm", "-cpu", "host"],
+        });
         add(&[
             "-m",
             &format!("{}M", self.memory),

@@ -15,6 +15,7 @@ mod guest;
 mod lie;
 pub(crate) mod micro;
 mod migrate;
+mod nested;
 mod order;
 mod pair;
 mod peers;
@@ -27,6 +28,7 @@ mod stress;
 mod transhume;
 
 pub use bed::Bed;
+pub use nested::inside as inside_nested_host;
 pub use runner::{Outcome, run_all};
 
 use crate::Result;
@@ -44,7 +46,7 @@ pub struct Scenario {
     pub run: fn(&Bed) -> Result<()>,
 }
 
-/// All of them, in the order in which they run.
+/// Those of every test, in the order in which they run.
 pub fn all() -> Vec<Scenario> {
     [
         apart::scenarios(),
@@ -70,4 +72,9 @@ pub fn all() -> Vec<Scenario> {
     .into_iter()
     .flatten()
     .collect()
+}
+
+/// Those that take a host with KVM, which runs as a guest: `cargo testbed test --all`.
+pub fn nested() -> Vec<Scenario> {
+    nested::scenarios()
 }

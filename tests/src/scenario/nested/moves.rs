@@ -1,0 +1,276 @@
+//! What runs in the nested host: a KVM guest moves by post-copy, four times over.
+
+use super::super::postcopy::{GATE_IS_GONE, POST};
+use super::super::transhume::{Answer, ask};
+use super::async_faults::{self, AsyncFaults};
+use crate::error::check;
+use crate::guest::Contents;
+use crate::hosts::daemon::Daemon;
+use crate::hosts::{HOST_A, HOST_B, Host, Hosts};
+use crate::packages::{Packages, Qemu};
+use crate::qemu::serial::{Beat, Console, Side};
+use crate::qemu::{Accelerator, AgentPort, DiskImage, Machine};
+use crate::{Error, Result};
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+/// Bounds an answer of the guest.
+const ANSWER: Duration = Duration::from_secs(120);
+/// A guest is left alone for so long before it moves; its undisturbed pace is taken then.
+const SETTLE: Duration = Duration::from_secs(4);
+/// In Mbit/s: slow enough that much is absent, and for a while.
+const RATE: u32 = 40;
+/// The guest's one load that needs no memory.
+const COMPUTE: u64 = 1;
+/// What either walker walks through, in MiB.
+const WALK: u64 = 16;
+/// Pages a second that each comes to.
+const WALK_RATE: u64 = 3000;
+
+/// Who puts off page faults.
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    /// The module in the guest.
+    gate: bool,
+    /// KVM, with the guest's kernel taking part.
+    async_faults: bool,
+}
+
+const CASES: [Case; 4] = [
+    Case::new(true, true),
+    Case::new(true, false),
+    Case::new(false, true),
+    Case::new(false, false),
+];
+
+impl Case {
+    const fn new(gate: bool, async_faults: bool) -> Self {
+        Self { gate, async_faults }
+    }
+
+    fn name(self) -> &'static str {
+        match (self.gate, self.async_faults) {
+            (true, true) => "both",
+            (true, false) => "gate alone",
+            (false, true) => "KVM alone",
+            (false, false) => "neither",
+        }
+    }
+}
+
+/// What was seen in a case.
+#[derive(Debug)]
+struct Seen {
+    case: Case,
+    answer: Answer,
+    faults: AsyncFaults,
+    /// Units computed a second, before the command and from the hand-over to the end of the migration.
+    pace: [f64; 2],
+}
+
+/// All cases, what must hold in each, and what they come to side by side.
+pub(super) fn matrix(contents: &Contents) -> Result<()> {
+    let packages = Packages::new(&contents.layout);
+    let qemu = packages.qemu(Qemu::V10_0)?;
+    let mut all = Vec::new();
+    for case in CASES {
+        println!("{}: it boots and moves", case.name());
+        let seen = moves(contents, &qemu, case)?;
+        all.push(seen);
+    }
+    table(&all)?;
+    all.iter().try_for_each(holds)
+}
+
+fn machine(contents: &Contents, case: Case) -> Machine {
+    let mut boot = contents.boot.clone();
+    if !case.async_faults {
+        boot.append.push_str(" no-kvmapf");
+    }
+    let mut settings = vec![
+        ("cache-mib", "8".into()),
+        ("memory-mib", "8".into()),
+        ("workers", "0".into()),
+        ("compute", COMPUTE.to_string()),
+        ("walk-mib", WALK.to_string()),
+        ("call-mib", WALK.to_string()),
+        ("walk-rate", WALK_RATE.to_string()),
+        ("beat-ms", "100".into()),
+    ];
+    if !case.gate {
+        settings.push(("module", "no".into()));
+    }
+    Machine {
+        name: "web1".into(),
+        machine: "q35".into(),
+        memory: 256,
+        // With one, whatever stops it stops all.
+        vcpus: 1,
+        accelerator: Accelerator::Kvm,
+        boot,
+        agent: AgentPort::Serial,
+        disks: vec![DiskImage {
+            id: "ext4".into(),
+            path: contents.disk.clone(),
+            format: "raw",
+        }],
+        card: None,
+        settings,
+    }
+}
+
+fn moves(contents: &Contents, qemu: &Path, case: Case) -> Result<Seen> {
+    let machine = machine(contents, case);
+    let hosts = Hosts::new(Some(RATE))?;
+    let a = Daemon::start(&hosts, &hosts.a, &contents.programs, qemu)?;
+    let b = Daemon::start(&hosts, &hosts.b, &contents.programs, qemu)?;
+    let shown = |error: Error| match error {
+        late @ Error::Late { .. } => late,
+        error => Error::Check(format!(
+            "{}: {error}\n{HOST_A}:\n{}\n{HOST_B}:\n{}",
+            case.name(),
+            a.words(),
+            b.words()
+        )),
+    };
+    let path = hosts.a.folder.join("definition.toml");
+    fs::write(&path, machine.definition()).map_err(Error::file("write", &path))?;
+    ask(&a, &["vm", "start", &path.display().to_string()])?
+        .expect(0)
+        .map_err(shown)?;
+    let console = Console::new(&machine.name);
+    let serial = a.vm_folder(&machine.name).join("serial.sock");
+    console.attach(Side::Source, &serial, || a.alive())?;
+    console.wait_for("ready", 0, crate::qemu::BOOT, || a.alive())?;
+    std::thread::sleep(SETTLE);
+
+    async_faults::begin()?;
+    let before = console.beats();
+    let serial = b.vm_folder(&machine.name).join("serial.sock");
+    let arguments = [&["migrate", &machine.name, "--to", HOST_B], &POST[..]].concat();
+    let answer = std::thread::scope(|scope| {
+        // The socket is there once the destination's QEMU is.
+        scope.spawn(|| console.attach(Side::Destination, &serial, || b.alive()));
+        ask(&a, &arguments)
+    })?;
+    let end = SystemTime::now();
+    let answer = answer.expect(0).map_err(shown)?;
+    let faults = async_faults::count()?;
+    let beats = console.beats();
+    let after: Vec<Beat> = beats
+        .into_iter()
+        .filter(|beat| beat.side == Side::Destination && beat.at <= end)
+        .collect();
+    let checked = console
+        .check(Side::Destination, ANSWER, || b.alive())
+        .map_err(shown)?;
+    println!("  {checked}");
+    console
+        .run(Side::Destination, GATE_IS_GONE, ANSWER, || b.alive())
+        .map_err(shown)?;
+    runs_once(&machine.name, (&a, &hosts.a), (&b, &hosts.b)).map_err(shown)?;
+    println!("  {}", answer.value["summary"]["post-copy"]);
+    ask(&b, &["vm", "stop", &machine.name, "--force"])?.expect(0)?;
+    Ok(Seen {
+        case,
+        answer,
+        faults,
+        pace: [pace(&before), pace(&after)],
+    })
+}
+
+/// Units a second, by the guest's clock.
+fn pace(beats: &[Beat]) -> f64 {
+    let (Some(first), Some(last)) = (beats.first(), beats.last()) else {
+        return 0.0;
+    };
+    let work = last.work.saturating_sub(first.work);
+    let time = Duration::from_millis(last.clock_ms.saturating_sub(first.clock_ms)).as_secs_f64();
+    #[expect(clippy::cast_precision_loss, reason = "a rate")]
+    let work = work as f64;
+    if time > 0.0 { work / time } else { 0.0 }
+}
+
+/// The guest runs at its destination, and nothing of it is left at the source.
+fn runs_once(name: &str, (a, at_a): (&Daemon, &Host), (b, _): (&Daemon, &Host)) -> Result<()> {
+    let there = ask(b, &["vm", "show", name])?.expect(0)?;
+    check(there.word("/state")? == "running", || {
+        format!("It does not run at {HOST_B}: {there}")
+    })?;
+    let list = ask(a, &["vm", "list"])?.expect(0)?;
+    check(list.value.as_array().is_some_and(Vec::is_empty), || {
+        format!("{HOST_A} lists it still: {list}")
+    })?;
+    let left = at_a.processes();
+    check(left == [a.id()], || {
+        format!("{HOST_A} runs {left:?}, and its daemon is {}", a.id())
+    })
+}
+
+impl Seen {
+    fn number(&self, name: &str) -> Result<u64> {
+        self.answer.number(&format!("/summary/post-copy/{name}"))
+    }
+}
+
+/// Never a duration.
+fn holds(seen: &Seen) -> Result<()> {
+    let Seen { case, faults, .. } = seen;
+    let fails = |what: &str| format!("{}: {what}: {faults:?} {}", case.name(), seen.answer);
+    check(seen.number("pages")? > 100, || fails("it was no post-copy"))?;
+    let gated = seen.number("stalls/gated-pages")?;
+    check((gated > 0) == case.gate, || {
+        fails("pages were put behind the gate, or not, against what was said")
+    })?;
+    if case.gate {
+        check(seen.number("stalls/waits")? > 0, || {
+            fails("nobody slept behind the gate")
+        })?;
+    }
+    if case.async_faults && !case.gate {
+        check(faults.taken_in > 0 && faults.told > 0, || {
+            fails("KVM put off no page fault")
+        })?;
+    }
+    check(case.async_faults || faults.told == 0, || {
+        fails("KVM put off page faults of a guest that does not take part")
+    })
+}
+
+fn table(all: &[Seen]) -> Result<()> {
+    println!(
+        "{:<10} | {:>6} | {:>5} | {:>13} | {:>13} | {:>9} | {:>8} | {:>7} | {:>10}",
+        "",
+        "pages",
+        "asked",
+        "taken in, KVM",
+        "told by KVM",
+        "slept",
+        "slept ms",
+        "CPU ms",
+        "computed"
+    );
+    for seen in all {
+        let [before, after] = seen.pace;
+        println!(
+            "{:<10} | {:>6} | {:>5} | {:>13} | {:>13} | {:>9} | {:>8.0} | {:>7} | {:>9.0}%",
+            seen.case.name(),
+            seen.number("pages")?,
+            seen.number("requested-pages")?,
+            seen.faults.taken_in,
+            seen.faults.told,
+            seen.number("stalls/waits")?,
+            seen.answer.value["summary"]["post-copy"]["stalls"]["waited-ms"]
+                .as_f64()
+                .unwrap_or_default(),
+            seen.number("stalls/cpu-ms")?,
+            if before > 0.0 {
+                after / before * 100.0
+            } else {
+                0.0
+            },
+        );
+    }
+    Ok(())
+}
