@@ -114,8 +114,11 @@ fn start(qemu: &Path, host: &NestedHost, logs: &Logs) -> Result<Process> {
     run = run.arg("-kernel").arg(&host.kernel);
     run = run.arg("-initrd").arg(&host.initrd);
     run = run.args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off"]);
-    // What the host writes is thrown away with it.
+    // What the host writes is thrown away with it: QEMU keeps it in a file without a name.
     let disk = host.disk.display();
+    if let Some(folder) = host.disk.parent() {
+        run = run.env("TMPDIR", folder);
+    }
     run = run.arg("-drive").arg(format!(
         "if=none,id=root,format=raw,cache=unsafe,snapshot=on,file={disk}"
     ));

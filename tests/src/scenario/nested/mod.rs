@@ -4,6 +4,7 @@
 //! one Debian host that QEMU's translator runs.
 
 mod async_faults;
+mod course;
 mod host;
 mod moves;
 
@@ -14,10 +15,10 @@ use crate::{Error, Result};
 use host::End;
 use std::time::Duration;
 
-/// Of one run in a nested host, which is ended then.
+/// Of one run in a nested host, which is killed then.
 const RUN: Duration = Duration::from_secs(600);
-/// Of all that a scenario does: two runs, and what they need.
-const LIMIT: Duration = Duration::from_secs(1400);
+/// Of all that a scenario does: two runs, and what they need built.
+const LIMIT: Duration = Duration::from_secs(1600);
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![Scenario {
@@ -44,7 +45,15 @@ fn run(bed: &Bed) -> Result<()> {
 
 /// What the nested host runs, from within; says how it ended.
 pub fn inside() -> Result<()> {
-    let result = moves::matrix(&Contents::new());
+    let contents = Contents::new();
+    let found = contents.programs.join("transhumed");
+    if !found.exists() {
+        return Err(Error::machine(
+            format!("No {}: this is no nested host", found.display()),
+            "`cargo testbed test --only nested` starts one",
+        ));
+    }
+    let result = moves::matrix(&contents);
     host::tell(&result);
     result
 }

@@ -3,6 +3,7 @@
 use super::super::postcopy::{GATE_IS_GONE, POST};
 use super::super::transhume::{Answer, ask};
 use super::async_faults::{self, AsyncFaults};
+use super::course::Course;
 use crate::error::check;
 use crate::guest::Contents;
 use crate::hosts::daemon::Daemon;
@@ -17,8 +18,10 @@ use std::time::{Duration, SystemTime};
 
 /// Bounds an answer of the guest.
 const ANSWER: Duration = Duration::from_secs(120);
-/// A guest is left alone for so long before it moves; its undisturbed pace is taken then.
+/// A guest is left alone for so long before it moves and when it has; its undisturbed pace is taken then.
 const SETTLE: Duration = Duration::from_secs(4);
+/// Between two signs of the guest, in ms.
+const BEAT: u64 = 50;
 /// In Mbit/s: slow enough that much is absent, and for a while.
 const RATE: u32 = 40;
 /// The guest's one load that needs no memory.
@@ -65,11 +68,13 @@ struct Seen {
     case: Case,
     answer: Answer,
     faults: AsyncFaults,
-    /// Units computed a second, before the command and from the hand-over to the end of the migration.
-    pace: [f64; 2],
+    /// From the guest's first sign at the destination to the end of the migration.
+    course: Course,
+    /// Units computed a second in that time, of those before the command and after the end.
+    computed: f64,
 }
 
-/// All cases, what must hold in each, and what they come to side by side.
+/// All cases, what they come to side by side, and what must hold in each.
 pub(super) fn matrix(contents: &Contents) -> Result<()> {
     let packages = Packages::new(&contents.layout);
     let qemu = packages.qemu(Qemu::V10_0)?;
@@ -96,7 +101,7 @@ fn machine(contents: &Contents, case: Case) -> Machine {
         ("walk-mib", WALK.to_string()),
         ("call-mib", WALK.to_string()),
         ("walk-rate", WALK_RATE.to_string()),
-        ("beat-ms", "100".into()),
+        ("beat-ms", BEAT.to_string()),
     ];
     if !case.gate {
         settings.push(("module", "no".into()));
@@ -125,14 +130,20 @@ fn moves(contents: &Contents, qemu: &Path, case: Case) -> Result<Seen> {
     let hosts = Hosts::new(Some(RATE))?;
     let a = Daemon::start(&hosts, &hosts.a, &contents.programs, qemu)?;
     let b = Daemon::start(&hosts, &hosts.b, &contents.programs, qemu)?;
-    let shown = |error: Error| match error {
-        late @ Error::Late { .. } => late,
-        error => Error::Check(format!(
-            "{}: {error}\n{HOST_A}:\n{}\n{HOST_B}:\n{}",
-            case.name(),
-            a.words(),
-            b.words()
-        )),
+    let shown = |error: Error| {
+        let logs = format!("{HOST_A}:\n{}\n{HOST_B}:\n{}", a.words(), b.words());
+        match error {
+            Error::Late {
+                what,
+                seconds,
+                hint,
+            } => Error::Late {
+                what: format!("{}: {what}", case.name()),
+                seconds,
+                hint: format!("{hint}\n{logs}"),
+            },
+            error => Error::Check(format!("{}: {error}\n{logs}", case.name())),
+        }
     };
     let path = hosts.a.folder.join("definition.toml");
     fs::write(&path, machine.definition()).map_err(Error::file("write", &path))?;
@@ -146,9 +157,9 @@ fn moves(contents: &Contents, qemu: &Path, case: Case) -> Result<Seen> {
     std::thread::sleep(SETTLE);
 
     async_faults::begin()?;
-    let before = console.beats();
     let serial = b.vm_folder(&machine.name).join("serial.sock");
     let arguments = [&["migrate", &machine.name, "--to", HOST_B], &POST[..]].concat();
+    let begun = SystemTime::now();
     let answer = std::thread::scope(|scope| {
         // The socket is there once the destination's QEMU is.
         scope.spawn(|| console.attach(Side::Destination, &serial, || b.alive()));
@@ -157,39 +168,29 @@ fn moves(contents: &Contents, qemu: &Path, case: Case) -> Result<Seen> {
     let end = SystemTime::now();
     let answer = answer.expect(0).map_err(shown)?;
     let faults = async_faults::count()?;
+    std::thread::sleep(SETTLE);
     let beats = console.beats();
-    let after: Vec<Beat> = beats
-        .into_iter()
-        .filter(|beat| beat.side == Side::Destination && beat.at <= end)
-        .collect();
-    let checked = console
-        .check(Side::Destination, ANSWER, || b.alive())
-        .map_err(shown)?;
-    println!("  {checked}");
     console
-        .run(Side::Destination, GATE_IS_GONE, ANSWER, || b.alive())
+        .check(Side::Destination, ANSWER, || b.alive())
+        .and_then(|_| console.run(Side::Destination, GATE_IS_GONE, ANSWER, || b.alive()))
         .map_err(shown)?;
     runs_once(&machine.name, (&a, &hosts.a), (&b, &hosts.b)).map_err(shown)?;
-    println!("  {}", answer.value["summary"]["post-copy"]);
     ask(&b, &["vm", "stop", &machine.name, "--force"])?.expect(0)?;
+
+    let of = |is_in: &dyn Fn(&Beat) -> bool| {
+        let beats: Vec<Beat> = beats.iter().filter(|beat| is_in(beat)).copied().collect();
+        Course::of(&beats, BEAT)
+    };
+    let course = of(&|beat| beat.side == Side::Destination && beat.at <= end);
+    let undisturbed = [of(&|beat| beat.at < begun), of(&|beat| beat.at > end)];
+    let computed = course.pace() / f64::midpoint(undisturbed[0].pace(), undisturbed[1].pace());
     Ok(Seen {
         case,
         answer,
         faults,
-        pace: [pace(&before), pace(&after)],
+        course,
+        computed,
     })
-}
-
-/// Units a second, by the guest's clock.
-fn pace(beats: &[Beat]) -> f64 {
-    let (Some(first), Some(last)) = (beats.first(), beats.last()) else {
-        return 0.0;
-    };
-    let work = last.work.saturating_sub(first.work);
-    let time = Duration::from_millis(last.clock_ms.saturating_sub(first.clock_ms)).as_secs_f64();
-    #[expect(clippy::cast_precision_loss, reason = "a rate")]
-    let work = work as f64;
-    if time > 0.0 { work / time } else { 0.0 }
 }
 
 /// The guest runs at its destination, and nothing of it is left at the source.
@@ -238,38 +239,28 @@ fn holds(seen: &Seen) -> Result<()> {
     })
 }
 
+/// What was seen in all cases, side by side.
 fn table(all: &[Seen]) -> Result<()> {
     println!(
-        "{:<10} | {:>6} | {:>5} | {:>13} | {:>13} | {:>9} | {:>8} | {:>7} | {:>10}",
-        "",
-        "pages",
-        "asked",
-        "taken in, KVM",
-        "told by KVM",
-        "slept",
-        "slept ms",
-        "CPU ms",
-        "computed"
+        "| puts faults off | pages that followed | asked for | taken in by KVM | told to the guest | slept behind the gate | \
+         CPU blocked (QEMU) | guest stood still | computed |"
     );
+    println!("|---|---|---|---|---|---|---|---|---|");
     for seen in all {
-        let [before, after] = seen.pace;
+        let stalls = &seen.answer.value["summary"]["post-copy"]["stalls"];
+        let slept = stalls["waited-ms"].as_f64().unwrap_or_default() / 1000.0;
         println!(
-            "{:<10} | {:>6} | {:>5} | {:>13} | {:>13} | {:>9} | {:>8.0} | {:>7} | {:>9.0}%",
+            "| {} | {} | {} | {} | {} | {}, {slept:.1} s | {} ms | {} of {} ms | {:.0}% |",
             seen.case.name(),
             seen.number("pages")?,
             seen.number("requested-pages")?,
             seen.faults.taken_in,
             seen.faults.told,
             seen.number("stalls/waits")?,
-            seen.answer.value["summary"]["post-copy"]["stalls"]["waited-ms"]
-                .as_f64()
-                .unwrap_or_default(),
             seen.number("stalls/cpu-ms")?,
-            if before > 0.0 {
-                after / before * 100.0
-            } else {
-                0.0
-            },
+            seen.course.still,
+            seen.course.time,
+            seen.computed * 100.0,
         );
     }
     Ok(())
