@@ -33,6 +33,17 @@ impl Course {
         course
     }
 
+    /// How long it took from one sign to the next on average, in ms.
+    pub(super) fn between(beats: &[Beat]) -> u64 {
+        let gaps = u64::try_from(beats.len().saturating_sub(1)).unwrap_or(u64::MAX);
+        match (beats.first(), beats.last()) {
+            (Some(first), Some(last)) if gaps > 0 => {
+                last.clock_ms.saturating_sub(first.clock_ms) / gaps
+            }
+            _ => 0,
+        }
+    }
+
     /// Units a millisecond.
     #[expect(clippy::cast_precision_loss, reason = "a rate")]
     pub(super) fn pace(self) -> f64 {
@@ -60,5 +71,7 @@ mod tests {
         assert_eq!((course.time, course.work, course.still), (420, 32, 250));
         assert!((course.pace() - 32.0 / 420.0).abs() < 1e-9);
         assert_eq!(Course::of(&beats[..1], 50).time, 0);
+        assert_eq!(Course::between(&beats), 140);
+        assert_eq!(Course::between(&beats[..1]), 0);
     }
 }

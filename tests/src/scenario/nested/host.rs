@@ -6,7 +6,7 @@ use crate::guest::NestedHost;
 use crate::packages::{Packages, Qemu};
 use crate::{Error, Result};
 use serde_json::{Value, json};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 const VERDICT: &str = "verdict ";
 /// How often it is looked whether all is over.
 const GLANCE: Duration = Duration::from_millis(200);
+/// How much of each log an error shows, in lines.
+const SHOWN: usize = 30;
 const MIB: u32 = 4096;
 const CPUS: u32 = 2;
 
@@ -57,10 +59,16 @@ fn read(verdict: &str) -> Option<End> {
     })
 }
 
-/// Boots the host, shows what it says, and ends it: at its verdict, or when the time is up.
-pub(super) fn run(packages: &Packages, host: &NestedHost, limit: Duration) -> Result<End> {
+/// Boots the host, shows what it says, and ends it: at its verdict, or when the time is up. The logs of each
+/// attempt are kept.
+pub(super) fn run(
+    packages: &Packages,
+    host: &NestedHost,
+    attempt: u32,
+    limit: Duration,
+) -> Result<End> {
     let begun = Instant::now();
-    let logs = Logs::beside(&host.disk);
+    let logs = Logs::beside(&host.disk, attempt);
     let mut process = start(&packages.qemu(Qemu::V10_0)?, host, &logs)?;
     let lines = lines(&mut process)?;
     loop {
@@ -76,10 +84,10 @@ pub(super) fn run(packages: &Packages, host: &NestedHost, limit: Duration) -> Re
             },
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
+                let ended = process.wait()?;
                 return Ok(End::Unfinished(format!(
-                    "the host ended without a verdict; see {} and {}",
-                    logs.console.display(),
-                    logs.qemu.display()
+                    "it ended without a verdict ({ended})\n{}",
+                    logs.words()
                 )));
             }
         }
@@ -94,11 +102,23 @@ struct Logs {
 }
 
 impl Logs {
-    fn beside(disk: &Path) -> Self {
+    fn beside(disk: &Path, attempt: u32) -> Self {
         Self {
-            console: disk.with_file_name("console.log"),
-            qemu: disk.with_file_name("qemu.log"),
+            console: disk.with_file_name(format!("console-{attempt}.log")),
+            qemu: disk.with_file_name(format!("qemu-{attempt}.log")),
         }
+    }
+
+    /// The ends of both.
+    fn words(&self) -> String {
+        let end = |path: &Path| {
+            let text = fs::read(path).unwrap_or_default();
+            let text = String::from_utf8_lossy(&text).into_owned();
+            let lines: Vec<&str> = text.lines().collect();
+            let end = lines[lines.len().saturating_sub(SHOWN)..].join("\n");
+            format!("{}:\n{end}", path.display())
+        };
+        format!("{}\n{}", end(&self.console), end(&self.qemu))
     }
 }
 

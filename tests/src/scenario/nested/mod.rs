@@ -32,10 +32,10 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 fn run(bed: &Bed) -> Result<()> {
     let disk = disk::make(&bed.layout, &bed.packages, Kind::Ext4, Amount::Some(40))?;
     let host = guest::nested_host(&bed.layout, &bed.packages, &disk)?;
-    let mut end = host::run(&bed.packages, &host, RUN)?;
+    let mut end = host::run(&bed.packages, &host, 1, RUN)?;
     if let End::Unfinished(why) = &end {
         println!("  the nested host came to no end ({why}): once more");
-        end = host::run(&bed.packages, &host, RUN)?;
+        end = host::run(&bed.packages, &host, 2, RUN)?;
     }
     match end {
         End::Passed => Ok(()),

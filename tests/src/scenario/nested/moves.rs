@@ -18,6 +18,9 @@ use std::time::{Duration, SystemTime};
 
 /// Bounds an answer of the guest.
 const ANSWER: Duration = Duration::from_secs(120);
+/// What the daemon says when that does not come in time, and how long it waits.
+const SILENT: &str = "the guest's agent does not answer";
+const AGENT: Duration = Duration::from_secs(5);
 /// A guest is left alone for so long before it moves and when it has; its undisturbed pace is taken then.
 const SETTLE: Duration = Duration::from_secs(4);
 /// Between two signs of the guest, in ms.
@@ -167,6 +170,7 @@ fn moves(contents: &Contents, qemu: &Path, case: Case) -> Result<Seen> {
     })?;
     let end = SystemTime::now();
     let answer = answer.expect(0).map_err(shown)?;
+    agent_answered(case, &b).map_err(shown)?;
     let faults = async_faults::count()?;
     std::thread::sleep(SETTLE);
     let beats = console.beats();
@@ -177,13 +181,16 @@ fn moves(contents: &Contents, qemu: &Path, case: Case) -> Result<Seen> {
     runs_once(&machine.name, (&a, &hosts.a), (&b, &hosts.b)).map_err(shown)?;
     ask(&b, &["vm", "stop", &machine.name, "--force"])?.expect(0)?;
 
-    let of = |is_in: &dyn Fn(&Beat) -> bool| {
-        let beats: Vec<Beat> = beats.iter().filter(|beat| is_in(beat)).copied().collect();
-        Course::of(&beats, BEAT)
+    let of = |is_in: &dyn Fn(&Beat) -> bool| -> Vec<Beat> {
+        beats.iter().filter(|beat| is_in(beat)).copied().collect()
     };
-    let course = of(&|beat| beat.side == Side::Destination && beat.at <= end);
-    let undisturbed = [of(&|beat| beat.at < begun), of(&|beat| beat.at > end)];
-    let computed = course.pace() / f64::midpoint(undisturbed[0].pace(), undisturbed[1].pace());
+    let (before, after) = (of(&|beat| beat.at < begun), of(&|beat| beat.at > end));
+    let meanwhile = of(&|beat| beat.side == Side::Destination && beat.at <= end);
+    // A busy machine is late with all of them.
+    let due = Course::between(&after).max(BEAT);
+    let course = Course::of(&meanwhile, due);
+    let undisturbed = [before, after].map(|beats| Course::of(&beats, due).pace());
+    let computed = course.pace() / f64::midpoint(undisturbed[0], undisturbed[1]);
     Ok(Seen {
         case,
         answer,
@@ -191,6 +198,18 @@ fn moves(contents: &Contents, qemu: &Path, case: Case) -> Result<Seen> {
         course,
         computed,
     })
+}
+
+/// On a machine that is too busy the agent has no time to answer its new host, and there is no gate to look at.
+fn agent_answered(case: Case, b: &Daemon) -> Result<()> {
+    if case.gate && b.count_words(SILENT) > 0 {
+        return Err(Error::Late {
+            what: "an answer of the guest's agent to its new host".into(),
+            seconds: AGENT.as_secs(),
+            hint: "This machine is too busy to tell".into(),
+        });
+    }
+    Ok(())
 }
 
 /// The guest runs at its destination, and nothing of it is left at the source.
