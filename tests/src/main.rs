@@ -60,16 +60,22 @@ enum Task {
     },
     /// Runs everything: format, lints, unit tests, the module for both kernels, and the scenarios
     #[command(
-        after_help = "Examples:\n  cargo testbed test\n  cargo testbed test --list\n  cargo testbed test --only guest-6.1\n\nExit codes: 0 all passed, 1 some failed, 2 usage."
+        after_help = "Examples:\n  cargo testbed test\n  cargo testbed test --list\n  cargo testbed test --all\n  cargo testbed test --only guest-6.1\n\nExit codes: 0 all passed, 1 some failed, 2 usage."
     )]
     Test {
         /// Only the scenarios whose names contain this, and nothing else
         #[arg(long, value_name = "NAME")]
         only: Option<String>,
+        /// The nested tier, too: hosts with KVM, which run as guests
+        #[arg(long)]
+        all: bool,
         /// Lists the scenarios
         #[arg(long)]
         list: bool,
     },
+    /// What runs in a nested host
+    #[command(hide = true)]
+    NestedHost,
     /// Gets the Debian packages that everything else needs, without installing them
     #[command(after_help = "Example:\n  cargo testbed packages")]
     Packages,
@@ -197,15 +203,24 @@ fn run(task: Task) -> Result<bool> {
         for scenario in scenario::all() {
             println!("{}: {}", scenario.name, scenario.about);
         }
+        for scenario in scenario::nested() {
+            println!("{} (nested tier): {}", scenario.name, scenario.about);
+        }
         return Ok(true);
     }
     cleanup::watch_signals()?;
+    if matches!(task, Task::NestedHost) {
+        return scenario::inside_nested_host().map(|()| true);
+    }
     let layout = Layout::find()?;
     tools::ensure()?;
     let packages = Packages::new(&layout);
     match task {
         Task::Packages => packages.all()?,
-        Task::Test { only, .. } => return suite::run(&Bed::new(layout, packages), only.as_deref()),
+        Task::NestedHost => {}
+        Task::Test { only, all, .. } => {
+            return suite::run(&Bed::new(layout, packages), only.as_deref(), all);
+        }
         Task::Demo(choice) => demo(&layout, &packages, &choice)?,
         Task::Bench {
             what,

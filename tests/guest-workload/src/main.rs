@@ -4,7 +4,7 @@
 //! says `ready`. From then on it serves requests (each reads and hashes a piece of a file and compares
 //! it with what the piece was at first), writes memory at a set rate, and prints a beat some fifty
 //! times a second. Told `check`, it compares every byte. It can be told to compute instead of serving, to have
-//! its page cache read anew, and to have another process walk through memory of its own at random ([`walk`]).
+//! its page cache read anew, and to have other processes walk through memory of their own at random ([`walk`]).
 //!
 //! It talks over its standard input and output, a serial line, a line at a time:
 //!
@@ -32,7 +32,7 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use walk::Walker;
+use walk::{Walker, Way};
 
 /// Rounds of arithmetic in a unit of computation.
 const UNIT: u64 = 2000;
@@ -65,16 +65,21 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), String> {
     let settings = Settings::read()?;
-    if std::env::args().nth(1).as_deref() == Some(walk::NAME) {
-        return walk::run(&settings);
+    if let Some(way) = std::env::args().nth(1).as_deref().and_then(Way::named) {
+        return walk::run(&settings, way);
     }
     raw_terminal();
     let files = Files::warm(&settings.folder, settings.cache)?;
     let memory = Mutex::new(Memory::fill(settings.memory)?);
-    let walker = match settings.walk {
-        0 => None,
-        _ => Some(Walker::start()?),
-    };
+    let ways = [
+        (settings.walk, Way::Directly),
+        (settings.call, Way::ByCalls),
+    ];
+    let walkers = ways
+        .into_iter()
+        .filter(|(size, _)| *size > 0)
+        .map(|(_, way)| Walker::start(way))
+        .collect::<Result<Vec<_>, _>>()?;
     let counters = Counters::default();
     counters.dirty_rate.store(settings.dirty, Ordering::Relaxed);
     say(&format!(
@@ -95,7 +100,7 @@ fn run() -> Result<(), String> {
             let counters = &counters;
             scope.spawn(move || compute(counters, thread));
         }
-        obey(&counters, &files, &memory, walker);
+        obey(&counters, &files, &memory, walkers);
         // The other threads never end; the guest does.
         std::process::exit(0);
     })
@@ -181,12 +186,12 @@ fn compute(counters: &Counters, thread: u64) {
     }
 }
 
-fn obey(counters: &Counters, files: &Files, memory: &Mutex<Memory>, mut walker: Option<Walker>) {
+fn obey(counters: &Counters, files: &Files, memory: &Mutex<Memory>, mut walkers: Vec<Walker>) {
     for line in std::io::stdin().lock().lines() {
         let Ok(line) = line else { return };
         let mut words = line.split_whitespace();
         match (words.next(), words.next()) {
-            (Some("check"), _) => say(&check(files, memory, walker.as_mut())),
+            (Some("check"), _) => say(&check(files, memory, &mut walkers)),
             (Some("dirty"), Some(rate)) => {
                 if let Ok(rate) = rate.parse::<u64>() {
                     counters.dirty_rate.store(rate << 20, Ordering::Relaxed);
@@ -222,12 +227,14 @@ fn run_command(command: &str) {
     }
 }
 
-fn check(files: &Files, memory: &Mutex<Memory>, walker: Option<&mut Walker>) -> String {
+fn check(files: &Files, memory: &Mutex<Memory>, walkers: &mut [Walker]) -> String {
     let pages = memory
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
         .check();
-    let visited = walker.map_or(Ok(0), Walker::check);
+    let visited = walkers
+        .iter_mut()
+        .try_fold(0, |pages, walker| Ok(pages + walker.check()?));
     match (pages, visited, files.check_all()) {
         (Ok(pages), Ok(visited), Ok(pieces)) => {
             format!("check ok pieces={pieces} pages={}", pages + visited)

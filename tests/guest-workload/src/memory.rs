@@ -15,6 +15,14 @@ impl Page {
     pub(crate) fn words(&mut self) -> &mut [u64; WORDS] {
         &mut self.0
     }
+
+    /// One word, where it is, as a system call takes it.
+    pub(crate) fn word_in_bytes(&mut self, word: usize) -> &mut [u8; 8] {
+        let word = &raw mut self.0[word];
+        // SAFETY: eight bytes of a word that is borrowed for as long; any bytes are a word, and bytes may
+        // be anywhere.
+        unsafe { &mut *word.cast() }
+    }
 }
 
 /// Pages are rewritten in an order that leaps, so that dirty memory is not one range.

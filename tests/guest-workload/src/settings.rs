@@ -16,7 +16,9 @@ pub(crate) struct Settings {
     pub(crate) dirty: u64,
     /// Memory that another process walks through, in bytes; none for no such process.
     pub(crate) walk: usize,
-    /// Pages a second that it comes to, at most.
+    /// Memory that a third process walks through by system calls, in bytes; none for no such process.
+    pub(crate) call: usize,
+    /// Pages a second that either comes to, at most.
     pub(crate) walk_rate: u32,
     /// Threads that compute.
     pub(crate) compute: u64,
@@ -59,6 +61,8 @@ impl Settings {
                 .map_err(|error| error.to_string())?,
             dirty: number("dirty-mib", 0)? << 20,
             walk: usize::try_from(number("walk-mib", 0)? << 20)
+                .map_err(|error| error.to_string())?,
+            call: usize::try_from(number("call-mib", 0)? << 20)
                 .map_err(|error| error.to_string())?,
             walk_rate: small("walk-rate", 40_000)?,
             compute: number("compute", 0)?,

@@ -1,16 +1,41 @@
-//! A process of its own that walks through memory at random and writes a word of every page it comes to.
+//! A process of its own that walks through memory at random and writes a word of every page it comes to, by itself or
+//! by system calls, so that it is the kernel that touches the page.
 //!
 //! While the guest moves, pages that it wrote are what the destination does not have yet.
 
 use crate::memory::{PAGE, Page, Random, random_of, word_at};
 use crate::settings::Settings;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// What this program is told to be the walker.
-pub(crate) const NAME: &str = "walk";
+/// How a page is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// By the process.
+    Directly,
+    /// By the kernel, for the process: `write` of the word into a pipe, and `read` out of it.
+    ByCalls,
+}
+
+impl Way {
+    /// What this program is told to be such a walker.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Directly => "walk",
+            Self::ByCalls => "call",
+        }
+    }
+
+    /// What this program was told to be, if it is a walker.
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        [Self::Directly, Self::ByCalls]
+            .into_iter()
+            .find(|way| way.name() == name)
+    }
+}
+
 /// The word of a page that counts how often it was come to.
 const COUNT: usize = 1;
 const STEP: Duration = Duration::from_millis(10);
@@ -23,10 +48,12 @@ struct Region {
     /// How often each was come to.
     visits: Vec<u32>,
     random: Random,
+    /// By way of which the kernel writes the pages, where it does.
+    pipe: Option<(PipeReader, PipeWriter)>,
 }
 
 impl Region {
-    fn fill(size: usize) -> Result<Self, String> {
+    fn fill(size: usize, way: Way) -> Result<Self, String> {
         let count = size / PAGE;
         let mut pages: Vec<Page> = Vec::new();
         pages
@@ -44,16 +71,26 @@ impl Region {
             pages,
             visits: vec![0; count],
             random: Random::new(1),
+            pipe: match way {
+                Way::Directly => None,
+                Way::ByCalls => {
+                    Some(std::io::pipe().map_err(|error| format!("cannot make a pipe: {error}"))?)
+                }
+            },
         })
     }
 
-    fn visit_one(&mut self) {
+    fn visit_one(&mut self) -> std::io::Result<()> {
         let count = self.pages.len().max(1) as u64;
         let page = usize::try_from(self.random.next() % count).unwrap_or(0);
         if let (Some(found), Some(visits)) = (self.pages.get_mut(page), self.visits.get_mut(page)) {
             *visits = visits.wrapping_add(1);
-            found.words()[COUNT] += 1;
+            match &mut self.pipe {
+                None => found.words()[COUNT] += 1,
+                Some(pipe) => count_by_calls(found, pipe)?,
+            }
         }
+        Ok(())
     }
 
     /// Compares every page; says how many there are.
@@ -74,9 +111,26 @@ impl Region {
     }
 }
 
+/// The page is touched by the kernel alone.
+fn count_by_calls(
+    page: &mut Page,
+    (reader, writer): &mut (PipeReader, PipeWriter),
+) -> std::io::Result<()> {
+    let mut count = [0; 8];
+    writer.write_all(page.word_in_bytes(COUNT))?;
+    reader.read_exact(&mut count)?;
+    let count = u64::from_ne_bytes(count).wrapping_add(1);
+    writer.write_all(&count.to_ne_bytes())?;
+    reader.read_exact(page.word_in_bytes(COUNT))
+}
+
 /// The walker's whole life: says `ready`, walks, and answers `check`.
-pub(crate) fn run(settings: &Settings) -> Result<(), String> {
-    let region = Mutex::new(Region::fill(settings.walk)?);
+pub(crate) fn run(settings: &Settings, way: Way) -> Result<(), String> {
+    let size = match way {
+        Way::Directly => settings.walk,
+        Way::ByCalls => settings.call,
+    };
+    let region = Mutex::new(Region::fill(size, way)?);
     let answer = |line: String| {
         let mut out = std::io::stdout().lock();
         out.write_all(format!("{line}\n").as_bytes())
@@ -120,7 +174,11 @@ fn walk(region: &Mutex<Region>, rate: u32) {
         }
         let mut region = region.lock().unwrap_or_else(PoisonError::into_inner);
         for _ in 0..BATCH {
-            region.visit_one();
+            if let Err(error) = region.visit_one() {
+                // What was lost is found by the next check, and this says why.
+                eprintln!("{error}");
+                return;
+            }
         }
         owed -= f64::from(BATCH);
     }
@@ -135,9 +193,9 @@ pub(crate) struct Walker {
 
 impl Walker {
     /// Starts it, and waits until it walks.
-    pub(crate) fn start() -> Result<Self, String> {
+    pub(crate) fn start(way: Way) -> Result<Self, String> {
         let mut process = Command::new("/proc/self/exe")
-            .arg(NAME)
+            .arg(way.name())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -184,15 +242,17 @@ mod tests {
 
     #[test]
     fn a_changed_word_and_a_lost_visit_are_found() {
-        let mut region = Region::fill(64 * PAGE).expect("memory");
-        for _ in 0..500 {
-            region.visit_one();
+        for way in [Way::Directly, Way::ByCalls] {
+            let mut region = Region::fill(64 * PAGE, way).expect("memory");
+            for _ in 0..500 {
+                region.visit_one().expect("a visit");
+            }
+            assert_eq!(region.check(), Ok(64));
+            region.pages[3].words()[COUNT] -= 1;
+            assert!(region.check().is_err());
+            region.pages[3].words()[COUNT] += 1;
+            region.pages[60].words()[511] ^= 1;
+            assert!(region.check().is_err());
         }
-        assert_eq!(region.check(), Ok(64));
-        region.pages[3].words()[COUNT] -= 1;
-        assert!(region.check().is_err());
-        region.pages[3].words()[COUNT] += 1;
-        region.pages[60].words()[511] ^= 1;
-        assert!(region.check().is_err());
     }
 }

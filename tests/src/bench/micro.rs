@@ -12,7 +12,7 @@ use crate::guest::Boot;
 use crate::hosts::daemon::Daemon;
 use crate::hosts::{Hosts, Wire};
 use crate::qemu::migrate::{Credentials, Stock};
-use crate::qemu::{AgentPort, DiskImage, Machine};
+use crate::qemu::{Accelerator, AgentPort, DiskImage, Machine};
 use crate::scenario::micro::{connect, wrong};
 use crate::{Error, Result};
 use micro_guest::control::{Checked, Control};
@@ -95,6 +95,7 @@ pub(super) fn machine(
         machine: "q35".into(),
         memory,
         vcpus: 1,
+        accelerator: Accelerator::Tcg,
         boot: Boot {
             kernel,
             initrd: None,
@@ -104,7 +105,6 @@ pub(super) fn machine(
         disks,
         card: None,
         settings: Vec::new(),
-        counts_instructions: false,
     }
 }
 

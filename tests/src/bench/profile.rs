@@ -5,7 +5,7 @@ use crate::guest::disk::{self, Amount, Kind};
 use crate::guest::{self};
 use crate::layout::Layout;
 use crate::packages::{Kernel, Packages};
-use crate::qemu::{AgentPort, DiskImage, Machine};
+use crate::qemu::{Accelerator, AgentPort, DiskImage, Machine};
 
 /// Sizes of a guest and its workload.
 #[derive(Debug, Clone, Copy)]
@@ -61,6 +61,7 @@ impl Profile {
             machine: "q35".into(),
             memory: self.memory,
             vcpus: 1,
+            accelerator: Accelerator::Tcg,
             boot: guest::boot(layout, packages, kernel)?,
             agent: AgentPort::Serial,
             disks: vec![DiskImage {
@@ -74,7 +75,6 @@ impl Profile {
                 ("memory-mib", self.own.to_string()),
                 ("dirty-mib", self.dirty.to_string()),
             ],
-            counts_instructions: false,
         })
     }
 }

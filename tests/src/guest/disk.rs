@@ -180,7 +180,7 @@ fn build(kind: Kind, source: &Path, disk: &Path) -> Result<()> {
 }
 
 /// With tables and journal written now, so that the guest does not do it while it is measured.
-fn ext4(source: &Path, disk: &Path, offset: u64, size: u64) -> Result<()> {
+pub(super) fn ext4(source: &Path, disk: &Path, offset: u64, size: u64) -> Result<()> {
     Run::new("mke2fs")
         .args(["-q", "-F", "-t", "ext4", "-d"])
         .arg(source)

@@ -12,6 +12,9 @@ use std::path::{Path, PathBuf};
 /// The dynamic loader.
 const LOADER: &str = "ld-linux-x86-64.so.2";
 
+/// A guest's command line, before its settings.
+pub(super) const APPEND: &str = "console=ttyS0 quiet panic=-1 mitigations=off";
+
 /// What a guest boots from.
 #[derive(Debug, Clone)]
 pub struct Boot {
@@ -61,13 +64,7 @@ fn make(layout: &Layout, packages: &Packages, kernel: Kernel, servers: bool) -> 
         let livepatch = build::livepatch(layout, packages, kernel)?;
         archive.file("modules/livepatch_test.ko", &read(livepatch)?);
     }
-    let mut order = String::new();
-    for (name, content) in modules::load_order(&root, &release)? {
-        archive.file(&format!("modules/{name}"), &content);
-        order.push_str(&name);
-        order.push('\n');
-    }
-    archive.file("modules/order", order.as_bytes());
+    add_modules(&mut archive, &root, &release, &modules::GUEST)?;
     if servers {
         add_servers(packages, &mut archive)?;
     }
@@ -81,8 +78,25 @@ fn make(layout: &Layout, packages: &Packages, kernel: Kernel, servers: bool) -> 
     Ok(Boot {
         kernel: root.join(format!("boot/vmlinuz-{release}")),
         initrd: Some(initrd),
-        append: "console=ttyS0 quiet panic=-1 mitigations=off".into(),
+        append: APPEND.into(),
     })
+}
+
+/// A kernel's modules, and in which order to load them.
+pub(super) fn add_modules(
+    archive: &mut Archive,
+    root: &Path,
+    release: &str,
+    wanted: &[&str],
+) -> Result<()> {
+    let mut order = String::new();
+    for (name, content) in modules::load_order(root, release, wanted)? {
+        archive.file(&format!("modules/{name}"), &content);
+        order.push_str(&name);
+        order.push('\n');
+    }
+    archive.file("modules/order", order.as_bytes());
+    Ok(())
 }
 
 /// Servers, where Debian has them, and what they load.

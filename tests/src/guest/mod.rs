@@ -6,5 +6,7 @@ mod cpio;
 pub mod disk;
 mod image;
 mod modules;
+mod nested;
 
 pub use image::{Boot, boot, boot_with_servers};
+pub use nested::{Contents, NestedHost, nested_host};

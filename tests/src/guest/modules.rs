@@ -1,4 +1,4 @@
-//! The kernel's modules that the guest loads, in the order in which they can be.
+//! The kernel's modules that a guest loads, in the order in which they can be.
 
 use crate::command::Run;
 use crate::{Error, Result};
@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// What the guest needs; what they need comes from modules.dep.
-const WANTED: [&str; 6] = [
+pub(super) const GUEST: [&str; 6] = [
     "virtio_pci",
     "virtio_blk",
     "virtio_console",
@@ -15,6 +15,9 @@ const WANTED: [&str; 6] = [
     "ext4",
     "xfs",
 ];
+/// What a host that runs as a guest needs: a disk, KVM, and the link between two hosts in it.
+pub(super) const NESTED_HOST: [&str; 5] =
+    ["virtio_pci", "virtio_blk", "kvm_amd", "veth", "sch_tbf"];
 
 /// The version of the kernel in a root, as `uname -r` says it.
 pub(super) fn release(root: &Path) -> Result<String> {
@@ -34,7 +37,11 @@ pub(super) fn release(root: &Path) -> Result<String> {
 }
 
 /// The modules' names and contents, dependencies first.
-pub(super) fn load_order(root: &Path, release: &str) -> Result<Vec<(String, Vec<u8>)>> {
+pub(super) fn load_order(
+    root: &Path,
+    release: &str,
+    wanted: &[&str],
+) -> Result<Vec<(String, Vec<u8>)>> {
     let folder = root.join("lib/modules").join(release);
     let table = folder.join("modules.dep");
     if !table.exists() {
@@ -49,9 +56,9 @@ pub(super) fn load_order(root: &Path, release: &str) -> Result<Vec<(String, Vec<
     let builtin = fs::read_to_string(folder.join("modules.builtin")).unwrap_or_default();
     let needs = parse(&text);
     let mut order: Vec<&str> = Vec::new();
-    for wanted in WANTED {
-        let Some((path, before)) = needs.get(wanted) else {
-            if builtin.lines().any(|line| name_of(line) == wanted) {
+    for wanted in wanted {
+        let Some((path, before)) = needs.get(*wanted) else {
+            if builtin.lines().any(|line| name_of(line) == *wanted) {
                 continue;
             }
             return Err(Error::machine(

@@ -133,7 +133,7 @@ impl Daemon {
     /// Lets the other host's VMs use what this test makes, and what is nowhere.
     fn rules(peer: &Host, programs: &Path) -> String {
         format!(
-            "[incoming]\npaths = [\"{}\", \"/srv\", \"/dev\"]\naccelerators = [\"tcg\"]\ntaps = [\"{TAP}\"]\n[hosts.{}]\naddress = \"{}:{PORT}\"\n",
+            "[incoming]\npaths = [\"{}\", \"/srv\", \"/dev\"]\naccelerators = [\"tcg\", \"kvm\"]\ntaps = [\"{TAP}\"]\n[hosts.{}]\naddress = \"{}:{PORT}\"\n",
             programs.parent().unwrap_or(programs).display(),
             peer.name,
             peer.address,

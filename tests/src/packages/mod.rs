@@ -81,6 +81,14 @@ const SERVERS: Recipe = Recipe {
     suite: None,
     keep: &["redis-", "nginx_", "lib", "zlib1g_"],
 };
+/// The user space of a host that runs as a guest; its QEMU and kernel are those above.
+const NESTED_HOST: Recipe = Recipe {
+    name: "nested-host",
+    title: "a host's own programs",
+    packages: &["iproute2", "busybox-static", "libgcc-s1"],
+    suite: None,
+    keep: &["iproute2_", "busybox-static_", "lib", "zlib1g_"],
+};
 /// What a server holds in its page cache: a database or two, run-times, compilers.
 const FILES: Recipe = Recipe {
     name: "files",
@@ -118,6 +126,11 @@ impl Qemu {
             Self::V7_2 => "7.2",
             Self::V10_0 => "10.0",
         }
+    }
+
+    /// The name of its folder of packages.
+    pub fn folder(self) -> &'static str {
+        self.recipe().name
     }
 
     fn recipe(self) -> &'static Recipe {
@@ -215,6 +228,11 @@ impl Packages {
         self.unpacked(&SERVERS)
     }
 
+    /// The root of a host that runs as a guest.
+    pub fn nested_host(&self) -> Result<PathBuf> {
+        self.unpacked(&NESTED_HOST)
+    }
+
     /// What a program of a folder of packages loads, its loader included: each by its path in that folder.
     pub fn libraries(&self, root: &Path, program: &str) -> Result<Vec<PathBuf>> {
         roots::libraries(root, program)
@@ -236,6 +254,7 @@ impl Packages {
         }
         self.busybox()?;
         self.servers()?;
+        self.nested_host()?;
         self.files()?;
         Ok(())
     }

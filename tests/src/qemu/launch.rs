@@ -35,6 +35,28 @@ pub enum AgentPort {
     Console,
 }
 
+/// What runs a guest's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accelerator {
+    /// QEMU's translator, which every machine has.
+    Tcg,
+    /// The same, with a clock that counts a nanosecond an instruction: a guest's CPU time is that of no other load on
+    /// this machine.
+    Counting,
+    /// The kernel's, on a host that has it.
+    Kvm,
+}
+
+impl Accelerator {
+    /// As a definition names it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Tcg | Self::Counting => "tcg",
+            Self::Kvm => "kvm",
+        }
+    }
+}
+
 /// A guest's network card, plugged into [`TAP`] on whichever host it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Card {
@@ -53,6 +75,8 @@ pub struct Machine {
     pub memory: u64,
     /// How many.
     pub vcpus: u32,
+    /// What runs it.
+    pub accelerator: Accelerator,
     /// What it boots.
     pub boot: Boot,
     /// How its agent speaks.
@@ -63,8 +87,6 @@ pub struct Machine {
     pub card: Option<Card>,
     /// Settings of the workload: `testbed.KEY=VALUE` on the kernel's command line.
     pub settings: Vec<(&'static str, String)>,
-    /// Its clock counts instructions, a nanosecond each, so that its CPU time is that of no other load on this machine.
-    pub counts_instructions: bool,
 }
 
 impl Machine {
@@ -80,11 +102,12 @@ impl Machine {
     /// The definition of the same machine for `transhume vm start`.
     pub fn definition(&self) -> String {
         let mut text = format!(
-            "name = \"{}\"\nmachine = \"{}\"\naccelerator = \"tcg\"\nmemory = \"{}MiB\"\nvcpus = {}\n\n\
+            "name = \"{}\"\nmachine = \"{}\"\naccelerator = \"{}\"\nmemory = \"{}MiB\"\nvcpus = {}\n\n\
              [console]\nserial = true\n\n[agent]\nport = \"{}\"\n\n\
              [boot]\nkernel = \"{}\"\nappend = \"{}\"\n",
             self.name,
             self.machine,
+            self.accelerator.name(),
             self.memory,
             self.vcpus,
             match self.agent {
@@ -128,11 +151,11 @@ impl Machine {
             "-no-reboot",
         ]);
         add(&["-machine", &self.machine]);
-        if self.counts_instructions {
-            add(&["-accel", "tcg,thread=single", "-icount", "shift=0"]);
-        } else {
-            add(&["-accel", "tcg,thread=multi"]);
-        }
+        add(match self.accelerator {
+            Accelerator::Tcg => &["-accel", "tcg,thread=multi"],
+            Accelerator::Counting => &["-accel", "tcg,thread=single", "-icount", "shift=0"],
+            Accelerator::Kvm => &["-accel", "kvm", "-cpu", "host"],
+        });
         add(&[
             "-m",
             &format!("{}M", self.memory),

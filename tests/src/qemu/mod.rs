@@ -6,4 +6,4 @@ pub mod qmp;
 pub mod serial;
 
 pub(crate) use launch::BOOT;
-pub use launch::{AgentPort, Card, DiskImage, Machine, Vm};
+pub use launch::{Accelerator, AgentPort, Card, DiskImage, Machine, Vm};

@@ -9,8 +9,8 @@ use super::{Bed, Scenario};
 use crate::error::check;
 use crate::hosts::Hosts;
 use crate::packages::{Kernel, Qemu};
-use crate::qemu::Machine;
 use crate::qemu::serial::{Console, Side};
+use crate::qemu::{Accelerator, Machine};
 use crate::{Error, Result};
 use std::time::{Duration, Instant};
 use transhume_protocol::agent::{FrameList, FrameRun, FrameRuns, HostMessage};
@@ -77,7 +77,7 @@ fn cost(bed: &Bed, kernel: Kernel) -> Result<()> {
     let mut machine = guest::machine(bed, kernel)?;
     machine.disks.truncate(1);
     machine.memory = 768;
-    machine.counts_instructions = true;
+    machine.accelerator = Accelerator::Counting;
     machine.settings = vec![
         ("cache-mib", "40".into()),
         ("memory-mib", "400".into()),

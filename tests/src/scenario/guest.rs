@@ -10,7 +10,7 @@ use crate::hosts::Hosts;
 use crate::packages::{Kernel, Qemu};
 use crate::qemu::migrate::Stock;
 use crate::qemu::serial::{Console, Side};
-use crate::qemu::{AgentPort, DiskImage, Machine, Vm};
+use crate::qemu::{Accelerator, AgentPort, DiskImage, Machine, Vm};
 use crate::{Error, Result};
 use std::time::Duration;
 
@@ -87,6 +87,7 @@ pub(super) fn machine(bed: &Bed, kernel: Kernel) -> Result<Machine> {
         machine: "q35".into(),
         memory: 384,
         vcpus: 2,
+        accelerator: Accelerator::Tcg,
         boot: guest::boot(&bed.layout, &bed.packages, kernel)?,
         agent: AgentPort::Serial,
         disks: vec![
@@ -100,7 +101,6 @@ pub(super) fn machine(bed: &Bed, kernel: Kernel) -> Result<Machine> {
             ("memory-mib", "16".into()),
             ("dirty-mib", "5".into()),
         ],
-        counts_instructions: false,
     })
 }
 

@@ -17,6 +17,7 @@ mod guest;
 mod lie;
 pub(crate) mod micro;
 mod migrate;
+mod nested;
 mod order;
 mod pair;
 mod peers;
@@ -29,6 +30,7 @@ mod stress;
 mod transhume;
 
 pub use bed::Bed;
+pub use nested::inside as inside_nested_host;
 pub use runner::{Outcome, run_all};
 
 use crate::Result;
@@ -46,7 +48,7 @@ pub struct Scenario {
     pub run: fn(&Bed) -> Result<()>,
 }
 
-/// All of them, in the order in which they run.
+/// Those of every test, in the order in which they run.
 pub fn all() -> Vec<Scenario> {
     [
         apart::scenarios(),
@@ -73,4 +75,9 @@ pub fn all() -> Vec<Scenario> {
     .into_iter()
     .flatten()
     .collect()
+}
+
+/// Those that take a host with KVM, which runs as a guest: `cargo testbed test --all`.
+pub fn nested() -> Vec<Scenario> {
+    nested::scenarios()
 }

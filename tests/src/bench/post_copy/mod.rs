@@ -19,7 +19,7 @@ use crate::layout::Layout;
 use crate::packages::{Kernel, Packages, Qemu};
 use crate::progress::say;
 use crate::qemu::serial::Console;
-use crate::qemu::{AgentPort, Card, DiskImage, Machine};
+use crate::qemu::{Accelerator, AgentPort, Card, DiskImage, Machine};
 use clap::ValueEnum;
 use load::{Pieces, Store, Traffic, Web};
 use moved::{Bed, Moved, by_stock, by_transhume};
@@ -193,12 +193,12 @@ impl Setup {
             machine: "q35".into(),
             memory: self.size.memory,
             vcpus,
+            accelerator: Accelerator::Tcg,
             boot: self.boot.clone(),
             agent: AgentPort::Serial,
             disks,
             card: Some(CARD),
             settings,
-            counts_instructions: false,
         }
     }
 }

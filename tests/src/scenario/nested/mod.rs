@@ -1,0 +1,59 @@
+//! On real KVM: hosts whose kernel runs guests, with asynchronous page faults of its own.
+//!
+//! The test bed needs no KVM, so these hosts are guests themselves: the whole of it, two daemons, their QEMUs and a link, runs in
+//! one Debian host that QEMU's translator runs.
+
+mod async_faults;
+mod course;
+mod host;
+mod moves;
+
+use super::{Bed, Scenario};
+use crate::guest::disk::{self, Amount, Kind};
+use crate::guest::{self, Contents};
+use crate::{Error, Result};
+use host::End;
+use std::time::Duration;
+
+/// Of one run in a nested host, which is killed then.
+const RUN: Duration = Duration::from_secs(600);
+/// Of all that a scenario does: two runs, and what they need built.
+const LIMIT: Duration = Duration::from_secs(1600);
+
+pub(super) fn scenarios() -> Vec<Scenario> {
+    vec![Scenario {
+        name: "nested-kvm-post-copy",
+        about: "a KVM guest moves by post-copy with and without the gate, with and without KVM's asynchronous page faults",
+        limit: LIMIT,
+        run,
+    }]
+}
+
+fn run(bed: &Bed) -> Result<()> {
+    let disk = disk::make(&bed.layout, &bed.packages, Kind::Ext4, Amount::Some(40))?;
+    let host = guest::nested_host(&bed.layout, &bed.packages, &disk)?;
+    let mut end = host::run(&bed.packages, &host, 1, RUN)?;
+    if let End::Unfinished(why) = &end {
+        println!("  the nested host came to no end ({why}): once more");
+        end = host::run(&bed.packages, &host, 2, RUN)?;
+    }
+    match end {
+        End::Passed => Ok(()),
+        End::Failed(why) | End::Unfinished(why) => Err(Error::Check(why)),
+    }
+}
+
+/// What the nested host runs, from within; says how it ended.
+pub fn inside() -> Result<()> {
+    let contents = Contents::new();
+    let found = contents.programs.join("transhumed");
+    if !found.exists() {
+        return Err(Error::machine(
+            format!("No {}: this is no nested host", found.display()),
+            "`cargo testbed test --only nested` starts one",
+        ));
+    }
+    let result = moves::matrix(&contents);
+    host::tell(&result);
+    result
+}
