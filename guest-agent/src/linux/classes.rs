@@ -22,6 +22,10 @@ const MAX_RANGES: usize = 512;
 /// `TRANSHUME_CLASS_COUNT`.
 const CLASSES: usize = 8;
 
+/// A process's runs of so many pages and more come behind its shorter ones: its heap behind its stack and its
+/// libraries, without which it does nothing with a heap.
+const LONG: u64 = 64;
+
 /// `struct transhume_frames`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
@@ -154,6 +158,8 @@ pub struct LinuxClasses {
     /// Ranks, sizes in pages and processes that are left, the next one last.
     to_walk: Vec<(u8, u64, i32)>,
     found: VecDeque<(MemoryClass, FrameRun)>,
+    /// Long runs of the process that is looked at.
+    long: Vec<(MemoryClass, FrameRun)>,
     counts: ClassCounts,
     /// Pages that processes touched: of what the administrator wants first, and of all others.
     touched: (u64, u64),
@@ -170,6 +176,7 @@ impl LinuxClasses {
             frames: 0,
             to_walk: Vec::new(),
             found: VecDeque::new(),
+            long: Vec::new(),
             counts: ClassCounts::default(),
             touched: (0, 0),
         }
@@ -267,10 +274,14 @@ impl LinuxClasses {
                     others
                 };
                 *sum = sum.saturating_add(pages);
-                let runs = frames
-                    .iter()
-                    .map(|&Frames { pfn, pages }| (class, FrameRun { pfn, pages }));
-                self.found.extend(runs);
+                for &Frames { pfn, pages } in frames {
+                    let run = (class, FrameRun { pfn, pages });
+                    if pages < LONG {
+                        self.found.push_back(run);
+                    } else {
+                        self.long.push(run);
+                    }
+                }
             }
             // It has ended, or has no memory.
             Err(Errno::ESRCH) => addr = 0,
@@ -281,6 +292,7 @@ impl LinuxClasses {
         }
         if addr == 0 {
             self.to_walk.pop();
+            self.found.extend(self.long.drain(..));
         }
         Stage::Processes(addr)
     }
@@ -291,6 +303,7 @@ impl Classes for LinuxClasses {
         self.source = Source::open();
         self.names = false;
         self.found.clear();
+        self.long.clear();
         self.rank_processes();
         self.stage = Stage::Processes(0);
     }
@@ -299,6 +312,7 @@ impl Classes for LinuxClasses {
         self.source = Source::open();
         self.names = true;
         self.found.clear();
+        self.long.clear();
         self.frames = frames;
         self.counts = ClassCounts::default();
         self.touched = (0, 0);
