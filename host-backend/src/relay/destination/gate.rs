@@ -29,6 +29,9 @@ const TICK: Duration = Duration::from_millis(3);
 const HOLD: Duration = Duration::from_millis(50);
 /// Pages whose arrival is held back so, at most.
 const MOST_HELD: u64 = 1024;
+/// Frames between arrivals, none of them absent, that are told with them at most: to mark them as arrived costs the
+/// guest less than one run more.
+const GAP: u64 = 8192;
 /// The agent lets everybody go when it hears nothing for a second.
 const ALIVE: Duration = Duration::from_millis(200);
 /// How long the last word of the agent is waited for.
@@ -181,7 +184,8 @@ fn run(
             map.frames(one, |run| held.add(run));
         }
         if held.is_due(last.elapsed()) {
-            agent.name_arrived(&held.take()).map_err(io)?;
+            let there = |from, to| absent.is_there(&map, from, to);
+            agent.name_arrived(&held.take(there)).map_err(io)?;
             last = Instant::now();
         } else if last.elapsed() > ALIVE {
             agent.stay().map_err(io)?;
@@ -239,15 +243,20 @@ impl Held {
         !self.runs.is_empty() && (self.is_urgent || self.pages >= MOST_HELD || since >= HOLD)
     }
 
-    /// All of them, in order: as few runs as there can be.
-    fn take(&mut self) -> Vec<FrameRun> {
+    /// All of them, in order: as few runs as there can be. `is_there`: whether no frame of a range is absent.
+    fn take(&mut self, is_there: impl Fn(u64, u64) -> bool) -> Vec<FrameRun> {
         let mut held = std::mem::take(self);
         held.runs.sort_unstable_by_key(|run| run.pfn);
-        let mut ordered = Self::default();
+        let mut joined: Vec<FrameRun> = Vec::new();
         for run in held.runs {
-            ordered.add(run);
+            match joined.last_mut() {
+                Some(last) if is_there(last.pfn + last.pages, run.pfn) => {
+                    last.pages = last.pages.max(run.pfn + run.pages - last.pfn);
+                }
+                _ => joined.push(run),
+            }
         }
-        ordered.runs
+        joined
     }
 }
 
@@ -382,6 +391,23 @@ impl Absent {
         (frames, was_wanted)
     }
 
+    /// Whether a short range of frames is memory, and none of it absent.
+    fn is_there(&self, map: &Map, from: u64, to: u64) -> bool {
+        if from >= to {
+            return true;
+        }
+        let pages = to - from;
+        pages <= GAP
+            && map.0.iter().any(|one| {
+                let missing = &self.blocks[usize::from(one.block)].missing;
+                let first = from.checked_sub(one.pfn).map(|at| one.first + at);
+                first.is_some_and(|first| {
+                    to <= one.pfn.saturating_add(one.pages)
+                        && missing.first_present(first, first + pages).is_none()
+                })
+            })
+    }
+
     /// What is to be asked for of pages that somebody waits for: those that are still absent. QEMU asks for a
     /// page more than once, too, but only when it has to.
     fn ask(&mut self, (key, count): (PageKey, u64)) -> Option<(PageKey, u64)> {
@@ -421,6 +447,10 @@ mod tests {
         }
     }
 
+    fn apart(from: u64, to: u64) -> bool {
+        from >= to
+    }
+
     fn arrived(page: u64, count: u32) -> Arrived {
         Arrived {
             block: 1,
@@ -450,7 +480,7 @@ mod tests {
 
         let mut held = Held::default();
         map.frames(arrived(30, 4), |run| held.add(run));
-        assert_eq!(held.take(), [run(30, 2), run(100, 2)]);
+        assert_eq!(held.take(apart), [run(30, 2), run(100, 2)]);
         assert_eq!(absent.take(&map, arrived(30, 4)), (2, false));
         assert_eq!(absent.take(&map, arrived(30, 4)), (0, false));
         assert_eq!(absent.take(&map, arrived(63, 9)), (0, false));
@@ -471,14 +501,31 @@ mod tests {
         assert!(!held.is_due(HOLD), "there is nothing to tell");
         held.add(run(9, 1));
         assert!(held.is_due(Duration::ZERO));
-        assert_eq!(held.take(), [run(9, 1)]);
+        assert_eq!(held.take(apart), [run(9, 1)]);
         for pfn in [7, 3, 4, 1, 8, 2] {
             held.add(run(pfn, 1));
         }
         assert!(held.is_due(HOLD) && !held.is_due(Duration::ZERO));
-        assert_eq!(held.take(), [run(1, 4), run(7, 2)]);
+        assert_eq!(held.take(apart), [run(1, 4), run(7, 2)]);
         held.add(run(0, MOST_HELD));
         assert!(held.is_due(Duration::ZERO));
+    }
+
+    #[test]
+    fn what_is_between_arrivals_and_there_is_told_with_them() {
+        let regions = [region(0, 32, "pc.ram", 0), region(40, 32, "pc.ram", 32)];
+        let mut absent = absent(&[3, 9, 20, 31, 32]);
+        let map = Map::new(&regions, &absent.blocks);
+        let run = |pfn, pages| FrameRun { pfn, pages };
+        let mut held = Held::default();
+        for page in [32, 3, 20, 31] {
+            absent.take(&map, arrived(page, 1));
+            map.frames(arrived(page, 1), |run| held.add(run));
+        }
+        // 9 is absent still, and from 32 to 39 there is no memory.
+        let there = |from, to| absent.is_there(&map, from, to);
+        assert_eq!(held.take(there), [run(3, 1), run(20, 12), run(40, 1)]);
+        assert!(!absent.is_there(&map, 0, u64::MAX));
     }
 
     #[test]
