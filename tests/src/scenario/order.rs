@@ -12,6 +12,8 @@ use std::time::Duration;
 const LIMIT: Duration = Duration::from_secs(300);
 /// In Mbit/s.
 const RATE: u32 = 100;
+/// Pages that come with one that the guest waits for and nobody named, at most.
+const NEAR: u64 = 16;
 /// What the guest works with in the end, in bytes.
 const HOT: u64 = 2 << 20;
 
@@ -90,7 +92,7 @@ fn order(bed: &Bed) -> Result<()> {
         format!("The guest asked for {with} pages, and without an order for {without}")
     })?;
     check(
-        post(&unnamed, "ordered-pages")? == 0 && post(&unnamed, "kernel-pages")? == 0,
+        post(&unnamed, "ordered-pages")? <= NEAR * without && post(&unnamed, "kernel-pages")? == 0,
         || format!("Nobody named them: {unnamed}"),
     )?;
     check(
@@ -106,7 +108,8 @@ fn lies(bed: &Bed) -> Result<()> {
     narrowing(bed, "lie=flood")?;
     let answer = narrowing(bed, "lie=outside-memory")?;
     followed(&answer)?;
-    check(post(&answer, "ordered-pages")? == 0, || {
+    let asked = post(&answer, "requested-pages")?;
+    check(post(&answer, "ordered-pages")? <= NEAR * asked, || {
         format!("Pages came that nobody named: {answer}")
     })
 }
