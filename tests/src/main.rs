@@ -75,7 +75,10 @@ enum Task {
     },
     /// What runs in a nested host
     #[command(hide = true)]
-    NestedHost,
+    NestedHost {
+        /// Who puts page faults off
+        case: String,
+    },
     /// Gets the Debian packages that everything else needs, without installing them
     #[command(after_help = "Example:\n  cargo testbed packages")]
     Packages,
@@ -209,15 +212,15 @@ fn run(task: Task) -> Result<bool> {
         return Ok(true);
     }
     cleanup::watch_signals()?;
-    if matches!(task, Task::NestedHost) {
-        return scenario::inside_nested_host().map(|()| true);
+    if let Task::NestedHost { case } = &task {
+        return scenario::inside_nested_host(case).map(|()| true);
     }
     let layout = Layout::find()?;
     tools::ensure()?;
     let packages = Packages::new(&layout);
     match task {
         Task::Packages => packages.all()?,
-        Task::NestedHost => {}
+        Task::NestedHost { .. } => {}
         Task::Test { only, all, .. } => {
             return suite::run(&Bed::new(layout, packages), only.as_deref(), all);
         }

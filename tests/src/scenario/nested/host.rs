@@ -19,6 +19,8 @@ const VERDICT: &str = "verdict ";
 const GLANCE: Duration = Duration::from_millis(200);
 /// How much of each log an error shows, in lines.
 const SHOWN: usize = 30;
+/// Of one run, which is ended then: it takes a minute or two.
+const LIMIT: Duration = Duration::from_secs(300);
 const MIB: u32 = 4096;
 const CPUS: u32 = 2;
 
@@ -59,22 +61,17 @@ fn read(verdict: &str) -> Option<End> {
     })
 }
 
-/// Boots the host, shows what it says, and ends it: at its verdict, or when the time is up. The logs of each
+/// Boots the host for a case, shows what it says, and ends it: at its verdict, or when the time is up. The logs of each
 /// attempt are kept.
-pub(super) fn run(
-    packages: &Packages,
-    host: &NestedHost,
-    attempt: u32,
-    limit: Duration,
-) -> Result<End> {
+pub(super) fn run(packages: &Packages, host: &NestedHost, case: &str, attempt: u32) -> Result<End> {
     let begun = Instant::now();
-    let logs = Logs::beside(&host.disk, attempt);
-    let mut process = start(&packages.qemu(Qemu::V10_0)?, host, &logs)?;
+    let logs = Logs::beside(&host.disk, case, attempt);
+    let mut process = start(&packages.qemu(Qemu::V10_0)?, host, case, &logs)?;
     let lines = lines(&mut process)?;
     loop {
         still_time()?;
-        if begun.elapsed() > limit {
-            let limit = limit.as_secs();
+        if begun.elapsed() > LIMIT {
+            let limit = LIMIT.as_secs();
             return Ok(End::Unfinished(format!("no verdict within {limit} s")));
         }
         match lines.recv_timeout(GLANCE) {
@@ -102,10 +99,10 @@ struct Logs {
 }
 
 impl Logs {
-    fn beside(disk: &Path, attempt: u32) -> Self {
+    fn beside(disk: &Path, case: &str, attempt: u32) -> Self {
         Self {
-            console: disk.with_file_name(format!("console-{attempt}.log")),
-            qemu: disk.with_file_name(format!("qemu-{attempt}.log")),
+            console: disk.with_file_name(format!("{case}-{attempt}-console.log")),
+            qemu: disk.with_file_name(format!("{case}-{attempt}-qemu.log")),
         }
     }
 
@@ -122,7 +119,7 @@ impl Logs {
     }
 }
 
-fn start(qemu: &Path, host: &NestedHost, logs: &Logs) -> Result<Process> {
+fn start(qemu: &Path, host: &NestedHost, case: &str, logs: &Logs) -> Result<Process> {
     let words = File::create(&logs.qemu).map_err(Error::file("create", &logs.qemu))?;
     let mut run = Run::new(qemu).cure("See its words");
     run = run.args(["-name", "nested-host", "-nodefaults", "-no-user-config"]);
@@ -133,7 +130,9 @@ fn start(qemu: &Path, host: &NestedHost, logs: &Logs) -> Result<Process> {
     run = run.args(["-m", &format!("{MIB}M")]);
     run = run.arg("-kernel").arg(&host.kernel);
     run = run.arg("-initrd").arg(&host.initrd);
-    run = run.args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off"]);
+    run = run.arg("-append").arg(format!(
+        "console=ttyS0 quiet panic=-1 mitigations=off testbed.case={case}"
+    ));
     // What the host writes is thrown away with it: QEMU keeps it in a file without a name.
     let disk = host.disk.display();
     if let Some(folder) = host.disk.parent() {
