@@ -10,7 +10,6 @@ use crate::text::Text;
 use core::fmt::Write as _;
 use core::time::Duration;
 use nix::errno::Errno;
-use nix::time::{ClockId, clock_gettime};
 use std::path::PathBuf;
 use tracing::{debug, info, warn};
 use transhume_protocol::agent::{Range, ReportSource};
@@ -173,7 +172,7 @@ impl PageCache for LinuxCache {
     }
 
     fn cpu_time(&mut self) -> Duration {
-        clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
+        super::gate::cpu_time()
     }
 
     fn begin(&mut self) -> Result<(), Error> {

@@ -319,7 +319,7 @@ impl Gate for LinuxGate {
 }
 
 /// The CPU time of this thread, which does all there is to do, calls of the module included.
-fn cpu_time() -> Duration {
+pub(super) fn cpu_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 

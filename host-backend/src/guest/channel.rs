@@ -78,8 +78,9 @@ pub fn connect(
     open(socket, session, patience)?.agreed(disks, patience)
 }
 
+/// Why there is nothing to be had from an agent, for people.
 #[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
-pub(super) fn unusable(error: io::Error) -> String {
+pub(crate) fn unusable(error: io::Error) -> String {
     format!("the agent's channel cannot be used: {error}")
 }
 

@@ -9,6 +9,7 @@ mod gate;
 mod order;
 mod report;
 
+pub(crate) use channel::unusable;
 pub use channel::{Agent, Greeting, Opening, Reported, connect, open};
 pub use gate::{GateNews, Preparation};
 pub use order::{MemoryOrder, Questions};

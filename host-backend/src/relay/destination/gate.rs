@@ -15,7 +15,7 @@ use transhume_protocol::qemu::return_path::Message;
 use super::output::{Arrived, Output};
 use super::placement::Placement;
 use super::reply::Reply;
-use crate::guest;
+use crate::guest::{self, unusable};
 use crate::hypervisor::Vm;
 use crate::hypervisor::layout::{Layout, Region, main_memory_end};
 use crate::pages::bitmap::Bitmap;
@@ -148,7 +148,6 @@ fn run(
     stop: &AtomicBool,
 ) -> Result<Option<GateCounts>, String> {
     let began = Instant::now();
-    let io = |error: std::io::Error| format!("the agent's channel cannot be used: {error}");
     let mut session = [0; 8];
     getrandom::fill(&mut session).map_err(|error| error.to_string())?;
     let blocks = loop {
@@ -166,10 +165,10 @@ fn run(
     let map = Map::new(regions, &blocks);
     let mut absent = Absent { blocks };
     let frames = main_memory_end(regions, PAGE_SIZE as u64);
-    opening.gate(frames, &absent.runs(&map)).map_err(io)?;
+    opening.gate(frames, &absent.runs(&map)).map_err(unusable)?;
     let mut left = absent.count(&map);
     let (mut agent, _) = opening.agreed(Vec::new(), PATIENCE)?;
-    agent.set_tick(TICK).map_err(io)?;
+    agent.set_tick(TICK).map_err(unusable)?;
     agent.gate_opened(PATIENCE)?;
     let after_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
     tracing::info!(pages = left, after_ms, "the agent knows what is absent");
@@ -185,13 +184,13 @@ fn run(
         }
         if held.is_due(last.elapsed()) {
             let there = |from, to| absent.is_there(&map, from, to);
-            agent.name_arrived(&held.take(there)).map_err(io)?;
+            agent.name_arrived(&held.take(there)).map_err(unusable)?;
             last = Instant::now();
         } else if last.elapsed() > ALIVE {
-            agent.stay().map_err(io)?;
+            agent.stay().map_err(unusable)?;
             last = Instant::now();
         }
-        let news = agent.gate_news().map_err(io)?;
+        let news = agent.gate_news().map_err(unusable)?;
         if news.over.is_some() {
             return Ok(news.over);
         }
@@ -208,7 +207,7 @@ fn run(
             });
         }
     }
-    agent.close_gate(LAST_WORD).map_err(io)
+    agent.close_gate(LAST_WORD).map_err(unusable)
 }
 
 /// Nothing is noted for nobody.

@@ -254,7 +254,7 @@ fn holds(seen: &Seen) -> Result<()> {
     })
 }
 
-/// What was seen in all cases, side by side.
+/// What was seen, as a row of decision 0020's table.
 fn table(seen: &Seen) -> Result<()> {
     println!(
         "| puts faults off | pages that followed | asked for | taken in by KVM | told to the guest | slept behind the gate | \
