@@ -74,10 +74,14 @@ impl Opening {
     /// # Errors
     /// If the agent does not read its channel.
     pub fn gate(&self, frames: u64, absent: &[FrameRun]) -> io::Result<()> {
-        send(&self.stream, &HostMessage::GateOpen { frames })?;
-        send_frames(&self.stream, FrameList::Absent, absent)?;
-        send(&self.stream, &HostMessage::GateWalk)
+        ask(&self.stream, frames, absent)
     }
+}
+
+fn ask(stream: &UnixStream, frames: u64, absent: &[FrameRun]) -> io::Result<()> {
+    send(stream, &HostMessage::GateOpen { frames })?;
+    send_frames(stream, FrameList::Absent, absent)?;
+    send(stream, &HostMessage::GateWalk)
 }
 
 fn send_frames(mut stream: &UnixStream, list: FrameList, runs: &[FrameRun]) -> io::Result<()> {
@@ -108,7 +112,15 @@ impl Agent {
         })
     }
 
-    /// Waits for the gate that [`Opening::gate`] asked for, for `patience` at most.
+    /// The same as [`Opening::gate`], after a gate that is over.
+    ///
+    /// # Errors
+    /// If the agent does not read its channel.
+    pub fn gate(&self, frames: u64, absent: &[FrameRun]) -> io::Result<()> {
+        ask(&self.stream, frames, absent)
+    }
+
+    /// Waits for the gate that was asked for, for `patience` at most.
     ///
     /// # Errors
     /// Why there is none, for people.

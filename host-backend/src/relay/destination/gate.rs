@@ -3,63 +3,39 @@
 //!
 //! All of it may fail, and nothing waits for it: without it, it is plain post-copy.
 
+use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
-use transhume_protocol::agent::{FrameRun, GateCounts};
+use transhume_protocol::agent::GateCounts;
 use transhume_protocol::qemu::return_path::Message;
 
 use super::output::{Arrived, Output};
 use super::placement::Placement;
 use super::reply::Reply;
-use crate::guest::{self, unusable};
+use crate::guest::{self, Agent, unusable};
 use crate::hypervisor::Vm;
 use crate::hypervisor::layout::{Layout, Region, main_memory_end};
-use crate::pages::bitmap::Bitmap;
-use crate::pages::{PAGE_SIZE, PageKey};
+use crate::pages::PAGE_SIZE;
+use absent::{Absent, Held, Map};
+
+pub(super) use absent::Block;
+
+mod absent;
 
 /// How long the agent may take to answer, from before the VM runs. It runs on memory that is partly absent itself.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Arrivals that somebody waits for are told this late at most, about.
 const TICK: Duration = Duration::from_millis(3);
-/// Other arrivals are told this late at most, since each time costs the guest's CPU.
-const HOLD: Duration = Duration::from_millis(50);
-/// Pages whose arrival is held back so, at most.
-const MOST_HELD: u64 = 1024;
-/// Frames between arrivals, none of them absent, that are told with them at most: to mark them as arrived costs the
-/// guest less than one run more.
-const GAP: u64 = 8192;
 /// The agent lets everybody go when it hears nothing for a second.
 const ALIVE: Duration = Duration::from_millis(200);
 /// How long the last word of the agent is waited for.
 const LAST_WORD: Duration = Duration::from_secs(3);
-/// Absent runs that are told, at most. Those beyond them stop a CPU as ever.
-const MOST_RUNS: usize = 1 << 18;
-/// Pages that are asked for with one message, at most: what a huge page of the guest has.
-const MOST_ASKED: u64 = 512;
-
-/// A VM's RAM block, as far as this needs it.
-pub(super) struct Block {
-    pub(super) name: String,
-    /// Pages that are missing.
-    pub(super) missing: Bitmap,
-    /// Pages that a process of the guest waits for.
-    pub(super) wanted: Bitmap,
-}
-
-impl Block {
-    pub(super) fn new(name: String, missing: Bitmap) -> Self {
-        let wanted = Bitmap::new(missing.len());
-        Self {
-            name,
-            missing,
-            wanted,
-        }
-    }
-}
+/// How often one gate is opened, at most, where it is over because the agent stood still.
+const MOST_OPENED: u32 = 8;
 
 /// Ends it when it is dropped.
 pub(super) struct Gate {
@@ -148,8 +124,6 @@ fn run(
     stop: &AtomicBool,
 ) -> Result<Option<GateCounts>, String> {
     let began = Instant::now();
-    let mut session = [0; 8];
-    getrandom::fill(&mut session).map_err(|error| error.to_string())?;
     let blocks = loop {
         if let Some(blocks) = placement.watch() {
             break blocks;
@@ -159,55 +133,155 @@ fn run(
         }
         std::thread::sleep(TICK);
     };
+    let _watch = Watch(&placement.output);
+    let arrived = || placement.output.arrived();
+    let ask = |block: &str, page, count| {
+        // The receiver ends only when the relay does.
+        let _ = replies.send(Reply::ReturnPath(request(block, page, count)));
+    };
+    keep(socket, regions, blocks, stop, arrived, ask)
+}
+
+/// Keeps the agent's gate until nothing is absent, and returns what came of it. `arrived`: what has come since it was
+/// called last; `ask` asks for pages of a block.
+fn keep(
+    socket: &Path,
+    regions: &[Region],
+    blocks: Vec<Block>,
+    stop: &AtomicBool,
+    mut arrived: impl FnMut() -> Vec<Arrived>,
+    mut ask: impl FnMut(&str, u64, u64),
+) -> Result<Option<GateCounts>, String> {
+    let began = Instant::now();
+    let mut session = [0; 8];
+    getrandom::fill(&mut session).map_err(|error| error.to_string())?;
     // The agent can be asleep: its VM may not run yet.
     let opening = guest::open(socket, u64::from_ne_bytes(session), PATIENCE)?;
-    let _watch = Watch(&placement.output);
     let map = Map::new(regions, &blocks);
-    let mut absent = Absent { blocks };
+    let mut told = Told::new(&map, Absent { blocks });
     let frames = main_memory_end(regions, PAGE_SIZE as u64);
-    opening.gate(frames, &absent.runs(&map)).map_err(unusable)?;
-    let mut left = absent.count(&map);
+    opening
+        .gate(frames, &told.absent.runs(&map))
+        .map_err(unusable)?;
     let (mut agent, _) = opening.agreed(Vec::new(), PATIENCE)?;
     agent.set_tick(TICK).map_err(unusable)?;
     agent.gate_opened(PATIENCE)?;
     let after_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
-    tracing::info!(pages = left, after_ms, "the agent knows what is absent");
-    let mut last = Instant::now();
-    let mut held = Held::default();
-    while left > 0 && !stop.load(Ordering::Relaxed) {
-        let arrived = placement.output.arrived();
-        for one in arrived {
-            let (frames, was_wanted) = absent.take(&map, one);
-            left -= frames.min(left);
-            held.is_urgent |= was_wanted;
-            map.frames(one, |run| held.add(run));
+    tracing::info!(
+        pages = told.left,
+        after_ms,
+        "the agent knows what is absent"
+    );
+    let mut all = None;
+    for times in 1.. {
+        let over = told.follow(&mut agent, stop, &mut arrived, &mut ask);
+        let over = over.map_err(unusable)?;
+        all = sum(all, over);
+        let expired = over.is_some_and(|over| over.expired);
+        if !expired || times == MOST_OPENED || told.left == 0 || stop.load(Ordering::Relaxed) {
+            break;
         }
-        if held.is_due(last.elapsed()) {
-            let there = |from, to| absent.is_there(&map, from, to);
-            agent.name_arrived(&held.take(there)).map_err(unusable)?;
-            last = Instant::now();
-        } else if last.elapsed() > ALIVE {
-            agent.stay().map_err(unusable)?;
-            last = Instant::now();
-        }
-        let news = agent.gate_news().map_err(unusable)?;
-        if news.over.is_some() {
-            return Ok(news.over);
-        }
-        for run in news.wanted {
-            map.pages(run, |wanted| {
-                let asked = absent.ask(wanted);
-                // It is there, and was only not told yet.
-                held.is_urgent |= asked.is_none() && !held.runs.is_empty();
-                if let Some((key, count)) = asked {
-                    let name = &absent.blocks[usize::from(key.block)].name;
-                    // The receiver ends only when the relay does.
-                    let _ = replies.send(Reply::ReturnPath(request(name, key.page, count)));
-                }
-            });
+        tracing::info!(
+            pages = told.left,
+            "the agent stood still for too long: it is told again"
+        );
+        let opened = agent.gate(frames, &told.absent.runs(&map));
+        let opened = opened.map_err(unusable);
+        if let Err(reason) = opened.and_then(|()| agent.gate_opened(PATIENCE)) {
+            tracing::info!(reason, "its processes do not sleep any more");
+            break;
         }
     }
-    agent.close_gate(LAST_WORD).map_err(unusable)
+    Ok(all)
+}
+
+/// What came of a gate and of the next one.
+fn sum(all: Option<GateCounts>, next: Option<GateCounts>) -> Option<GateCounts> {
+    let (Some(all), Some(next)) = (all, next) else {
+        return all.or(next);
+    };
+    Some(GateCounts {
+        expired: next.expired,
+        gated: all.gated.saturating_add(next.gated),
+        waits: all.waits.saturating_add(next.waits),
+        interrupted: all.interrupted.saturating_add(next.interrupted),
+        passed: all.passed.saturating_add(next.passed),
+        waited_us: all.waited_us.saturating_add(next.waited_us),
+        longest_us: all.longest_us.max(next.longest_us),
+        absent: all.absent.max(next.absent),
+        cpu_us: all.cpu_us.saturating_add(next.cpu_us),
+    })
+}
+
+/// What the agent was told, and what is to be told.
+struct Told<'a> {
+    map: &'a Map,
+    absent: Absent,
+    /// Frames that are absent.
+    left: u64,
+    held: Held,
+}
+
+impl<'a> Told<'a> {
+    fn new(map: &'a Map, absent: Absent) -> Self {
+        let left = absent.count(map);
+        Self {
+            map,
+            absent,
+            left,
+            held: Held::default(),
+        }
+    }
+
+    /// Tells what arrives, and asks for what is waited for, until nothing is absent, or the gate is over by itself.
+    /// Returns what came of it.
+    fn follow(
+        &mut self,
+        agent: &mut Agent,
+        stop: &AtomicBool,
+        mut arrived: impl FnMut() -> Vec<Arrived>,
+        mut ask: impl FnMut(&str, u64, u64),
+    ) -> io::Result<Option<GateCounts>> {
+        let Self {
+            map,
+            absent,
+            left,
+            held,
+        } = self;
+        let mut last = Instant::now();
+        while *left > 0 && !stop.load(Ordering::Relaxed) {
+            for one in arrived() {
+                let (frames, was_wanted) = absent.take(map, one);
+                *left -= frames.min(*left);
+                held.is_urgent |= was_wanted;
+                map.frames(one, |run| held.add(run));
+            }
+            if held.is_due(last.elapsed()) {
+                let there = |from, to| absent.is_there(map, from, to);
+                agent.name_arrived(&held.take(there))?;
+                last = Instant::now();
+            } else if last.elapsed() > ALIVE {
+                agent.stay()?;
+                last = Instant::now();
+            }
+            let news = agent.gate_news()?;
+            if news.over.is_some() {
+                return Ok(news.over);
+            }
+            for run in news.wanted {
+                map.pages(run, |wanted| {
+                    let asked = absent.ask(wanted);
+                    // It is there, and was only not told yet.
+                    held.is_urgent |= asked.is_none() && !held.is_empty();
+                    if let Some((key, count)) = asked {
+                        let name = &absent.blocks[usize::from(key.block)].name;
+                        ask(name, key.page, count);
+                    }
+                });
+            }
+        }
+        agent.close_gate(LAST_WORD)
+    }
 }
 
 /// Nothing is noted for nobody.
@@ -216,46 +290,6 @@ struct Watch<'a>(&'a Output);
 impl Drop for Watch<'_> {
     fn drop(&mut self) {
         self.0.unwatch();
-    }
-}
-
-/// Arrivals that were not told yet.
-#[derive(Default)]
-struct Held {
-    runs: Vec<FrameRun>,
-    pages: u64,
-    /// Somebody waits for some of them.
-    is_urgent: bool,
-}
-
-impl Held {
-    fn add(&mut self, run: FrameRun) {
-        self.pages += run.pages;
-        match self.runs.last_mut() {
-            Some(last) if last.pfn + last.pages == run.pfn => last.pages += run.pages,
-            _ => self.runs.push(run),
-        }
-    }
-
-    /// Whether they are to be told, so long after the last time that something was.
-    fn is_due(&self, since: Duration) -> bool {
-        !self.runs.is_empty() && (self.is_urgent || self.pages >= MOST_HELD || since >= HOLD)
-    }
-
-    /// All of them, in order: as few runs as there can be. `is_there`: whether no frame of a range is absent.
-    fn take(&mut self, is_there: impl Fn(u64, u64) -> bool) -> Vec<FrameRun> {
-        let mut held = std::mem::take(self);
-        held.runs.sort_unstable_by_key(|run| run.pfn);
-        let mut joined: Vec<FrameRun> = Vec::new();
-        for run in held.runs {
-            match joined.last_mut() {
-                Some(last) if is_there(last.pfn + last.pages, run.pfn) => {
-                    last.pages = last.pages.max(run.pfn + run.pages - last.pfn);
-                }
-                _ => joined.push(run),
-            }
-        }
-        joined
     }
 }
 
@@ -272,279 +306,19 @@ fn request(block: &str, page: u64, count: u64) -> Vec<u8> {
     bytes
 }
 
-/// A stretch of page frames that a block backs.
-struct Stretch {
-    pfn: u64,
-    pages: u64,
-    block: u16,
-    first: u64,
-}
-
-/// Which frames are which pages.
-struct Map(Vec<Stretch>);
-
-impl Map {
-    fn new(regions: &[Region], blocks: &[Block]) -> Self {
-        let size = PAGE_SIZE as u64;
-        let stretch = |region: &Region| {
-            let block = blocks.iter().position(|block| block.name == region.block)?;
-            let aligned = [region.start, region.length, region.offset];
-            aligned.iter().all(|at| at % size == 0).then_some(Stretch {
-                pfn: region.start / size,
-                pages: region.length / size,
-                block: u16::try_from(block).ok()?,
-                first: region.offset / size,
-            })
-        };
-        Self(regions.iter().filter_map(stretch).collect())
-    }
-
-    /// The frames of pages.
-    fn frames(&self, pages: Arrived, mut each: impl FnMut(FrameRun)) {
-        let end = pages.page.saturating_add(u64::from(pages.count));
-        for one in self.0.iter().filter(|one| one.block == pages.block) {
-            let from = pages.page.max(one.first);
-            let to = end.min(one.first.saturating_add(one.pages));
-            if from < to {
-                each(FrameRun {
-                    pfn: one.pfn + (from - one.first),
-                    pages: to - from,
-                });
-            }
-        }
-    }
-
-    /// The pages of frames that a guest named: any numbers.
-    fn pages(&self, run: FrameRun, mut each: impl FnMut((PageKey, u64))) {
-        let end = run.pfn.saturating_add(run.pages.min(MOST_ASKED));
-        for one in &self.0 {
-            let from = run.pfn.max(one.pfn);
-            let to = end.min(one.pfn.saturating_add(one.pages));
-            if from < to {
-                let key = PageKey {
-                    block: one.block,
-                    page: one.first + (from - one.pfn),
-                };
-                each((key, to - from));
-            }
-        }
-    }
-}
-
-/// What was missing when it began and has neither come nor been asked for since.
-struct Absent {
-    blocks: Vec<Block>,
-}
-
-impl Absent {
-    /// Visits the missing pages of each stretch, as runs.
-    fn visit(&self, map: &Map, mut each: impl FnMut(FrameRun)) {
-        for one in &map.0 {
-            let missing = &self.blocks[usize::from(one.block)].missing;
-            let end = one.first.saturating_add(one.pages).min(missing.len());
-            let mut page = one.first;
-            while let Some(first) = missing.first_present(page, end) {
-                page = missing.first_absent(first, end).unwrap_or(end);
-                each(FrameRun {
-                    pfn: one.pfn + (first - one.first),
-                    pages: page - first,
-                });
-            }
-        }
-    }
-
-    fn runs(&self, map: &Map) -> Vec<FrameRun> {
-        let mut runs = Vec::new();
-        self.visit(map, |run| {
-            if runs.len() < MOST_RUNS {
-                runs.push(run);
-            }
-        });
-        runs
-    }
-
-    fn count(&self, map: &Map) -> u64 {
-        let mut pages = 0;
-        self.visit(map, |run| pages += run.pages);
-        pages
-    }
-
-    /// Pages have come; how many frames were absent until now, and whether one of them was waited for.
-    fn take(&mut self, map: &Map, arrived: Arrived) -> (u64, bool) {
-        let (mut frames, mut was_wanted) = (0, false);
-        let Some(block) = self.blocks.get_mut(usize::from(arrived.block)) else {
-            return (0, false);
-        };
-        let end = arrived.page.saturating_add(u64::from(arrived.count));
-        for page in arrived.page..end {
-            was_wanted |= block.wanted.remove(page);
-            if block.missing.remove(page) {
-                let one = Arrived {
-                    page,
-                    count: 1,
-                    ..arrived
-                };
-                map.frames(one, |run| frames += run.pages);
-            }
-        }
-        (frames, was_wanted)
-    }
-
-    /// Whether a short range of frames is memory, and none of it absent.
-    fn is_there(&self, map: &Map, from: u64, to: u64) -> bool {
-        if from >= to {
-            return true;
-        }
-        let pages = to - from;
-        pages <= GAP
-            && map.0.iter().any(|one| {
-                let missing = &self.blocks[usize::from(one.block)].missing;
-                let first = from.checked_sub(one.pfn).map(|at| one.first + at);
-                first.is_some_and(|first| {
-                    to <= one.pfn.saturating_add(one.pages)
-                        && missing.first_present(first, first + pages).is_none()
-                })
-            })
-    }
-
-    /// What is to be asked for of pages that somebody waits for: those that are still absent. QEMU asks for a
-    /// page more than once, too, but only when it has to.
-    fn ask(&mut self, (key, count): (PageKey, u64)) -> Option<(PageKey, u64)> {
-        let Block {
-            missing, wanted, ..
-        } = self.blocks.get_mut(usize::from(key.block))?;
-        let end = key.page.saturating_add(count);
-        let first = missing.first_present(key.page, end)?;
-        let end = missing.first_absent(first, end).unwrap_or(end);
-        wanted.insert_run(first, end - first);
-        let block = key.block;
-        Some((PageKey { block, page: first }, end - first))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::{UnixListener, UnixStream};
+    use transhume_protocol::agent::{
+        AgentMessage, Decoder, FrameRun, HostMessage, ReportSource, VERSION,
+    };
 
-    fn region(start: u64, pages: u64, block: &str, offset: u64) -> Region {
-        Region {
-            start: start * 4096,
-            length: pages * 4096,
-            block: block.to_owned(),
-            offset: offset * 4096,
-        }
-    }
-
-    fn absent(missing: &[u64]) -> Absent {
-        let mut ram = Bitmap::new(64);
-        for &page in missing {
-            ram.insert(page);
-        }
-        let block = |name: &str, missing| Block::new(name.to_owned(), missing);
-        Absent {
-            blocks: vec![block("vga.vram", Bitmap::new(8)), block("pc.ram", ram)],
-        }
-    }
-
-    fn apart(from: u64, to: u64) -> bool {
-        from >= to
-    }
-
-    fn arrived(page: u64, count: u32) -> Arrived {
-        Arrived {
-            block: 1,
-            page,
-            count,
-        }
-    }
+    use crate::pages::bitmap::Bitmap;
 
     #[test]
-    fn pages_are_frames_below_and_above_the_hole() {
-        let regions = [
-            region(0, 32, "pc.ram", 0),
-            region(48, 8, "vga.vram", 0),
-            region(100, 32, "pc.ram", 32),
-            region(200, 1, "nobody's", 0),
-        ];
-        assert_eq!(main_memory_end(&regions, 4096), 132);
-        assert_eq!(main_memory_end(&[], 4096), 0);
-        let mut absent = absent(&[3, 4, 31, 32, 40]);
-        let map = Map::new(&regions, &absent.blocks);
-        let run = |pfn, pages| FrameRun { pfn, pages };
-        assert_eq!(
-            absent.runs(&map),
-            [run(3, 2), run(31, 1), run(100, 1), run(108, 1)]
-        );
-        assert_eq!(absent.count(&map), 5);
-
-        let mut held = Held::default();
-        map.frames(arrived(30, 4), |run| held.add(run));
-        assert_eq!(held.take(apart), [run(30, 2), run(100, 2)]);
-        assert_eq!(absent.take(&map, arrived(30, 4)), (2, false));
-        assert_eq!(absent.take(&map, arrived(30, 4)), (0, false));
-        assert_eq!(absent.take(&map, arrived(63, 9)), (0, false));
-        assert_eq!(absent.count(&map), 3);
-        let page = |page| (PageKey { block: 1, page }, 1);
-        assert_eq!(absent.ask(page(40)), Some(page(40)));
-        assert_eq!(absent.take(&map, arrived(40, 1)), (1, true));
-        assert_eq!(absent.take(&map, arrived(40, 1)), (0, false));
-        assert_eq!(absent.ask(page(40)), None);
-    }
-
-    #[test]
-    fn arrivals_are_held_until_there_are_some_or_somebody_waits() {
-        let run = |pfn, pages| FrameRun { pfn, pages };
-        let mut held = Held::default();
-        assert!(!held.is_due(HOLD));
-        held.is_urgent = true;
-        assert!(!held.is_due(HOLD), "there is nothing to tell");
-        held.add(run(9, 1));
-        assert!(held.is_due(Duration::ZERO));
-        assert_eq!(held.take(apart), [run(9, 1)]);
-        for pfn in [7, 3, 4, 1, 8, 2] {
-            held.add(run(pfn, 1));
-        }
-        assert!(held.is_due(HOLD) && !held.is_due(Duration::ZERO));
-        assert_eq!(held.take(apart), [run(1, 4), run(7, 2)]);
-        held.add(run(0, MOST_HELD));
-        assert!(held.is_due(Duration::ZERO));
-    }
-
-    #[test]
-    fn what_is_between_arrivals_and_there_is_told_with_them() {
-        let regions = [region(0, 32, "pc.ram", 0), region(40, 32, "pc.ram", 32)];
-        let mut absent = absent(&[3, 9, 20, 31, 32]);
-        let map = Map::new(&regions, &absent.blocks);
-        let run = |pfn, pages| FrameRun { pfn, pages };
-        let mut held = Held::default();
-        for page in [32, 3, 20, 31] {
-            absent.take(&map, arrived(page, 1));
-            map.frames(arrived(page, 1), |run| held.add(run));
-        }
-        // 9 is absent still, and from 32 to 39 there is no memory.
-        let there = |from, to| absent.is_there(&map, from, to);
-        assert_eq!(held.take(there), [run(3, 1), run(20, 12), run(40, 1)]);
-        assert!(!absent.is_there(&map, 0, u64::MAX));
-    }
-
-    #[test]
-    fn a_guest_is_given_only_what_is_absent() {
-        let regions = [region(0, 32, "pc.ram", 0), region(100, 32, "pc.ram", 32)];
-        let mut absent = absent(&[3, 4, 5, 40]);
-        let map = Map::new(&regions, &absent.blocks);
-        let mut ask = |pfn, pages| {
-            let mut asked = Vec::new();
-            map.pages(FrameRun { pfn, pages }, |wanted| {
-                asked.extend(absent.ask(wanted).map(|(key, count)| (key.page, count)));
-            });
-            asked
-        };
-        assert_eq!(ask(0, 32), [(3, 3)]);
-        assert_eq!(ask(4, 1), [(4, 1)]);
-        assert_eq!(ask(6, 90), []);
-        assert_eq!(ask(108, u64::MAX), [(40, 1)]);
-        assert_eq!(ask(u64::MAX, u64::MAX), []);
-        assert_eq!(ask(0, 512), [(3, 3), (40, 1)]);
+    fn a_page_is_asked_for_by_its_block() {
         let bytes = request("pc.ram", 3, 2);
         let (message, length) = Message::decode(&bytes).unwrap().unwrap();
         assert_eq!(length, bytes.len());
@@ -557,5 +331,125 @@ mod tests {
                 length: 2 * 4096
             }
         );
+    }
+
+    /// The agent's side of a channel.
+    struct Fake {
+        stream: UnixStream,
+        decoder: Box<Decoder>,
+    }
+
+    impl Fake {
+        fn say(&mut self, message: &AgentMessage<'_>) {
+            let mut out = [0; 256];
+            let length = message.encode(&mut out).expect("it fits");
+            self.stream.write_all(&out[..length]).expect("a host");
+        }
+
+        /// Reads until `done` says so of a message.
+        fn hear(&mut self, mut done: impl FnMut(HostMessage<'_>) -> bool) {
+            let mut byte = [0];
+            loop {
+                while let Some((kind, payload)) = self.decoder.next_frame() {
+                    if done(HostMessage::decode(kind, payload).expect("a message")) {
+                        return;
+                    }
+                }
+                self.stream.read_exact(&mut byte).expect("a host");
+                assert_eq!(self.decoder.push(&byte), 1);
+            }
+        }
+
+        /// Takes a gate, and returns what is absent.
+        fn open(&mut self) -> Vec<FrameRun> {
+            let mut absent = Vec::new();
+            self.hear(|message| match message {
+                HostMessage::GateOpen { .. } => false,
+                HostMessage::GateAbsent(runs) => {
+                    absent.extend(runs.iter().map_while(Result::ok));
+                    false
+                }
+                HostMessage::GateWalk => true,
+                other => panic!("{other:?}"),
+            });
+            self.say(&AgentMessage::GateReady);
+            absent
+        }
+
+        fn over(&mut self, counts: GateCounts) {
+            self.say(&AgentMessage::GateOver(counts));
+        }
+    }
+
+    #[test]
+    fn a_gate_that_expired_is_opened_again() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let socket = folder.path().join("agent");
+        let listener = UnixListener::bind(&socket).expect("a socket");
+        let counts = |expired, waits| GateCounts {
+            expired,
+            waits,
+            longest_us: 100 / waits,
+            ..GateCounts::default()
+        };
+        let is_second = Arc::new(AtomicBool::new(false));
+        let opened_again = Arc::clone(&is_second);
+        let agent = std::thread::spawn(move || {
+            let (stream, _) = listener.accept().expect("a host");
+            let decoder = Box::default();
+            let mut fake = Fake { stream, decoder };
+            let mut session = 0;
+            fake.hear(|message| {
+                if let HostMessage::Hello { session: s, .. } = message {
+                    session = s;
+                }
+                true
+            });
+            fake.say(&AgentMessage::Hello {
+                version: VERSION,
+                session,
+                source: ReportSource::Module,
+                page_shift: 12,
+                agent: "fake",
+            });
+            let first = fake.open();
+            fake.hear(|message| matches!(message, HostMessage::GateArrived(runs) if runs.iter().next().is_some()));
+            fake.over(counts(true, 2));
+            let second = fake.open();
+            opened_again.store(true, Ordering::Relaxed);
+            fake.hear(|message| matches!(message, HostMessage::GateClose));
+            fake.over(counts(false, 5));
+            (first, second)
+        });
+        let region = Region {
+            start: 0,
+            length: 64 * 4096,
+            block: "pc.ram".to_owned(),
+            offset: 0,
+        };
+        let mut missing = Bitmap::new(64);
+        for page in [3, 4, 9] {
+            missing.insert(page);
+        }
+        let arrived = |page| Arrived {
+            block: 0,
+            page,
+            count: 1,
+        };
+        let mut arrivals = vec![vec![arrived(9), arrived(3)], vec![arrived(4)]];
+        let blocks = vec![Block::new("pc.ram".to_owned(), missing)];
+        let stop = AtomicBool::new(false);
+        let news = || {
+            // The rest comes when the gate is open again.
+            let comes = arrivals.len() > 1 || is_second.load(Ordering::Relaxed);
+            comes.then(|| arrivals.pop()).flatten().unwrap_or_default()
+        };
+        let over = keep(&socket, &[region], blocks, &stop, news, |_, _, _| {});
+        let (first, second) = agent.join().expect("no panic");
+        let run = |pfn, pages| FrameRun { pfn, pages };
+        assert_eq!(first, [run(3, 2), run(9, 1)]);
+        assert_eq!(second, [run(3, 1), run(9, 1)]);
+        let sum = over.expect("a gate").expect("counts");
+        assert_eq!((sum.expired, sum.waits, sum.longest_us), (false, 7, 50));
     }
 }
