@@ -347,9 +347,11 @@ impl Collector {
     pub(super) fn forgotten(&mut self, key: PageKey, data: &[u8; PAGE_SIZE], offset: usize) {
         // The offset is below the buffer's length.
         let offset = u32::try_from(offset).unwrap_or(u32::MAX);
-        if self.batch.references.len() < self.batch.room
+        // Taken whether a disk has it or not: only so many requests are known, and huge pages are many.
+        let is_asked_for = self.shared().requests.take(key);
+        if !is_asked_for
+            && self.batch.references.len() < self.batch.room
             && let Some(place) = self.table.look_up(key, &mut self.cursor)
-            && !self.shared().requests.take(key)
         {
             let digest = self.digester.digest(data);
             self.batch
