@@ -2,9 +2,10 @@
 /*
  * transhume: puts processes to sleep that touch pages which have not arrived.
  *
- * gate_pages.c makes the page-table entries of absent pages inaccessible, and
- * gate_wait.c has whoever touches one wait. Here is who opens a gate, what
- * they say of pages, and what happens when they say nothing any more.
+ * gate_pages.c makes the page-table entries of absent pages inaccessible,
+ * gate_cache.c looks for absent pages in the page cache, and gate_wait.c has
+ * whoever touches one wait. Here is who opens a gate, what they say of pages,
+ * and what happens when they say nothing any more.
  *
  * There is one gate, because there is one hook. It is there only while somebody
  * keeps it open, and says so every second.

@@ -17,7 +17,10 @@
 
 #include "transhume.h"
 
+struct ftrace_ops;
 struct mm_struct;
+struct pt_regs;
+struct vm_area_struct;
 
 /*
  * do_numa_page() repairs the entries that are left over, and the hook needs to
@@ -38,6 +41,19 @@ struct mm_struct;
 struct gate_span {
 	unsigned long pfn;
 	unsigned long pages;
+};
+
+/* What the kernel maps around a read fault on a file's page at most, in pages. */
+#define GATE_AROUND	16
+
+/**
+ * struct gate_spans - the frames that somebody is about to touch
+ * @at: these
+ * @count: how many of @at
+ */
+struct gate_spans {
+	struct gate_span at[GATE_AROUND];
+	unsigned int count;
 };
 
 #define GATE_QUEUE_BITS	8
@@ -96,8 +112,14 @@ static inline wait_queue_head_t *gate_queue(unsigned long pfn)
 	return &gate.queues[hash_long(BIT_WORD(pfn), GATE_QUEUE_BITS)];
 }
 
+static inline bool gate_has(unsigned long pfn)
+{
+	return pfn < gate.frames && test_bit(pfn, gate.absent);
+}
+
 /**
- * struct gate_faults - faults on one processor that ran into the hook
+ * struct gate_faults - faults, reads and writes on one processor that ran into
+ *	the hook
  * @count: how many
  * @sampled_ns: how long each GATE_SAMPLE-th of them took there
  */
@@ -105,6 +127,12 @@ struct gate_faults {
 	u64 count;
 	u64 sampled_ns;
 };
+
+/* Whether the tracer was called there, behind a function's ENDBR at most. */
+static inline bool gate_is_call_of(unsigned long ip, unsigned long function)
+{
+	return ip - function < 16;
+}
 
 /* A clock that is read costs as much as the look-up, so it seldom is. */
 #define GATE_SAMPLE	16
@@ -114,12 +142,24 @@ struct gate_faults {
 /* In gate_wait.c: the hook. */
 void gate_forget_faults(void);
 struct gate_faults gate_all_faults(void);
+u64 gate_sample(void);
+void gate_sampled(u64 began);
 int gate_hook(void);
 void gate_unhook(void);
 void gate_hook_exit(void);
+bool gate_wait_for(const struct gate_spans *spans, unsigned int state);
+void gate_leave(void);
+
+/* In gate_cache.c: the page cache. */
+#define GATE_CALLS	4
+unsigned int gate_calls(unsigned long *ips);
+void gate_cached_call(unsigned long ip, struct pt_regs *regs);
+void gate_cached_fault(struct vm_area_struct *vma, unsigned long addr,
+		       unsigned int flags, struct gate_spans *spans);
 
 /* In gate_pages.c: page tables. */
-struct gate_span gate_span_at(struct mm_struct *mm, unsigned long addr);
+bool gate_span_at(struct mm_struct *mm, unsigned long addr,
+		  struct gate_span *span);
 int gate_pages(struct mm_struct *mm, const unsigned long *absent,
 	       unsigned long frames, unsigned long *addr, u64 *gated);
 

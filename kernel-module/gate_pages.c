@@ -45,29 +45,36 @@ static bool any_absent(const struct gate_walk *walk, unsigned long pfn,
  * gate_span_at - which frames an inaccessible entry maps
  * @mm: the process's memory; it or the area is locked
  * @addr: an address in it
+ * @span: set to these frames; to none, unless there is such an entry
+ *
+ * Returns whether there is no entry at all.
  *
  * Like get_user_pages_fast() this looks with interrupts off and without the
  * page table's lock: that keeps tables from being freed, and an entry that
  * changes meanwhile only makes somebody wait or not wait who need or need not.
  */
-struct gate_span gate_span_at(struct mm_struct *mm, unsigned long addr)
+bool gate_span_at(struct mm_struct *mm, unsigned long addr,
+		  struct gate_span *span)
 {
-	struct gate_span span = {};
+	bool none = false;
 	unsigned long flags;
 	pmd_t *pmd, middle;
 	pte_t pte;
 
+	*span = (struct gate_span){};
 	local_irq_save(flags);
 	pmd = find_pmd(mm, addr);
-	if (!pmd)
+	middle = pmd ? READ_ONCE(*pmd) : __pmd(0);
+	if (pmd_none(middle)) {
+		none = true;
 		goto out;
-	middle = READ_ONCE(*pmd);
-	if (pmd_none(middle) || !pmd_present(middle))
+	}
+	if (!pmd_present(middle))
 		goto out;
 	if (pmd_trans_huge(middle)) {
 		if (pmd_protnone(middle)) {
-			span.pfn = pmd_pfn(middle);
-			span.pages = HPAGE_PMD_NR;
+			span->pfn = pmd_pfn(middle);
+			span->pages = HPAGE_PMD_NR;
 		}
 		goto out;
 	}
@@ -75,12 +82,13 @@ struct gate_span gate_span_at(struct mm_struct *mm, unsigned long addr)
 		goto out;
 	pte = READ_ONCE(*pte_offset_kernel(&middle, addr));
 	if (pte_protnone(pte)) {
-		span.pfn = pte_pfn(pte);
-		span.pages = 1;
+		span->pfn = pte_pfn(pte);
+		span->pages = 1;
 	}
+	none = pte_none(pte);
 out:
 	local_irq_restore(flags);
-	return span;
+	return none;
 }
 
 static bool gate_huge(struct table_walk *table, struct vm_area_struct *vma,

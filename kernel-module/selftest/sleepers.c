@@ -14,6 +14,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/sendfile.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -35,12 +36,20 @@ enum touch {
 	FILED,	/* in user space: a file's */
 	FILLED,	/* in the kernel: read(2) writes to it */
 	GIVEN,	/* in the kernel: write(2) reads it */
+	/* What follows is nobody's memory when the gate opens. */
+	READ,	/* a file's, by read(2) */
+	WRITTEN,	/* the same, by write(2) */
+	SENT,	/* the same, by sendfile(2) */
+	MAPPED,	/* a file's, which is mapped only then */
+	BESIDE,	/* the one before the file's that is touched, mapped along */
 	TOUCHES,
 };
 
 static const char *const touches[TOUCHES] = {
 	"a page of its own", "a file's page", "a page in read(2)",
-	"a page in write(2)",
+	"a page in write(2)", "a file's page in read(2)",
+	"a file's page in write(2)", "a file's page in sendfile(2)",
+	"a page to be mapped", "a page to be mapped with another",
 };
 
 /* What a sleeper and the test share; never absent. */
@@ -56,6 +65,9 @@ struct talk {
 static struct talk *talk;
 static volatile int *page;
 static const char *where;
+/* The file that the page is of. */
+static int page_file;
+static uint64_t pfn_of_page;
 
 static int64_t now_us(void)
 {
@@ -111,33 +123,60 @@ static bool has_handled(int dev)
 static int touched(enum touch touch, const int ends[2])
 {
 	int value = 4711;
+	off_t begin = 0;
+	int *pages;
 
-	if (touch == FILLED && write(ends[1], &value, 4) == 4 &&
-	    read(ends[0], (void *)page, 4) != 4)
-		return -1;
-	if (touch == GIVEN && (write(ends[1], (void *)page, 4) != 4 ||
-			       read(ends[0], &value, 4) != 4))
-		return -1;
-	return touch == GIVEN ? value : *page;
+	switch (touch) {
+	case FILLED:
+		if (write(ends[1], &value, 4) != 4 ||
+		    read(ends[0], (void *)page, 4) != 4)
+			return -1;
+		return *page;
+	case GIVEN:
+		if (write(ends[1], (void *)page, 4) != 4)
+			return -1;
+		return read(ends[0], &value, 4) == 4 ? value : -1;
+	case READ:
+		return pread(page_file, &value, 4, 0) == 4 ? value : -1;
+	case WRITTEN:
+		return pwrite(page_file, &value, 4, 0) == 4 ? value : -1;
+	case SENT:
+		if (sendfile(ends[1], page_file, &begin, 4) != 4)
+			return -1;
+		return read(ends[0], &value, 4) == 4 ? value : -1;
+	case MAPPED:
+	case BESIDE:
+		pages = mmap(NULL, 8192, PROT_READ, MAP_SHARED, page_file,
+			     0);
+		if (pages == MAP_FAILED || (touch == BESIDE && pages[1024] != 1))
+			return -1;
+		return pages[0];
+	default:
+		return *page;
+	}
+}
+
+static bool is_filed(enum touch touch)
+{
+	return touch == FILED || touch >= READ;
 }
 
 static void *new_page(enum touch touch)
 {
-	int flags = MAP_PRIVATE | MAP_ANONYMOUS, fd = -1;
+	int flags = MAP_PRIVATE | MAP_ANONYMOUS, value = 1;
 	char path[300];
-	void *at;
 
-	if (touch == FILED) {
+	if (is_filed(touch)) {
 		snprintf(path, sizeof(path), "%s/gate-page", where);
-		fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
+		page_file = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
 		unlink(path);
-		if (ftruncate(fd, 4096))
+		if (ftruncate(page_file, 8192) ||
+		    pwrite(page_file, &value, 4, 4096) != 4)
 			return MAP_FAILED;
 		flags = MAP_SHARED;
 	}
-	at = mmap(NULL, 4096, PROT_READ | PROT_WRITE, flags, fd, 0);
-	close(fd);
-	return at;
+	return mmap(NULL, 4096, PROT_READ | PROT_WRITE, flags,
+		    is_filed(touch) ? page_file : -1, 0);
 }
 
 /* Starts a process that touches the page when told to go. */
@@ -155,6 +194,8 @@ static pid_t sleeper(int dev, enum touch touch)
 	if (!pid) {
 		sigaction(SIGUSR1, &action, NULL);
 		*page = 4711;
+		if (touch >= READ)
+			munmap((void *)page, 4096);
 		talk->ready = 1;
 		while (!talk->go)
 			usleep(1000);
@@ -165,7 +206,12 @@ static pid_t sleeper(int dev, enum touch touch)
 	close(ends[0]);
 	close(ends[1]);
 	until(is_ready, dev);
+	/* A file's page is the same one here. */
+	pfn_of_page = touch < READ || *page != 4711 ? frame(pid, page) :
+						      frame(getpid(), page);
 	munmap((void *)page, 4096);
+	if (is_filed(touch))
+		close(page_file);
 	return pid;
 }
 
@@ -175,10 +221,10 @@ static uint64_t put_to_sleep(int dev, pid_t *pid, enum touch touch)
 	uint64_t pfn;
 
 	*pid = sleeper(dev, touch);
-	pfn = frame(*pid, page);
+	pfn = pfn_of_page;
 	if (!pfn || gate_open(dev, FRAMES) ||
 	    gate_one(dev, TRANSHUME_GATE_ABSENT, pfn, 1) ||
-	    gate_walk(dev, *pid) != 1)
+	    gate_walk(dev, *pid) != (touch < READ))
 		return 0;
 	talk->go = 1;
 	return until(is_asleep, dev) && !talk->value ? pfn : 0;
