@@ -102,8 +102,9 @@ struct transhume_counts {
  * @reserved: must be 0
  *
  * The caller's own process never sleeps. Errors: EBUSY when a gate is open, or
- * something else (a livepatch) has replaced the kernel's handling of page
- * faults; EOPNOTSUPP when this kernel cannot do it; the kernel's log says which.
+ * something else (a livepatch) has replaced what is hooked: handle_mm_fault,
+ * filemap_read, filemap_splice_read (since 6.5), generic_perform_write,
+ * iomap_file_buffered_write; EOPNOTSUPP when this kernel cannot do it; the kernel's log says which.
  */
 struct transhume_gate_open {
 	__u64 frames;
@@ -174,10 +175,12 @@ struct transhume_gate_walk {
  * @gated: pages that were gated
  * @waits: times that a process went to sleep
  * @interrupted: times that it woke up by a signal
- * @passed: faults on absent pages that could not be put off
+ * @passed: faults on absent pages, and reads and writes of them, that could not
+ *	be put off
  * @waited_us: how long processes slept, in microseconds
  * @longest_us: how long one slept at most
- * @faults: page faults of processes while the gate was open
+ * @faults: page faults of processes while the gate was open, and reads and
+ *	writes of files while something was absent
  * @faults_us: CPU time that the gate added to them, in microseconds, from the
  *	time of every sixteenth
  */

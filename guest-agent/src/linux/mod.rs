@@ -55,7 +55,7 @@ pub enum Error {
     /// There is a gate already, or something else has the hook.
     #[error(
         "the kernel module cannot put processes to sleep: a livepatch or another tracer has replaced the \
-         kernel's handling of page faults, or another agent is at it; the kernel's log says which"
+         kernel's handling of page faults or files, or another agent is at it; the kernel's log says which"
     )]
     GateBusy,
     /// This kernel lacks something.

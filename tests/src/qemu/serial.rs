@@ -39,6 +39,19 @@ struct Log {
     writers: Vec<(Side, UnixStream)>,
 }
 
+impl Log {
+    /// How long ago the guest showed that it works, and where.
+    fn last_beat(&self) -> String {
+        self.beats.last().map_or_else(
+            || "; it gave no sign of life".into(),
+            |beat| {
+                let ago = beat.at.elapsed().unwrap_or_default().as_secs_f64();
+                format!("; its last sign of life came {ago:.1} s ago from its {:?}", beat.side)
+            },
+        )
+    }
+}
+
 /// What a guest said over its life, on whichever host.
 #[derive(Debug, Clone)]
 pub struct Console {
@@ -138,7 +151,7 @@ impl Console {
                 return Err(Error::Late {
                     what: format!("\"{prefix}\" from the guest {}", self.name),
                     seconds: limit.as_secs(),
-                    hint: format!("It said last: {last}"),
+                    hint: format!("It said last: {last}{}", log.last_beat()),
                 });
             }
             log = self

@@ -72,13 +72,19 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             name: "post-copy-linux",
             about: "a Linux guest at work moves by post-copy; processes sleep for what is absent, and its data is right",
             limit: LIMIT,
-            run: |bed| linux(bed, false),
+            run: |bed| linux(bed, Course::Calm),
         },
         Scenario {
             name: "post-copy-linux-resumed",
             about: "the same, and the link goes away for longer than the job waits: its processes sleep again",
             limit: LIMIT,
-            run: |bed| linux(bed, true),
+            run: |bed| linux(bed, Course::LinkGone),
+        },
+        Scenario {
+            name: "post-copy-linux-late-agent",
+            about: "the same, and its agent stands still until the VM has run for six seconds: its processes sleep then",
+            limit: LIMIT,
+            run: |bed| linux(bed, Course::AgentLate),
         },
         Scenario {
             name: "post-copy-cancel",
@@ -306,7 +312,18 @@ fn lost(bed: &Bed) -> Result<()> {
     Ok(())
 }
 
-fn linux(bed: &Bed, breaks: bool) -> Result<()> {
+/// What happens to a Linux guest on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Course {
+    /// Nothing.
+    Calm,
+    /// The link goes away after the switch, and comes back.
+    LinkGone,
+    /// Its agent is stopped before the switch, and goes on long after it.
+    AgentLate,
+}
+
+fn linux(bed: &Bed, course: Course) -> Result<()> {
     let (layout, packages) = (&bed.layout, &bed.packages);
     let setup = Setup::prepare(layout, packages, Profile::QUICK, Qemu::V10_0, true)?;
     let machine = &setup.machine;
@@ -335,12 +352,10 @@ fn linux(bed: &Bed, breaks: bool) -> Result<()> {
     let answer = std::thread::scope(|scope| {
         // The socket is there once the destination's QEMU is.
         scope.spawn(|| console.attach(Side::Destination, &serial, || b.alive()));
-        let broken = scope.spawn(|| {
-            if breaks {
-                break_off(&hosts, &a, &b)
-            } else {
-                Ok(())
-            }
+        let broken = scope.spawn(|| match course {
+            Course::Calm => Ok(()),
+            Course::LinkGone => break_off(&hosts, &a, &b),
+            Course::AgentLate => hold_agent(&console, &a, &b),
         });
         let answer = ask(&a, &arguments)?;
         let broken = broken.join();
@@ -357,7 +372,7 @@ fn linux(bed: &Bed, breaks: bool) -> Result<()> {
     followed(&answer)?;
     console.check(Side::Destination, ANSWER, || b.alive())?;
     gated(&answer, &b, &console)?;
-    if breaks {
+    if course == Course::LinkGone {
         let remarks = answer.value["summary"]["remarks"].to_string();
         check(remarks.contains("was cut off, and went on"), || {
             format!("It was not: {answer}")
@@ -374,16 +389,46 @@ fn linux(bed: &Bed, breaks: bool) -> Result<()> {
                 b.words()
             )
         })?;
-    } else {
+    }
+    if course == Course::Calm {
         ordered(&answer, &b, &console)?;
+    }
+    if course == Course::AgentLate {
+        check(b.words().contains("it is tried again"), || {
+            format!("The agent answered at once: {}", b.words())
+        })?;
     }
     ask(&b, &["vm", "stop", &machine.name, "--force"])?
         .expect(0)
         .map(drop)
 }
 
+/// Stops the agent once it has opened the gate for its host, and lets it go on when the next one has waited in vain.
+fn hold_agent(console: &Console, a: &Daemon, b: &Daemon) -> Result<()> {
+    let stop = "(until grep -q handle_mm_fault /tmp/t/enabled_functions; do sleep 0.2; done; \
+        killall -STOP transhume-agent) > /dev/null 2>&1 &";
+    let stop = format!("mkdir -p /tmp/t; mount -t tracefs t /tmp/t; {stop}");
+    console.run(Side::Source, &stop, ANSWER, || a.alive())?;
+    wait_until_it_follows(a, b)?;
+    std::thread::sleep(Duration::from_secs(6));
+    let go_on = "killall -CONT transhume-agent; umount /tmp/t";
+    console
+        .run(Side::Destination, go_on, ANSWER, || b.alive())
+        .map(drop)
+}
+
 /// Takes the link away while memory follows, for longer than the job waits for it.
 fn break_off(hosts: &Hosts, a: &Daemon, b: &Daemon) -> Result<()> {
+    wait_until_it_follows(a, b)?;
+    // So that there was a gate.
+    std::thread::sleep(Duration::from_secs(2));
+    hosts.break_link()?;
+    std::thread::sleep(Duration::from_secs(4));
+    hosts.set_link(true)
+}
+
+/// Until the VM runs at its destination and its memory follows.
+fn wait_until_it_follows(a: &Daemon, b: &Daemon) -> Result<()> {
     let begun = Instant::now();
     let follows = || {
         let jobs = ask(a, &["job", "list"])?;
@@ -398,11 +443,7 @@ fn break_off(hosts: &Hosts, a: &Daemon, b: &Daemon) -> Result<()> {
         })?;
         std::thread::sleep(Duration::from_millis(20));
     }
-    // So that there was a gate.
-    std::thread::sleep(Duration::from_secs(2));
-    hosts.break_link()?;
-    std::thread::sleep(Duration::from_secs(4));
-    hosts.set_link(true)
+    Ok(())
 }
 
 /// The guest told what is its kernel's and what its processes work with, its workload first.
@@ -429,7 +470,8 @@ fn ordered(answer: &Answer, b: &Daemon, console: &Console) -> Result<()> {
 /// Succeeds in a guest whose hook is gone, and everybody who slept behind it, and whose kernel has nothing to complain
 /// of.
 pub(super) const GATE_IS_GONE: &str = "mkdir -p /tmp/t; mount -t tracefs t /tmp/t; \
-    ! grep handle_mm_fault /tmp/t/enabled_functions && ! grep -l gate_fault /proc/[0-9]*/stack 2>/dev/null && \
+    ! grep -E 'handle_mm_fault|filemap_|generic_perform_write|iomap_file_buffered' /tmp/t/enabled_functions && \
+    ! grep -lE 'gate_(fault|wait_for)' /proc/[0-9]*/stack 2>/dev/null && \
     ! dmesg | grep -E 'WARNING:|BUG:|Oops|Bad page'";
 
 /// Processes slept for absent pages, none sleeps on, and the kernel has nothing to complain of.

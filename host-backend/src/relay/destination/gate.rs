@@ -26,7 +26,8 @@ pub(super) use absent::Block;
 
 mod absent;
 
-/// How long the agent may take to answer, from before the VM runs. It runs on memory that is partly absent itself.
+/// How long the agent may take to answer, from before the VM runs, until it is asked anew. It runs on memory that is partly
+/// absent itself.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Arrivals that somebody waits for are told this late at most, about.
 const TICK: Duration = Duration::from_millis(3);
@@ -78,7 +79,8 @@ pub(super) fn start(vm: Arc<Vm>, placement: Arc<Placement>, replies: mpsc::Sende
                 return;
             };
             let name = vm.name();
-            match run(socket, layout.regions(), &placement, &replies, &stop) {
+            let once = || run(socket, layout.regions(), &placement, &replies, &stop);
+            match insist(name, &stop, PATIENCE, once) {
                 Ok(Some(counts)) => {
                     tell(name, &counts);
                     let _ = sender.send(counts);
@@ -114,6 +116,31 @@ fn tell(vm: &str, counts: &GateCounts) {
         cpu_ms = counts.cpu_us / 1000,
         "processes slept for memory that was absent"
     );
+}
+
+/// Tries until there is a gate, or the agent refuses, which it does at once. One that is silent for `patience` may wait for
+/// memory that is absent itself.
+fn insist<T>(
+    vm: &str,
+    stop: &AtomicBool,
+    patience: Duration,
+    mut once: impl FnMut() -> Result<T, String>,
+) -> Result<T, String> {
+    let mut is_said = false;
+    loop {
+        let began = Instant::now();
+        let reason = match once() {
+            Ok(done) => return Ok(done),
+            Err(reason) => reason,
+        };
+        if began.elapsed() < patience || stop.load(Ordering::Relaxed) {
+            return Err(reason);
+        }
+        if !is_said {
+            tracing::info!(vm, reason, "no process sleeps yet: it is tried again");
+            is_said = true;
+        }
+    }
 }
 
 fn run(
@@ -379,6 +406,27 @@ mod tests {
         fn over(&mut self, counts: GateCounts) {
             self.say(&AgentMessage::GateOver(counts));
         }
+    }
+
+    #[test]
+    fn only_a_silent_agent_is_asked_again() {
+        let (stop, patience) = (AtomicBool::new(false), Duration::from_millis(20));
+        let mut tries = 0;
+        let late = insist("vm", &stop, patience, || {
+            tries += 1;
+            if tries < 3 {
+                std::thread::sleep(patience);
+                return Err("silent".to_owned());
+            }
+            Ok(tries)
+        });
+        assert_eq!(late, Ok(3));
+        let refused = || Err::<(), _>("a livepatch".to_owned());
+        let never = Duration::from_secs(3600);
+        assert_eq!(insist("vm", &stop, never, refused), refused());
+        stop.store(true, Ordering::Relaxed);
+        let silent = || Err::<(), _>("silent".to_owned());
+        assert_eq!(insist("vm", &stop, Duration::ZERO, silent), silent());
     }
 
     #[test]

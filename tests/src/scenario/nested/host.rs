@@ -22,7 +22,7 @@ const SHOWN: usize = 30;
 /// Of one run, which is ended then: it takes a minute or two.
 const LIMIT: Duration = Duration::from_secs(300);
 const MIB: u32 = 4096;
-const CPUS: u32 = 2;
+const CPUS: u32 = 1;
 
 /// How a run in the host ended.
 #[derive(Debug)]

@@ -5,6 +5,7 @@
 
 mod async_faults;
 mod course;
+mod exits;
 mod host;
 mod moves;
 

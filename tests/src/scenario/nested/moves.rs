@@ -4,6 +4,7 @@ use super::super::postcopy::{GATE_IS_GONE, POST};
 use super::super::transhume::{Answer, ask};
 use super::async_faults::{self, AsyncFaults};
 use super::course::Course;
+use super::exits;
 use crate::error::check;
 use crate::guest::Contents;
 use crate::hosts::daemon::Daemon;
@@ -139,7 +140,7 @@ fn moves(contents: &Contents, qemu: &Path, case: Case) -> Result<Seen> {
             } => Error::Late {
                 what: format!("{}: {what}", case.name()),
                 seconds,
-                hint: format!("{hint}\n{logs}"),
+                hint: format!("{hint}\n{}\n{logs}", exits::words()),
             },
             error => Error::Check(format!("{}: {error}\n{logs}", case.name())),
         }
