@@ -9,9 +9,9 @@ use crate::{Error, Result};
 use std::ffi::OsString;
 use std::path::Path;
 
-/// Runs all checks and scenarios, with `nested` those in nested hosts, too, or only the scenarios of a name; says at
-/// the end how many passed.
-pub fn run(bed: &Bed, only: Option<&str>, nested: bool) -> Result<bool> {
+/// Runs all checks and scenarios, with `long` those that take long, too, or only the scenarios of a name; says at the end how
+/// many passed.
+pub fn run(bed: &Bed, only: Option<&str>, long: bool) -> Result<bool> {
     let mut outcome = Outcome::default();
     if only.is_none() {
         for (name, passed) in checks(bed) {
@@ -24,8 +24,8 @@ pub fn run(bed: &Bed, only: Option<&str>, nested: bool) -> Result<bool> {
         }
     }
     let mut scenarios = scenario::all();
-    if nested || only.is_some() {
-        scenarios.extend(scenario::nested());
+    if long || only.is_some() {
+        scenarios.extend(scenario::long());
     }
     if let Some(only) = only {
         scenarios.retain(|scenario| scenario.name.contains(only));

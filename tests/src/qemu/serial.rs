@@ -46,7 +46,10 @@ impl Log {
             || "; it gave no sign of life".into(),
             |beat| {
                 let ago = beat.at.elapsed().unwrap_or_default().as_secs_f64();
-                format!("; its last sign of life came {ago:.1} s ago from its {:?}", beat.side)
+                format!(
+                    "; its last sign of life came {ago:.1} s ago from its {:?}",
+                    beat.side
+                )
             },
         )
     }

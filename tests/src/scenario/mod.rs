@@ -77,7 +77,9 @@ pub fn all() -> Vec<Scenario> {
     .collect()
 }
 
-/// Those that take a host with KVM, which runs as a guest: `cargo testbed test --all`.
-pub fn nested() -> Vec<Scenario> {
-    nested::scenarios()
+/// Those that `cargo testbed test --all` runs besides: they take long, or a host with KVM, which runs as a guest.
+pub fn long() -> Vec<Scenario> {
+    let mut scenarios = random_failures::long_scenarios();
+    scenarios.extend(nested::scenarios());
+    scenarios
 }

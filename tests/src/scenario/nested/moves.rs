@@ -17,8 +17,10 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+/// Bounds the guest's start, which takes some 15 s.
+const READY: Duration = Duration::from_secs(100);
 /// Bounds an answer of the guest.
-const ANSWER: Duration = Duration::from_secs(120);
+const ANSWER: Duration = Duration::from_secs(60);
 /// What the daemon says when that does not come in time, and how long it waits.
 const SILENT: &str = "the guest's agent does not answer";
 const AGENT: Duration = Duration::from_secs(5);
@@ -153,7 +155,9 @@ fn moves(contents: &Contents, qemu: &Path, case: Case) -> Result<Seen> {
     let console = Console::new(&machine.name);
     let serial = a.vm_folder(&machine.name).join("serial.sock");
     console.attach(Side::Source, &serial, || a.alive())?;
-    console.wait_for("ready", 0, crate::qemu::BOOT, || a.alive())?;
+    console
+        .wait_for("ready", 0, READY, || a.alive())
+        .map_err(shown)?;
     std::thread::sleep(SETTLE);
 
     async_faults::begin()?;
