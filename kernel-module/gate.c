@@ -171,8 +171,10 @@ static int gate_open(struct file *file, const void __user *arg)
 	gate.mm = current->mm;
 	mmgrab(gate.mm);
 	gate.owner = file;
-	smp_store_release(&gate.state, TRANSHUME_GATE_ACTIVE);
+	/* The one before may have left its watchdog, with another deadline. */
+	cancel_delayed_work_sync(&gate_watchdog);
 	renew();
+	smp_store_release(&gate.state, TRANSHUME_GATE_ACTIVE);
 	return 0;
 }
 

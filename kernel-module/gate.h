@@ -24,10 +24,12 @@ struct vm_area_struct;
 
 /*
  * do_numa_page() repairs the entries that are left over, and the hook needs to
- * change where the traced function goes on.
+ * change where the traced function goes on. A module that cannot be unloaded
+ * gives nothing back after a call: gate_cache.c's would be jumps, and be hooked.
  */
 #if IS_ENABLED(CONFIG_X86_64) && IS_ENABLED(CONFIG_NUMA_BALANCING) && \
-	IS_ENABLED(CONFIG_DYNAMIC_FTRACE_WITH_REGS)
+	IS_ENABLED(CONFIG_DYNAMIC_FTRACE_WITH_REGS) && \
+	IS_ENABLED(CONFIG_MODULE_UNLOAD)
 #define GATE_POSSIBLE	1
 #else
 #define GATE_POSSIBLE	0

@@ -41,14 +41,15 @@ static bool notrace add(struct gate_spans *spans, unsigned long pfn)
 }
 
 /*
- * Finds absent pages of a file from first on up to last. Returns where to go on:
+ * Finds absent pages of a file from first on up to last, and with mapped of all
+ * of a huge page that they are of, as one entry maps it. Returns where to go on:
  * behind last, unless there was no more room.
  *
  * Nothing is held: a page that is taken away meanwhile only makes somebody wait
  * or not wait who need or need not.
  */
 static pgoff_t notrace absent_cached(struct address_space *mapping,
-				     pgoff_t first, pgoff_t last,
+				     pgoff_t first, pgoff_t last, bool mapped,
 				     struct gate_spans *spans)
 {
 	XA_STATE(xas, &mapping->i_pages, first);
@@ -58,13 +59,20 @@ static pgoff_t notrace absent_cached(struct address_space *mapping,
 	spans->count = 0;
 	rcu_read_lock();
 	xas_for_each(&xas, folio, last) {
-		pgoff_t begin, end;
+		pgoff_t begin, from, to;
 
 		if (xas_retry(&xas, folio) || xa_is_value(folio))
 			continue;
 		begin = READ_ONCE(folio->index);
-		end = begin + folio_nr_pages(folio) - 1;
-		for (next = max(first, begin); next <= min(last, end); next++) {
+		to = begin + folio_nr_pages(folio) - 1;
+		if (mapped && folio_test_pmd_mappable(folio)) {
+			from = begin;
+			to = min(to, begin + HPAGE_PMD_NR - 1);
+		} else {
+			from = max(begin, first);
+			to = min(to, last);
+		}
+		for (next = from; next <= to; next++) {
 			unsigned long pfn = folio_pfn(folio) + (next - begin);
 
 			if (gate_has(pfn) && !add(spans, pfn)) {
@@ -93,14 +101,14 @@ void notrace gate_cached_fault(struct vm_area_struct *vma, unsigned long addr,
 	if (!vma->vm_file || !vma->vm_ops ||
 	    vma->vm_flags & (VM_PFNMAP | VM_IO | VM_MIXEDMAP | VM_HUGETLB))
 		return;
-	/* As do_fault_around() has it: what it maps nobody asks for again. */
+	/* As do_fault_around() has it: what it maps is not asked for again. */
 	if (!(flags & FAULT_FLAG_WRITE) && vma->vm_ops->map_pages) {
 		from = max(round_down(addr, around), vma->vm_start);
-		to = min(round_down(addr, around) + around, vma->vm_end) -
-		     PAGE_SIZE;
+		to = min3(from + around, vma->vm_end,
+			  (from & PMD_MASK) + PMD_SIZE) - PAGE_SIZE;
 	}
 	absent_cached(vma->vm_file->f_mapping, linear_page_index(vma, from),
-		      linear_page_index(vma, to), spans);
+		      linear_page_index(vma, to), true, spans);
 }
 
 /*
@@ -108,7 +116,7 @@ void notrace gate_cached_fault(struct vm_area_struct *vma, unsigned long addr,
  * that part wants all of it, and nothing of it is copied before.
  */
 static int wait_for_cached(struct file *file, loff_t pos, size_t length,
-			   int flags)
+			   bool may_sleep)
 {
 	pgoff_t next = (u64)pos >> PAGE_SHIFT;
 	pgoff_t end = ((u64)pos + min_t(u64, length, MAX_RW_COUNT) +
@@ -120,17 +128,13 @@ static int wait_for_cached(struct file *file, loff_t pos, size_t length,
 		pgoff_t last = min(next + PAGES_PER_LOOK, end) - 1;
 		u64 began = gate_sample();
 
-		next = absent_cached(file->f_mapping, next, last, &spans);
+		next = absent_cached(file->f_mapping, next, last, false,
+				     &spans);
 		gate_sampled(began);
 		cond_resched();
 		if (!spans.count)
 			continue;
-		if (flags & IOCB_WAITQ) {
-			/* Must not say "later" once more. */
-			atomic64_inc(&gate.passed);
-			break;
-		}
-		if (flags & IOCB_NOWAIT)
+		if (!may_sleep)
 			ret = -EAGAIN;
 		else if (gate_wait_for(&spans, TASK_KILLABLE))
 			ret = -EINTR;
@@ -141,8 +145,9 @@ static int wait_for_cached(struct file *file, loff_t pos, size_t length,
 
 static int wait_for_call(struct kiocb *iocb, struct iov_iter *iter)
 {
+	/* io_uring's second try (IOCB_WAITQ) comes without this flag. */
 	return wait_for_cached(iocb->ki_filp, iocb->ki_pos, iov_iter_count(iter),
-			       iocb->ki_flags);
+			       !(iocb->ki_flags & IOCB_NOWAIT));
 }
 
 static ssize_t gate_read(struct kiocb *iocb, struct iov_iter *iter,
@@ -201,7 +206,7 @@ static ssize_t gate_splice(struct file *file, loff_t *pos,
 			   struct pipe_inode_info *pipe, size_t length,
 			   unsigned int flags)
 {
-	ssize_t ret = wait_for_cached(file, *pos, length, 0);
+	ssize_t ret = wait_for_cached(file, *pos, length, true);
 
 	if (!ret)
 		ret = filemap_splice_read(file, pos, pipe, length, flags);
@@ -243,7 +248,7 @@ unsigned int gate_calls(unsigned long *ips)
 }
 
 /**
- * gate_cached_call - have a call wait, if anything is absent
+ * gate_cached_call - have a call wait for what is absent
  * @ip: where it was hooked
  * @regs: where it goes on
  */
@@ -251,8 +256,6 @@ void notrace gate_cached_call(unsigned long ip, struct pt_regs *regs)
 {
 	unsigned int i;
 
-	if (!READ_ONCE(gate.nr_absent))
-		return;
 	for (i = 0; i < ARRAY_SIZE(calls); i++) {
 		if (!gate_is_call_of(ip, calls[i].call))
 			continue;

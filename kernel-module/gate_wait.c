@@ -214,9 +214,10 @@ static void notrace gate_hooked(unsigned long ip, unsigned long parent_ip,
 	struct pt_regs *regs = ftrace_get_regs(fregs);
 	u64 began;
 
+	if (!regs || !gate_is_active() || !READ_ONCE(gate.nr_absent))
+		return;
 	/* The one who says what has arrived must not wait for it. */
-	if (!regs || !gate_is_active() || (current->flags & PF_KTHREAD) ||
-	    current->mm == gate.mm)
+	if (current->mm == gate.mm || (current->flags & PF_KTHREAD))
 		return;
 	if (!gate_is_call_of(ip, (unsigned long)handle_mm_fault)) {
 		/* Not one of gate_cache.c's own. */

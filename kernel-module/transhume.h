@@ -179,8 +179,8 @@ struct transhume_gate_walk {
  *	be put off
  * @waited_us: how long processes slept, in microseconds
  * @longest_us: how long one slept at most
- * @faults: page faults of processes while the gate was open, and reads and
- *	writes of files while something was absent
+ * @faults: page faults of processes, reads and writes of files, while something
+ *	was absent
  * @faults_us: CPU time that the gate added to them, in microseconds, from the
  *	time of every sixteenth
  */
