@@ -38,9 +38,24 @@ const LAST_WORD: Duration = Duration::from_secs(3);
 /// How often one gate is opened, at most, where it is over because the agent stood still.
 const MOST_OPENED: u32 = 8;
 
+/// What a gate and its thread tell one another.
+#[derive(Default)]
+struct Flags {
+    /// It is to end.
+    stop: AtomicBool,
+    /// The agent has opened it, so there is something to be told of it.
+    is_open: AtomicBool,
+}
+
+impl Flags {
+    fn stops(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}
+
 /// Ends it when it is dropped.
 pub(super) struct Gate {
-    stop: Arc<AtomicBool>,
+    flags: Arc<Flags>,
     /// What comes of it.
     counts: oneshot::Receiver<GateCounts>,
 }
@@ -48,7 +63,10 @@ pub(super) struct Gate {
 impl Gate {
     /// Ends it, and tells what came of it, if the agent says so in time.
     pub(super) async fn end(mut self, patience: Duration) -> Option<GateCounts> {
-        self.stop.store(true, Ordering::Relaxed);
+        self.flags.stop.store(true, Ordering::Relaxed);
+        if !self.flags.is_open.load(Ordering::Relaxed) {
+            return None;
+        }
         let counts = tokio::time::timeout(patience, &mut self.counts).await;
         counts.ok()?.ok()
     }
@@ -56,16 +74,16 @@ impl Gate {
 
 impl Drop for Gate {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.flags.stop.store(true, Ordering::Relaxed);
     }
 }
 
 /// Begins, if the VM has an agent; best before the VM runs.
 pub(super) fn start(vm: Arc<Vm>, placement: Arc<Placement>, replies: mpsc::Sender<Reply>) -> Gate {
-    let stop = Arc::new(AtomicBool::new(false));
+    let flags = Arc::<Flags>::default();
     let (sender, counts) = oneshot::channel();
     let gate = Gate {
-        stop: Arc::clone(&stop),
+        flags: Arc::clone(&flags),
         counts,
     };
     tokio::spawn(async move {
@@ -79,8 +97,8 @@ pub(super) fn start(vm: Arc<Vm>, placement: Arc<Placement>, replies: mpsc::Sende
                 return;
             };
             let name = vm.name();
-            let once = || run(socket, layout.regions(), &placement, &replies, &stop);
-            match insist(name, &stop, PATIENCE, once) {
+            let once = || run(socket, layout.regions(), &placement, &replies, &flags);
+            match insist(name, &flags, PATIENCE, once) {
                 Ok(Some(counts)) => {
                     tell(name, &counts);
                     let _ = sender.send(counts);
@@ -122,7 +140,7 @@ fn tell(vm: &str, counts: &GateCounts) {
 /// memory that is absent itself.
 fn insist<T>(
     vm: &str,
-    stop: &AtomicBool,
+    flags: &Flags,
     patience: Duration,
     mut once: impl FnMut() -> Result<T, String>,
 ) -> Result<T, String> {
@@ -133,7 +151,7 @@ fn insist<T>(
             Ok(done) => return Ok(done),
             Err(reason) => reason,
         };
-        if began.elapsed() < patience || stop.load(Ordering::Relaxed) {
+        if began.elapsed() < patience || flags.stops() {
             return Err(reason);
         }
         if !is_said {
@@ -148,14 +166,14 @@ fn run(
     regions: &[Region],
     placement: &Placement,
     replies: &mpsc::Sender<Reply>,
-    stop: &AtomicBool,
+    flags: &Flags,
 ) -> Result<Option<GateCounts>, String> {
     let began = Instant::now();
     let blocks = loop {
         if let Some(blocks) = placement.watch() {
             break blocks;
         }
-        if stop.load(Ordering::Relaxed) || began.elapsed() > PATIENCE {
+        if flags.stops() || began.elapsed() > PATIENCE {
             return Err("what is absent was not known in time".to_owned());
         }
         std::thread::sleep(TICK);
@@ -166,7 +184,7 @@ fn run(
         // The receiver ends only when the relay does.
         let _ = replies.send(Reply::ReturnPath(request(block, page, count)));
     };
-    keep(socket, regions, blocks, stop, arrived, ask)
+    keep(socket, regions, blocks, flags, arrived, ask)
 }
 
 /// Keeps the agent's gate until nothing is absent, and returns what came of it. `arrived`: what has come since it was
@@ -175,7 +193,7 @@ fn keep(
     socket: &Path,
     regions: &[Region],
     blocks: Vec<Block>,
-    stop: &AtomicBool,
+    flags: &Flags,
     mut arrived: impl FnMut() -> Vec<Arrived>,
     mut ask: impl FnMut(&str, u64, u64),
 ) -> Result<Option<GateCounts>, String> {
@@ -193,6 +211,7 @@ fn keep(
     let (mut agent, _) = opening.agreed(Vec::new(), PATIENCE)?;
     agent.set_tick(TICK).map_err(unusable)?;
     agent.gate_opened(PATIENCE)?;
+    flags.is_open.store(true, Ordering::Relaxed);
     let after_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
     tracing::info!(
         pages = told.left,
@@ -201,11 +220,11 @@ fn keep(
     );
     let mut all = None;
     for times in 1.. {
-        let over = told.follow(&mut agent, stop, &mut arrived, &mut ask);
+        let over = told.follow(&mut agent, flags, &mut arrived, &mut ask);
         let over = over.map_err(unusable)?;
         all = sum(all, over);
         let expired = over.is_some_and(|over| over.expired);
-        if !expired || times == MOST_OPENED || told.left == 0 || stop.load(Ordering::Relaxed) {
+        if !expired || times == MOST_OPENED || told.left == 0 || flags.stops() {
             break;
         }
         tracing::info!(
@@ -265,7 +284,7 @@ impl<'a> Told<'a> {
     fn follow(
         &mut self,
         agent: &mut Agent,
-        stop: &AtomicBool,
+        flags: &Flags,
         mut arrived: impl FnMut() -> Vec<Arrived>,
         mut ask: impl FnMut(&str, u64, u64),
     ) -> io::Result<Option<GateCounts>> {
@@ -276,7 +295,7 @@ impl<'a> Told<'a> {
             held,
         } = self;
         let mut last = Instant::now();
-        while *left > 0 && !stop.load(Ordering::Relaxed) {
+        while *left > 0 && !flags.stops() {
             for one in arrived() {
                 let (frames, was_wanted) = absent.take(map, one);
                 *left -= frames.min(*left);
@@ -410,9 +429,9 @@ mod tests {
 
     #[test]
     fn only_a_silent_agent_is_asked_again() {
-        let (stop, patience) = (AtomicBool::new(false), Duration::from_millis(20));
+        let (flags, patience) = (Flags::default(), Duration::from_millis(20));
         let mut tries = 0;
-        let late = insist("vm", &stop, patience, || {
+        let late = insist("vm", &flags, patience, || {
             tries += 1;
             if tries < 3 {
                 std::thread::sleep(patience);
@@ -423,10 +442,10 @@ mod tests {
         assert_eq!(late, Ok(3));
         let refused = || Err::<(), _>("a livepatch".to_owned());
         let never = Duration::from_secs(3600);
-        assert_eq!(insist("vm", &stop, never, refused), refused());
-        stop.store(true, Ordering::Relaxed);
+        assert_eq!(insist("vm", &flags, never, refused), refused());
+        flags.stop.store(true, Ordering::Relaxed);
         let silent = || Err::<(), _>("silent".to_owned());
-        assert_eq!(insist("vm", &stop, Duration::ZERO, silent), silent());
+        assert_eq!(insist("vm", &flags, Duration::ZERO, silent), silent());
     }
 
     #[test]
@@ -486,13 +505,13 @@ mod tests {
         };
         let mut arrivals = vec![vec![arrived(9), arrived(3)], vec![arrived(4)]];
         let blocks = vec![Block::new("pc.ram".to_owned(), missing)];
-        let stop = AtomicBool::new(false);
+        let flags = Flags::default();
         let news = || {
             // The rest comes when the gate is open again.
             let comes = arrivals.len() > 1 || is_second.load(Ordering::Relaxed);
             comes.then(|| arrivals.pop()).flatten().unwrap_or_default()
         };
-        let over = keep(&socket, &[region], blocks, &stop, news, |_, _, _| {});
+        let over = keep(&socket, &[region], blocks, &flags, news, |_, _, _| {});
         let (first, second) = agent.join().expect("no panic");
         let run = |pfn, pages| FrameRun { pfn, pages };
         assert_eq!(first, [run(3, 2), run(9, 1)]);
