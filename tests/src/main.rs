@@ -66,7 +66,7 @@ enum Task {
         /// Only the scenarios whose names contain this, and nothing else
         #[arg(long, value_name = "NAME")]
         only: Option<String>,
-        /// What takes long, too: more failures at random, and the nested tier, hosts with KVM that run as guests
+        /// What takes long, too: more failures at random, and all of the nested tier, hosts with KVM that run as guests
         #[arg(long)]
         all: bool,
         /// Lists the scenarios

@@ -8,17 +8,18 @@ use crate::progress::{say, step};
 use crate::{Error, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 const CURE: &str =
     "Check the network and apt's mirror (`apt-get update` must work), then run again";
 
-/// The lists are fetched once a run, and only by a run that needs something.
-static UPDATED: AtomicBool = AtomicBool::new(false);
+/// The releases whose lists were fetched: once a run, and only by a run that needs something.
+static UPDATED: Mutex<Vec<&str>> = Mutex::new(Vec::new());
 
-/// apt with a configuration of ours.
+/// apt with a configuration of ours, for one release of Debian.
 pub(super) struct Apt {
+    release: &'static str,
     folder: PathBuf,
     archives: PathBuf,
 }
@@ -41,30 +42,31 @@ impl Package {
 
 impl Apt {
     /// Writes the configuration.
-    pub(super) fn prepare(layout: &Layout) -> Result<Self> {
+    pub(super) fn prepare(layout: &Layout, release: &'static str) -> Result<Self> {
         if !Path::new(KEYRING).exists() {
             return Err(Error::machine(
                 format!("{KEYRING} is missing, so packages cannot be checked"),
                 "Install the package debian-archive-keyring; the test bed runs on Debian",
             ));
         }
-        let folder = layout.folder("apt")?;
+        let folder = PathBuf::from("apt").join(release);
         for part in [
             "lists/partial",
             "cache/archives/partial",
             "cache/none/partial",
         ] {
-            layout.folder(PathBuf::from("apt").join(part))?;
+            layout.folder(folder.join(part))?;
         }
+        let folder = layout.folder(&folder)?;
         let archives = folder.join("cache/archives");
         let Mirrors { archive, security } = Mirrors::of_this_machine()?;
         let list: String = [
-            (&archive, "bookworm"),
-            (&archive, "bookworm-updates"),
-            (&archive, "bookworm-backports"),
-            (&security, "bookworm-security"),
+            (&archive, ""),
+            (&archive, "-updates"),
+            (&archive, "-backports"),
+            (&security, "-security"),
         ]
-        .map(|(uri, suite)| format!("deb [signed-by={KEYRING}] {uri} {suite} main\n"))
+        .map(|(uri, part)| format!("deb [signed-by={KEYRING}] {uri} {release}{part} main\n"))
         .concat();
         write_whole(&folder.join("sources.list"), list.as_bytes())?;
         // No package counts as installed, so a closure is whole.
@@ -84,7 +86,11 @@ impl Apt {
              Acquire::Languages \"none\";\nAcquire::Retries \"3\";\nDebug::NoLocking \"true\";\n"
         );
         write_whole(&folder.join("apt.conf"), configuration.as_bytes())?;
-        Ok(Self { folder, archives })
+        Ok(Self {
+            release,
+            folder,
+            archives,
+        })
     }
 
     fn apt_get(&self) -> Run {
@@ -95,9 +101,11 @@ impl Apt {
     }
 
     fn update(&self) -> Result<()> {
-        if UPDATED.swap(true, Ordering::SeqCst) {
+        let mut updated = UPDATED.lock().unwrap_or_else(PoisonError::into_inner);
+        if updated.contains(&self.release) {
             return Ok(());
         }
+        updated.push(self.release);
         step("Reading Debian's package lists", || {
             // "Error-Mode=any": without it a suite that cannot be had is only a warning.
             self.apt_get()

@@ -19,10 +19,18 @@ struct Recipe {
     /// For people.
     title: &'static str,
     packages: &'static [&'static str],
-    /// The suite to prefer over bookworm.
+    /// The suite to prefer over its release's own; of bookworm, unless it says otherwise.
     suite: Option<&'static str>,
     /// Of the packages' closure, only names that begin so; all of them when empty.
     keep: &'static [&'static str],
+}
+
+impl Recipe {
+    /// The release of Debian that all of it is from.
+    fn release(&self) -> &'static str {
+        let of_suite = self.suite.and_then(|suite| suite.split_once('-'));
+        of_suite.map_or("bookworm", |(release, _)| release)
+    }
 }
 
 const QEMU_7_2: Recipe = Recipe {
@@ -88,6 +96,15 @@ const NESTED_HOST: Recipe = Recipe {
     packages: &["iproute2", "busybox-static", "libgcc-s1"],
     suite: None,
     keep: &["iproute2_", "busybox-static_", "lib", "zlib1g_"],
+};
+/// The QEMU that such a host is a guest of: since 10.2 its translator does not lose interrupts of a CPU that runs a
+/// guest itself.
+const TRANSLATOR: Recipe = Recipe {
+    name: "translator",
+    title: "a newer QEMU, to run hosts as guests",
+    packages: &["qemu-system-x86"],
+    suite: Some("trixie-backports"),
+    keep: &[],
 };
 /// What a server holds in its page cache: a database or two, run-times, compilers.
 const FILES: Recipe = Recipe {
@@ -195,9 +212,17 @@ impl Packages {
 
     /// A runnable `qemu-system-x86_64`: a script that starts it from its own folder.
     pub fn qemu(&self, version: Qemu) -> Result<PathBuf> {
-        let root = self.unpacked(version.recipe())?;
-        let path = roots::wrapper(&root, "usr/bin/qemu-system-x86_64", &roots::firmware(&root))?;
-        Ok(path)
+        self.system(version.recipe())
+    }
+
+    /// The same, for a host that runs as a guest.
+    pub fn translator(&self) -> Result<PathBuf> {
+        self.system(&TRANSLATOR)
+    }
+
+    fn system(&self, recipe: &Recipe) -> Result<PathBuf> {
+        let root = self.unpacked(recipe)?;
+        roots::wrapper(&root, "usr/bin/qemu-system-x86_64", &roots::firmware(&root))
     }
 
     /// A runnable tool of QEMU 10.0: `qemu-img`, `qemu-storage-daemon`, `qemu-nbd`, `qemu-io`.
@@ -255,6 +280,7 @@ impl Packages {
         self.busybox()?;
         self.servers()?;
         self.nested_host()?;
+        self.translator()?;
         self.files()?;
         Ok(())
     }
@@ -264,7 +290,7 @@ impl Packages {
         if roots::is_complete(&root, recipe) {
             return Ok(root);
         }
-        let apt = apt::Apt::prepare(&self.layout)?;
+        let apt = apt::Apt::prepare(&self.layout, recipe.release())?;
         let archives = apt.download(recipe)?;
         roots::unpack(&root, recipe, &archives)?;
         Ok(root)
@@ -277,4 +303,15 @@ fn incomplete(path: &Path) -> Error {
         format!("{} is not there after unpacking", path.display()),
         "Remove target/testbed/roots and run again; if it stays, the package has changed",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_recipe_is_of_the_release_of_its_suite() {
+        let releases = [&SERVERS, &QEMU_10_0, &TRANSLATOR].map(Recipe::release);
+        assert_eq!(releases, ["bookworm", "bookworm", "trixie"]);
+    }
 }

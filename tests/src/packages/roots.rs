@@ -13,7 +13,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Raised when the same packages are to be unpacked differently.
 const FORMAT: u32 = 1;
 const STAMP: &str = ".testbed-recipe";
-const LIBRARIES: &str = "lib/x86_64-linux-gnu";
+/// Where libraries are: of bookworm, and since.
+const LIBRARIES: [&str; 2] = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"];
 const LOADER: &str = "ld-linux-x86-64.so.2";
 
 fn stamp(recipe: &Recipe) -> String {
@@ -48,7 +49,7 @@ pub(super) fn unpack(root: &Path, recipe: &Recipe, archives: &[PathBuf]) -> Resu
             Run::new("dpkg-deb")
                 .arg("-x")
                 .args([archive, root])
-                .cure("Remove target/testbed/apt/cache and run again")
+                .cure("Remove target/testbed/apt and run again")
                 .output()?;
         }
         Ok(())
@@ -81,7 +82,7 @@ pub(super) fn firmware(root: &Path) -> Vec<String> {
 /// that it does not matter what this machine has installed.
 pub(super) fn wrapper(root: &Path, program: &str, first: &[String]) -> Result<PathBuf> {
     let binary = root.join(program);
-    let loader = root.join(LIBRARIES).join(LOADER);
+    let loader = root.join(loader(root));
     for path in [&binary, &loader] {
         if !path.exists() {
             return Err(incomplete(path));
@@ -111,15 +112,15 @@ pub(super) fn wrapper(root: &Path, program: &str, first: &[String]) -> Result<Pa
 
 /// The libraries that a program of a root loads, and its loader: what that loader says itself.
 pub(super) fn libraries(root: &Path, program: &str) -> Result<Vec<PathBuf>> {
-    let loader = root.join(LIBRARIES).join(LOADER);
+    let loader = loader(root);
     let path = search_path(root);
-    let text = Run::new(&loader)
+    let text = Run::new(root.join(&loader))
         .args(["--library-path", &path, "--list"])
         .arg(root.join(program))
         .cure("Remove target/testbed/roots and run again; if it stays, the package has changed")
         .text()?;
     let mut found = listed(&text, root);
-    found.push(PathBuf::from(LIBRARIES).join(LOADER));
+    found.push(loader);
     Ok(found)
 }
 
@@ -133,14 +134,17 @@ fn listed(text: &str, root: &Path) -> Vec<PathBuf> {
     text.lines().filter_map(path).collect()
 }
 
+/// The loader of a root, in it.
+fn loader(root: &Path) -> PathBuf {
+    let [old, new] = LIBRARIES.map(|folder| Path::new(folder).join(LOADER));
+    if root.join(&old).exists() { old } else { new }
+}
+
 fn search_path(root: &Path) -> String {
-    [
-        LIBRARIES,
-        "usr/lib/x86_64-linux-gnu",
-        "usr/lib/x86_64-linux-gnu/pulseaudio",
-    ]
-    .map(|part| root.join(part).display().to_string())
-    .join(":")
+    let [old, new] = LIBRARIES;
+    [old, new, "usr/lib/x86_64-linux-gnu/pulseaudio"]
+        .map(|part| root.join(part).display().to_string())
+        .join(":")
 }
 
 /// Debian's headers point to /usr/src by absolute paths: turns those into paths into the root.

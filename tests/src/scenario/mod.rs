@@ -71,15 +71,16 @@ pub fn all() -> Vec<Scenario> {
         strangers::scenarios(),
         false_source::scenarios(),
         flood::scenarios(),
+        nested::scenarios(),
     ]
     .into_iter()
     .flatten()
     .collect()
 }
 
-/// Those that `cargo testbed test --all` runs besides: they take long, or a host with KVM, which runs as a guest.
+/// Those that `cargo testbed test --all` runs besides.
 pub fn long() -> Vec<Scenario> {
     let mut scenarios = random_failures::long_scenarios();
-    scenarios.extend(nested::scenarios());
+    scenarios.extend(nested::long_scenarios());
     scenarios
 }
