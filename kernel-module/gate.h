@@ -17,7 +17,6 @@
 
 #include "transhume.h"
 
-struct ftrace_ops;
 struct mm_struct;
 struct pt_regs;
 struct vm_area_struct;

@@ -104,7 +104,8 @@ struct transhume_counts {
  * The caller's own process never sleeps. Errors: EBUSY when a gate is open, or
  * something else (a livepatch) has replaced what is hooked: handle_mm_fault,
  * filemap_read, filemap_splice_read (since 6.5), generic_perform_write,
- * iomap_file_buffered_write; EOPNOTSUPP when this kernel cannot do it; the kernel's log says which.
+ * iomap_file_buffered_write; EOPNOTSUPP when this kernel cannot do it; the
+ * kernel's log says which.
  */
 struct transhume_gate_open {
 	__u64 frames;
