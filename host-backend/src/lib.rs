@@ -5,6 +5,8 @@
 pub mod audit;
 mod bounded;
 pub mod control;
+#[cfg(test)]
+mod counted;
 mod durable;
 pub mod guest;
 pub mod hypervisor;

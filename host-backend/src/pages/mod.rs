@@ -2,6 +2,7 @@
 
 pub mod bitmap;
 pub mod digest;
+pub mod hinted;
 pub mod hints;
 pub mod last_sent;
 #[cfg(target_arch = "x86_64")]

@@ -70,13 +70,13 @@ impl DiskReader {
         loop {
             let read = self.placement.next_read()?;
             self.placement.output.wait_for_room()?;
+            self.placement.wait_for_replies()?;
             let found = self.read(&read);
             self.placement.found(&read, found)?;
         }
     }
 
-    /// A short read gets a short buffer where it waits in the output as a whole, which counts the pages
-    /// alone.
+    /// A short read gets a short buffer where it waits in the output as a whole.
     fn buffer(&self, length: usize) -> Option<AlignedBuffer> {
         if length <= POOLED / 2 && !self.placement.is_direct() {
             return AlignedBuffer::allocate(length).ok();
@@ -111,10 +111,11 @@ impl DiskReader {
             .iter()
             .map(|&(_, index)| pages.get(index).map(|page| self.digester.digest(page)))
             .collect::<Option<_>>()?;
+        let kept = buffer.len();
         let contents = Pooled {
             buffer: Some(buffer),
             pool: Arc::clone(&self.pool),
         };
-        Some((Arc::new(contents), digests))
+        Some((self.placement.output.keep(contents, kept), digests))
     }
 }

@@ -4,7 +4,7 @@ use std::io::Read;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
@@ -17,7 +17,7 @@ use super::output::{Output, Writer};
 use super::placement::Placement;
 use super::postcopy::Answers;
 use super::receive::Intake;
-use super::reply::{self, Reply};
+use super::reply::{self, Replies, Reply};
 use crate::hypervisor::Vm;
 use crate::hypervisor::memory::GuestMemory;
 use crate::link::session::{Ready, Session};
@@ -69,7 +69,7 @@ pub(super) enum Way {
 pub(super) struct Engine {
     placement: Arc<Placement>,
     output: Arc<Output>,
-    replies: mpsc::Sender<Reply>,
+    replies: Arc<Replies>,
     qemu: UnixStream,
     session: Session<Ready>,
     state: Mutex<State>,
@@ -91,11 +91,11 @@ impl Engine {
             way,
         } = target;
         let post_copy = !matches!(way, Way::PreCopy);
-        let (replies, queue) = mpsc::channel();
+        let replies = Arc::<Replies>::default();
         let output = Arc::new(Output::new());
         let placement = Arc::new(Placement::new(
             Arc::clone(&output),
-            replies.clone(),
+            Arc::clone(&replies),
             volumes.len(),
             memory,
             post_copy,
@@ -111,7 +111,7 @@ impl Engine {
         let engine = Arc::new(Self {
             placement: Arc::clone(&placement),
             output: Arc::clone(&output),
-            replies: replies.clone(),
+            replies: Arc::clone(&replies),
             qemu,
             session: session.clone(),
             state: Mutex::default(),
@@ -121,7 +121,7 @@ impl Engine {
         let mut intake = Intake::new(
             session.clone(),
             Arc::clone(&placement),
-            replies.clone(),
+            Arc::clone(&replies),
             Arc::clone(&disk_bytes),
             memory_bytes,
         )?;
@@ -138,11 +138,12 @@ impl Engine {
             Ok(())
         })?;
         engine.spawn("relay-stream", move || writer.run())?;
+        let queue = Arc::clone(&replies);
         engine.spawn("relay-link-out", move || reply::run(&session, &queue))?;
         let this = Arc::clone(&engine);
         engine.spawn("relay-return", move || {
             if !post_copy {
-                return return_path(read_half, |bytes| Ok(pass(&replies, bytes.to_vec())));
+                return return_path(read_half, |bytes| pass(&replies, bytes.to_vec()));
             }
             this.answers(read_half, answers, &replies)?;
             this.lock().closed = true;
@@ -178,7 +179,7 @@ impl Engine {
 
     /// Sends a control message behind all replies before it.
     pub(super) fn send(&self, message: Control) {
-        // The receiver ends only when the engine does.
+        // Nobody takes it when the engine has ended.
         let _ = self.replies.send(Reply::Control(message));
     }
 
@@ -198,7 +199,7 @@ impl Engine {
         gate::start(
             Arc::clone(vm),
             Arc::clone(&self.placement),
-            self.replies.clone(),
+            Arc::clone(&self.replies),
         )
     }
 
@@ -248,7 +249,7 @@ impl Engine {
         &self,
         qemu: UnixStream,
         mut answers: Answers,
-        replies: &mpsc::Sender<Reply>,
+        replies: &Replies,
     ) -> Result<(), RelayError> {
         let received = |block: &str, bitmap: &[u8]| self.placement.received(block, bitmap);
         return_path(qemu, |bytes| {
@@ -256,9 +257,12 @@ impl Engine {
             if answered {
                 self.placement.may_write();
             }
-            Ok(passed
-                .chunks(RETURN_PATH_MOST)
-                .all(|piece| pass(replies, piece.to_vec())))
+            for piece in passed.chunks(RETURN_PATH_MOST) {
+                if !pass(replies, piece.to_vec())? {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
         })
     }
 
@@ -309,8 +313,9 @@ impl Engine {
 }
 
 /// Says whether anybody listens.
-fn pass(replies: &mpsc::Sender<Reply>, bytes: Vec<u8>) -> bool {
-    replies.send(Reply::ReturnPath(bytes)).is_ok()
+fn pass(replies: &Replies, bytes: Vec<u8>) -> Result<bool, RelayError> {
+    replies.wait_for_room()?;
+    Ok(replies.send(Reply::ReturnPath(bytes)))
 }
 
 /// Carries what QEMU says to the link, until QEMU closes its socket, as it does when it has loaded the VM.

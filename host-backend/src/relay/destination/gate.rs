@@ -5,8 +5,8 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
@@ -15,7 +15,7 @@ use transhume_protocol::qemu::return_path::Message;
 
 use super::output::{Arrived, Output};
 use super::placement::Placement;
-use super::reply::Reply;
+use super::reply::{Replies, Reply};
 use crate::guest::{self, Agent, unusable};
 use crate::hypervisor::Vm;
 use crate::hypervisor::layout::{Layout, Region, main_memory_end};
@@ -79,7 +79,7 @@ impl Drop for Gate {
 }
 
 /// Begins, if the VM has an agent; best before the VM runs.
-pub(super) fn start(vm: Arc<Vm>, placement: Arc<Placement>, replies: mpsc::Sender<Reply>) -> Gate {
+pub(super) fn start(vm: Arc<Vm>, placement: Arc<Placement>, replies: Arc<Replies>) -> Gate {
     let flags = Arc::<Flags>::default();
     let (sender, counts) = oneshot::channel();
     let gate = Gate {
@@ -165,7 +165,7 @@ fn run(
     socket: &Path,
     regions: &[Region],
     placement: &Placement,
-    replies: &mpsc::Sender<Reply>,
+    replies: &Replies,
     flags: &Flags,
 ) -> Result<Option<GateCounts>, String> {
     let began = Instant::now();
@@ -181,8 +181,10 @@ fn run(
     let _watch = Watch(&placement.output);
     let arrived = || placement.output.arrived();
     let ask = |block: &str, page, count| {
-        // The receiver ends only when the relay does.
-        let _ = replies.send(Reply::ReturnPath(request(block, page, count)));
+        // Where the link is away QEMU asks for it when a CPU stands there.
+        if replies.has_room() {
+            replies.send(Reply::ReturnPath(request(block, page, count)));
+        }
     };
     keep(socket, regions, blocks, flags, arrived, ask)
 }

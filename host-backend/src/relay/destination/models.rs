@@ -1,8 +1,6 @@
 //! The interleavings of the destination's threads at what goes into QEMU, and at what is to be read, tried
 //! by loom.
 
-use std::sync::mpsc;
-
 use loom::sync::Arc;
 use loom::thread::{self, JoinHandle};
 use transhume_protocol::link::{HintRun, SectionKind};
@@ -35,13 +33,9 @@ fn spawn<S: 'static, T: 'static>(
     thread::spawn(move || run(&shared))
 }
 
-/// Pages that fill the queue.
-fn pages() -> Piece {
-    let key = PageKey { block: 0, page: 0 };
-    Piece::Pages {
-        contents: std::sync::Arc::new(Vec::<u8>::new()),
-        pages: vec![(key, 0); (24 << 20) / PAGE_SIZE],
-    }
+/// What fills the queue.
+fn much() -> Piece {
+    Piece::Raw(vec![0; 24 << 20])
 }
 
 #[test]
@@ -50,12 +44,12 @@ fn a_full_queue_has_room_when_the_writer_has_taken() {
         let output = Arc::new(Output::new());
         let writer = spawn(&output, |output| {
             for _ in 0..2 {
-                assert!(matches!(output.take(), Ok(Piece::Pages { .. })));
+                assert!(matches!(output.take(), Ok(Piece::Raw(_))));
             }
         });
         for _ in 0..2 {
             output.wait_for_room().unwrap();
-            output.push(pages());
+            output.push(much());
         }
         writer.join().unwrap();
     });
@@ -65,7 +59,7 @@ fn a_full_queue_has_room_when_the_writer_has_taken() {
 fn the_end_ends_the_waits_for_room_and_for_pieces() {
     model(|| {
         let output = Arc::new(Output::new());
-        output.push(pages());
+        output.push(much());
         let intake = spawn(&output, |output| {
             // Whether there was room, or the end.
             let _ = output.wait_for_room();
@@ -79,9 +73,9 @@ fn the_end_ends_the_waits_for_room_and_for_pieces() {
 
 /// Two pages of memory, without reports yet.
 fn placement() -> Arc<Placement> {
-    let (replies, queue) = mpsc::channel();
+    let replies = std::sync::Arc::new(reply::Replies::default());
     // Nobody listens to what is sent.
-    drop(queue);
+    replies.end();
     let output = std::sync::Arc::new(Output::new());
     let placement = Placement::new(output, replies, 1, None, false).with_ahead(1);
     let blocks = vec![Block {

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use transhume_protocol::link::SectionKind;
 use transhume_protocol::qemu::{Block, Discard, Encoder, Page};
@@ -16,11 +16,37 @@ use crate::link::write_all_vectored;
 use crate::pages::{PAGE_SIZE, PageKey};
 use crate::relay::error::RelayError;
 
-/// Bytes of page data in the queue, at most.
+/// Bytes of memory that the queue keeps, at most: what the pieces take, and all of what they refer to, however little
+/// of it goes to QEMU. Whoever puts something in waits for room before; so it may be more by what one record holds.
 const QUEUE_LIMIT: usize = 24 << 20;
+
+/// Ranges that QEMU is to forget, joined at most.
+const MOST_RANGES: usize = 4096;
 
 /// Memory that holds pages: a received batch, or what was read from a disk.
 pub(super) type Contents = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// Contents that count as kept by a queue until nobody refers to them.
+struct Kept<C> {
+    contents: C,
+    length: usize,
+    output: Weak<Output>,
+}
+
+impl<C: AsRef<[u8]>> AsRef<[u8]> for Kept<C> {
+    fn as_ref(&self) -> &[u8] {
+        self.contents.as_ref()
+    }
+}
+
+impl<C> Drop for Kept<C> {
+    fn drop(&mut self) {
+        if let Some(output) = self.output.upgrade() {
+            output.lock().kept -= self.length;
+            output.changed.notify_all();
+        }
+    }
+}
 
 /// A piece of the stream.
 pub(super) enum Piece {
@@ -50,6 +76,19 @@ pub(super) enum Piece {
     Hold,
 }
 
+impl Piece {
+    /// Bytes of memory that it takes, without what it refers to.
+    fn size(&self) -> usize {
+        let beside = match self {
+            Self::Raw(bytes) => bytes.len(),
+            Self::Pages { pages, .. } => size_of_val(pages.as_slice()),
+            Self::Discard(discard) => size_of_val(discard.ranges.as_slice()),
+            Self::Blocks { .. } | Self::Open(_) | Self::Close | Self::Zero { .. } | Self::Hold => 0,
+        };
+        size_of::<Self>() + beside
+    }
+}
+
 /// Pages that were written to QEMU's stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Arrived {
@@ -63,9 +102,16 @@ struct Queue {
     /// What was written since it was asked for last, if anybody watches. In post-copy each page comes once, so
     /// there are never more than the guest has.
     arrived: Option<Vec<Arrived>>,
-    data: usize,
+    /// See [`QUEUE_LIMIT`].
+    kept: usize,
     released: bool,
     stopped: bool,
+}
+
+impl Queue {
+    fn is_held(&self) -> bool {
+        matches!(self.pieces.front(), Some(Piece::Hold)) && !self.released
+    }
 }
 
 /// The queue.
@@ -79,7 +125,7 @@ impl Output {
         let queue = Queue {
             pieces: VecDeque::new(),
             arrived: None,
-            data: 0,
+            kept: 0,
             released: false,
             stopped: false,
         };
@@ -99,10 +145,33 @@ impl Output {
         self.changed.notify_all();
     }
 
-    /// Waits until the queue has room for more page data.
+    /// Counts contents as kept until the last piece that refers to them was written.
+    pub(super) fn keep<C: AsRef<[u8]> + Send + Sync + 'static>(
+        self: &Arc<Self>,
+        contents: C,
+        length: usize,
+    ) -> Contents {
+        self.lock().kept += length;
+        Arc::new(Kept {
+            contents,
+            length,
+            output: Arc::downgrade(self),
+        })
+    }
+
+    /// Waits until the queue has room for more.
+    ///
+    /// # Errors
+    /// When there will be none: a package waits for the hand-over, and what has come behind its beginning is more than
+    /// any package.
     pub(super) fn wait_for_room(&self) -> Result<(), RelayError> {
         let mut queue = self.lock();
-        while !queue.stopped && queue.data >= QUEUE_LIMIT {
+        while !queue.stopped && queue.kept >= QUEUE_LIMIT {
+            if queue.is_held() {
+                return Err(RelayError::Misplaced(
+                    "more than a package before the hand-over",
+                ));
+            }
             queue = self
                 .changed
                 .wait(queue)
@@ -119,17 +188,17 @@ impl Output {
     /// order.
     pub(super) fn push(&self, piece: Piece) {
         let mut queue = self.lock();
-        if let Piece::Pages { pages, .. } = &piece {
-            queue.data += pages.len() * PAGE_SIZE;
-        }
         if let (Some(Piece::Discard(last)), Piece::Discard(next)) =
             (queue.pieces.back_mut(), &piece)
             && last.block == next.block
+            && last.ranges.len() < MOST_RANGES
         {
             // Many ranges make one command.
             last.ranges.extend_from_slice(&next.ranges);
+            queue.kept += size_of_val(next.ranges.as_slice());
             return;
         }
+        queue.kept += piece.size();
         queue.pieces.push_back(piece);
         self.changed.notify_all();
     }
@@ -170,12 +239,11 @@ impl Output {
             if queue.stopped {
                 return Err(RelayError::Stopped);
             }
-            let held = matches!(queue.pieces.front(), Some(Piece::Hold)) && !queue.released;
-            if !held && let Some(piece) = queue.pieces.pop_front() {
-                if let Piece::Pages { pages, .. } = &piece {
-                    queue.data -= pages.len() * PAGE_SIZE;
-                    self.changed.notify_all();
-                }
+            if !queue.is_held()
+                && let Some(piece) = queue.pieces.pop_front()
+            {
+                queue.kept -= piece.size();
+                self.changed.notify_all();
                 return Ok(piece);
             }
             queue = self

@@ -14,7 +14,8 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::{Arc, mpsc};
+use std::ops::Range;
+use std::sync::Arc;
 
 use foldhash::fast::RandomState;
 use transhume_protocol::link::{Digest, HintRun, SectionKind, Verdict};
@@ -25,7 +26,7 @@ use super::gate;
 use super::output::{Contents, Output, Piece};
 use super::postcopy::{self, Missing};
 use super::reads::{Plan, Read, join};
-use super::reply::Reply;
+use super::reply::{Replies, Reply};
 use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::hypervisor::memory::GuestMemory;
 use crate::pages::bitmap::Bitmap;
@@ -39,8 +40,12 @@ mod post_copy;
 /// Pages read ahead whose digests the source has not given yet, at most: 2 GiB of the guest's memory, and
 /// some 25 MiB of ours.
 const AHEAD_MOST: usize = 512 * 1024;
-/// Zero pages written out at once.
-const ZERO_PAGES: u32 = 4096;
+/// References that are open, at most: a source keeps 64 MiB of buffers for them, and its readers may go a little beyond.
+/// Some 8 MiB of ours, with the reads for them.
+const AWAITED_MOST: usize = 64 * 1024;
+/// Zero pages written out at once, and pages of another byte, which QEMU gets whole.
+pub(super) const ZERO_PAGES: u32 = 4096;
+const FILLED_PAGES: u32 = 256;
 
 #[derive(Debug, Clone, Copy)]
 struct Awaited {
@@ -98,7 +103,7 @@ pub(super) struct Placement {
     state: Mutex<State>,
     changed: Condvar,
     pub(super) output: Arc<Output>,
-    replies: mpsc::Sender<Reply>,
+    replies: Arc<Replies>,
     disks: usize,
     memory: Option<GuestMemory>,
     /// [`AHEAD_MOST`].
@@ -176,7 +181,7 @@ impl State {
 impl Placement {
     pub(super) fn new(
         output: Arc<Output>,
-        replies: mpsc::Sender<Reply>,
+        replies: Arc<Replies>,
         disks: usize,
         memory: Option<GuestMemory>,
         post_copy: bool,
@@ -242,7 +247,7 @@ impl Placement {
 
     fn reply(&self, verdicts: Verdicts) {
         for verdict in verdicts.0 {
-            // The receiver ends only when the relay does.
+            // Nobody takes replies when the relay has ended.
             let _ = self.replies.send(Reply::Verdict(verdict));
         }
     }
@@ -298,6 +303,10 @@ impl Placement {
     /// Takes part of the guest's report. What lies outside of memory or disks is left out.
     pub(super) fn hint(&self, runs: &[HintRun]) {
         let mut state = self.lock();
+        if state.missing.is_some() || state.ended {
+            // Nothing is read ahead any more.
+            return;
+        }
         let State { blocks, plan, .. } = &mut *state;
         let inside = |run: &&HintRun| {
             blocks.get(usize::from(run.block)).is_some_and(|block| {
@@ -409,7 +418,8 @@ impl Placement {
         Ok(())
     }
 
-    /// The source has pages of one repeated byte.
+    /// The source has pages of one repeated byte, no more than [`ZERO_PAGES`]. The caller has waited for room in the
+    /// output.
     pub(super) fn zero(
         &self,
         block: u16,
@@ -427,18 +437,18 @@ impl Placement {
             page: end.saturating_sub(1),
         })?;
         if state.missing.is_some() {
+            let mut run = page..page;
             for page in page..end {
-                let key = PageKey { block, page };
-                if !state.take_missing(key, &mut verdicts) {
+                if !state.take_missing(PageKey { block, page }, &mut verdicts) {
                     continue;
                 }
-                self.output.push(Piece::Zero {
-                    block,
-                    page,
-                    count: 1,
-                    fill,
-                });
+                if run.end != page {
+                    self.push_filled(block, run, fill);
+                    run = page..page;
+                }
+                run.end = page + 1;
             }
+            self.push_filled(block, run, fill);
             drop(state);
             self.reply(verdicts);
             return Ok(());
@@ -448,11 +458,20 @@ impl Placement {
                 verdicts.settle(awaited);
             }
         }
-        let mut page = page;
-        while page < end {
-            let count = u32::try_from(end - page)
-                .unwrap_or(u32::MAX)
-                .min(ZERO_PAGES);
+        self.push_filled(block, page..end, fill);
+        self.make_room_known(was_full, &state);
+        drop(state);
+        self.reply(verdicts);
+        Ok(())
+    }
+
+    /// Hands QEMU pages of one repeated byte, so many at once that they are no burden when they are written out.
+    fn push_filled(&self, block: u16, pages: Range<u64>, fill: u8) {
+        let most = if fill == 0 { ZERO_PAGES } else { FILLED_PAGES };
+        let mut page = pages.start;
+        while page < pages.end {
+            let left = u32::try_from(pages.end - page).unwrap_or(u32::MAX);
+            let count = left.min(most);
             self.output.push(Piece::Zero {
                 block,
                 page,
@@ -461,10 +480,6 @@ impl Placement {
             });
             page += u64::from(count);
         }
-        self.make_room_known(was_full, &state);
-        drop(state);
-        self.reply(verdicts);
-        Ok(())
     }
 
     /// The source has sent pages. The caller has waited for room in the output.
@@ -599,8 +614,12 @@ impl Placement {
             }
         }
         self.make_room_known(was_full, &state);
+        let awaited = state.awaited.len();
         drop(state);
         self.reply(verdicts);
+        if awaited > AWAITED_MOST {
+            return Err(RelayError::Misplaced("more references than may be open"));
+        }
         Ok(())
     }
 
@@ -611,8 +630,33 @@ impl Placement {
         }
         let reads = join(needed);
         needed.clear();
-        self.lock().plan.demand(reads);
+        let mut state = self.lock();
+        state.plan.demand(reads);
+        if state.plan.demanded() > 2 * AWAITED_MOST {
+            // The disk is slow, and the source has sent the pages itself.
+            let State {
+                plan,
+                awaited,
+                blocks,
+                ..
+            } = &mut *state;
+            plan.keep_demands(|key| {
+                let keep = awaited.contains_key(&key);
+                if let Some(block) = blocks.get_mut(usize::from(key.block))
+                    && !keep
+                {
+                    block.reading.remove(key.page);
+                }
+                keep
+            });
+        }
+        drop(state);
         self.changed.notify_all();
+    }
+
+    /// Waits until the source takes what a disk reader may have to say.
+    pub(super) fn wait_for_replies(&self) -> Result<(), RelayError> {
+        self.replies.wait_for_room()
     }
 
     /// What a disk reader should read next; waits for it.
@@ -642,6 +686,12 @@ impl Placement {
                         state.block(key)?.reading.insert(key.page);
                     }
                     return Ok(read);
+                }
+                if plan.open_window(wanted) {
+                    // Others have their turn between windows.
+                    drop(state);
+                    state = self.lock();
+                    continue;
                 }
             }
             state = self

@@ -1,6 +1,6 @@
 //! Pages of a VM in post-copy: each once, from wherever it comes first.
 
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 
 use transhume_protocol::link::{Digest, SectionKind};
 use transhume_protocol::qemu::Block;
@@ -8,7 +8,7 @@ use transhume_protocol::qemu::Block;
 use super::output::{Contents, Output, Piece};
 use super::placement::Placement;
 use super::reads::Read;
-use super::reply::Reply;
+use super::reply::{Replies, Reply};
 use crate::pages::hints::Place;
 use crate::pages::{PAGE_SIZE, PageKey};
 
@@ -18,7 +18,7 @@ const BATCH: u64 = 5;
 
 struct Scene {
     placement: Placement,
-    replies: mpsc::Receiver<Reply>,
+    replies: Arc<Replies>,
 }
 
 fn key(page: u64) -> PageKey {
@@ -28,9 +28,9 @@ fn key(page: u64) -> PageKey {
 impl Scene {
     /// Pages 0 to 3 were forgotten of 8, and the package was passed on.
     fn new() -> Self {
-        let (sender, replies) = mpsc::channel();
+        let replies = Arc::<Replies>::default();
         let output = Arc::new(Output::new());
-        let placement = Placement::new(Arc::clone(&output), sender, 1, None, true);
+        let placement = Placement::new(Arc::clone(&output), Arc::clone(&replies), 1, None, true);
         let length = 8 * PAGE_SIZE as u64;
         let name = "pc.ram".to_owned();
         let blocks = vec![Block { name, length }];
@@ -88,7 +88,7 @@ impl Scene {
     /// What the source is told: settled, and wanted.
     fn told(&self) -> (u32, Vec<u32>) {
         let (mut settled, mut wanted) = (0, Vec::new());
-        for reply in self.replies.try_iter() {
+        for reply in self.replies.take_all() {
             if let Reply::Verdict(verdict) = reply {
                 assert_eq!(verdict.batch, BATCH);
                 settled += verdict.settled;

@@ -4,11 +4,12 @@
 //! window by window in the order of memory, and within a window in the order of the disk, so
 //! that reads are large.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 
 use transhume_protocol::link::HintRun;
 
-use crate::pages::hints::{MAX_RUNS, Place};
+use crate::pages::hinted::Hinted;
+use crate::pages::hints::Place;
 use crate::pages::{PageKey, SECTORS_PER_PAGE};
 
 /// Pages in a window: 64 MiB of memory.
@@ -63,71 +64,78 @@ pub(super) fn join(pages: &mut [(Place, PageKey)]) -> Vec<Read> {
 #[derive(Debug, Default)]
 pub(super) struct Plan {
     demand: VecDeque<Read>,
-    windows: BTreeMap<(u16, u64), Vec<HintRun>>,
-    runs: usize,
+    /// Pages in `demand`.
+    demanded: usize,
+    hints: Hinted,
+    /// Those of one window, so of [`WINDOW_PAGES`] at most.
     ready: VecDeque<Read>,
-}
-
-fn window(key: PageKey) -> (u16, u64) {
-    (key.block, key.page / WINDOW_PAGES)
 }
 
 impl Plan {
     /// Adds a run of the guest's report; the caller has checked that it lies within memory.
     pub(super) fn add_hint(&mut self, run: HintRun) {
-        if self.runs < MAX_RUNS {
-            self.runs += 1;
-            let key = PageKey {
-                block: run.block,
-                page: run.page,
-            };
-            self.windows.entry(window(key)).or_default().push(run);
-        }
+        self.hints.insert(run);
     }
 
     /// Adds reads that the source waits for.
     pub(super) fn demand(&mut self, reads: Vec<Read>) {
+        self.demanded += pages(&reads);
         self.demand.extend(reads);
+    }
+
+    /// Pages of the reads that the source waits for.
+    pub(super) fn demanded(&self) -> usize {
+        self.demanded
+    }
+
+    /// Leaves pages out that the source does not wait for any more, as `keep` says of each.
+    pub(super) fn keep_demands(&mut self, mut keep: impl FnMut(PageKey) -> bool) {
+        self.demand.retain_mut(|read| {
+            read.targets.retain(|&(key, _)| keep(key));
+            !read.targets.is_empty()
+        });
+        self.demanded = pages(&self.demand);
     }
 
     /// A read that the source waits for.
     pub(super) fn next_demand(&mut self) -> Option<Read> {
-        self.demand.pop_front()
+        let read = self.demand.pop_front()?;
+        self.demanded -= read.targets.len();
+        Some(read)
     }
 
-    /// The next read ahead of the source. `wanted` says which pages are still worth it.
+    /// The next read ahead of the source in the window that was opened. `wanted` says which pages are still worth it.
     pub(super) fn next_ahead(&mut self, wanted: impl Fn(PageKey) -> bool) -> Option<Read> {
-        loop {
-            if let Some(mut read) = self.ready.pop_front() {
-                read.targets.retain(|&(key, _)| wanted(key));
-                if !read.targets.is_empty() {
-                    return Some(read);
-                }
-                continue;
+        while let Some(mut read) = self.ready.pop_front() {
+            read.targets.retain(|&(key, _)| wanted(key));
+            if !read.targets.is_empty() {
+                return Some(read);
             }
-            let (_, runs) = self.windows.pop_first()?;
-            self.runs -= runs.len();
-            let mut pages = Vec::new();
-            for run in runs {
-                let places = (0..u64::from(run.pages)).map_while(|n| {
-                    let sector = run.sector.checked_add(n.checked_mul(SECTORS_PER_PAGE)?)?;
-                    let key = PageKey {
-                        block: run.block,
-                        page: run.page + n,
-                    };
-                    Some((
-                        Place {
-                            disk: run.disk,
-                            sector,
-                        },
-                        key,
-                    ))
-                });
-                pages.extend(places.filter(|&(_, key)| wanted(key)));
-            }
-            self.ready = join(&mut pages).into();
         }
+        None
     }
+
+    /// Opens the next window; whether there was one. Only then its runs become pages: a report may name all memory in
+    /// a few bytes.
+    pub(super) fn open_window(&mut self, wanted: impl Fn(PageKey) -> bool) -> bool {
+        let Some(first) = self.hints.first() else {
+            return false;
+        };
+        let from = first.page / WINDOW_PAGES * WINDOW_PAGES;
+        let to = from.saturating_add(WINDOW_PAGES);
+        let mut pages = Vec::new();
+        self.hints.take(first.block, from, to, |key, place| {
+            if wanted(key) {
+                pages.push((place, key));
+            }
+        });
+        self.ready.extend(join(&mut pages));
+        true
+    }
+}
+
+fn pages<'a>(reads: impl IntoIterator<Item = &'a Read>) -> usize {
+    reads.into_iter().map(|read| read.targets.len()).sum()
 }
 
 #[cfg(test)]
@@ -191,17 +199,62 @@ mod tests {
         plan.demand(join(&mut [page(0, 8, 9)]));
         assert_eq!(plan.next_demand().map(|read| read.place.sector), Some(8));
         for sector in [800, 1600] {
+            assert!(plan.open_window(|_| true));
             let next = plan.next_ahead(|_| true).expect("a window is left");
             assert_eq!(next.place.sector, sector);
+            assert_eq!(plan.next_ahead(|_| true), None);
         }
-        let next = plan
-            .next_ahead(|key| key.page % 2 == 1)
-            .expect("a window is left");
+        let wanted = |key: PageKey| key.page % 2 == 1;
+        assert!(plan.open_window(wanted));
+        let next = plan.next_ahead(wanted).expect("a window is left");
         let key = PageKey {
             block: 0,
             page: 5 * WINDOW_PAGES + 1,
         };
         assert_eq!(next.targets, [(key, 0)]);
         assert_eq!(plan.next_ahead(|_| true), None);
+        assert!(!plan.open_window(|_| true));
+    }
+
+    #[test]
+    fn a_few_bytes_that_name_all_memory_many_times_become_one_window() {
+        const BLOCK: u64 = 64 * WINDOW_PAGES;
+        let ((), most) = crate::counted::peak(|| {
+            let mut plan = Plan::default();
+            for sector in 0..20_000 {
+                plan.add_hint(HintRun {
+                    block: 0,
+                    page: 0,
+                    pages: u32::try_from(BLOCK).expect("a number of pages"),
+                    disk: 0,
+                    sector,
+                });
+            }
+            let mut pages = 0;
+            while plan.open_window(|_| true) {
+                while let Some(read) = plan.next_ahead(|_| true) {
+                    pages += read.targets.len() as u64;
+                }
+            }
+            assert_eq!(pages, BLOCK);
+        });
+        assert!(most < 4 << 20, "{most} bytes");
+    }
+
+    #[test]
+    fn what_nobody_waits_for_is_not_read() {
+        let mut plan = Plan::default();
+        for n in 0..10 {
+            plan.demand(join(&mut [
+                page(0, n << 20, n),
+                page(0, (n << 20) + 8, n + 100),
+            ]));
+        }
+        assert_eq!(plan.demanded(), 20);
+        plan.keep_demands(|key| key.page == 103 || key.page == 4);
+        assert_eq!(plan.demanded(), 2);
+        let left = [plan.next_demand(), plan.next_demand(), plan.next_demand()];
+        let keys = left.map(|read| read.map(|read| read.targets[0].0.page));
+        assert_eq!((keys, plan.demanded()), ([Some(103), Some(4), None], 0));
     }
 }

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc;
 
 use transhume_protocol::link::{
     Ack, BATCH_HEADER_LEN, BatchEncoding, BatchReader, Control, FrameKind, LinkError, Record,
@@ -11,8 +10,8 @@ use transhume_protocol::link::{
 use zstd::bulk::Decompressor;
 
 use super::output::Contents;
-use super::placement::Placement;
-use super::reply::Reply;
+use super::placement::{Placement, ZERO_PAGES};
+use super::reply::{Replies, Reply};
 use crate::link::session::{Ready, Session};
 use crate::link::{Payload, Pool};
 use crate::pages::hints::Place;
@@ -25,7 +24,7 @@ use crate::relay::table;
 pub(super) struct Intake {
     session: Session<Ready>,
     placement: Arc<Placement>,
-    replies: mpsc::Sender<Reply>,
+    replies: Arc<Replies>,
     decompressor: Decompressor<'static>,
     pool: Arc<Pool>,
     done: u64,
@@ -39,7 +38,7 @@ impl Intake {
     pub(super) fn new(
         session: Session<Ready>,
         placement: Arc<Placement>,
-        replies: mpsc::Sender<Reply>,
+        replies: Arc<Replies>,
         disk_bytes: Arc<AtomicU64>,
         memory_bytes: u64,
     ) -> Result<Self, RelayError> {
@@ -59,6 +58,8 @@ impl Intake {
     /// Receives until the source commits. In post-copy more comes after that.
     pub(super) fn run(&mut self) -> Result<(), RelayError> {
         loop {
+            // Each frame may be answered, and a source that hears nothing gets no answers.
+            self.replies.wait_for_room()?;
             let frame = self.session.receive()?;
             match frame.kind {
                 FrameKind::Alive | FrameKind::Bye => {}
@@ -97,10 +98,13 @@ impl Intake {
         payload: &Arc<Payload>,
         reader: &BatchReader<'_>,
     ) -> Result<(Contents, usize), RelayError> {
+        let output = &self.placement.output;
         match reader.header.encoding {
             BatchEncoding::Plain => {
                 let begin = payload.len() - reader.data.len();
-                Ok((Arc::<Payload>::clone(payload), begin))
+                let length = payload.len();
+                let payload = Shared(Arc::clone(payload));
+                Ok((output.keep(payload, length), begin))
             }
             BatchEncoding::Zstd => {
                 // The header's length was bounded by `parse`.
@@ -112,7 +116,7 @@ impl Intake {
                 if length != reader.header.data_len {
                     return Err(LinkError::OutOfBounds("data of a batch").into());
                 }
-                Ok((Arc::new(data), 0))
+                Ok((output.keep(data, length), 0))
             }
         }
     }
@@ -122,13 +126,13 @@ impl Intake {
         let payload = Arc::new(payload);
         let reader = BatchReader::parse(&payload)?;
         let header = reader.header;
-        if header.data_len > 0 {
-            self.placement.output.wait_for_room()?;
-        }
+        self.placement.output.wait_for_room()?;
         let (contents, mut offset) = self.contents(&payload, &reader)?;
         let mut index = 0;
         let mut needed = Vec::new();
         for record in reader.records() {
+            // A few bytes of a record can be many of QEMU's.
+            self.placement.output.wait_for_room()?;
             match record? {
                 Record::Raw(bytes) => self.placement.raw(bytes.to_vec())?,
                 Record::Blocks { section, blocks } => {
@@ -148,9 +152,7 @@ impl Intake {
                     page,
                     count,
                     fill,
-                } => {
-                    self.placement.zero(block, page, count, fill)?;
-                }
+                } => self.zero(block, page, count, fill)?,
                 Record::Data { block, page, count } => {
                     let pages = run(block, page, count, &mut offset);
                     self.placement.data(Arc::clone(&contents), pages)?;
@@ -178,12 +180,26 @@ impl Intake {
         Ok((BATCH_HEADER_LEN + header.records_len + header.data_len) as u64)
     }
 
+    /// A record of pages of one byte may name all memory.
+    fn zero(&self, block: u16, page: u64, count: u32, fill: u8) -> Result<(), RelayError> {
+        let mut done = 0;
+        while done < count {
+            let some = (count - done).min(ZERO_PAGES);
+            self.placement
+                .zero(block, page + u64::from(done), some, fill)?;
+            done += some;
+            self.placement.output.wait_for_room()?;
+        }
+        Ok(())
+    }
+
     fn fill(&mut self, payload: Payload) -> Result<(), RelayError> {
         let payload = Arc::new(payload);
         let reader = BatchReader::parse(&payload)?;
         self.placement.output.wait_for_room()?;
         let (contents, mut offset) = self.contents(&payload, &reader)?;
         for record in reader.records() {
+            self.placement.output.wait_for_room()?;
             let Record::Data { block, page, count } = record? else {
                 return Err(RelayError::Misplaced("record in a fill"));
             };
@@ -192,6 +208,15 @@ impl Intake {
                 .fill(reader.header.number, &contents, pages)?;
         }
         Ok(())
+    }
+}
+
+/// A payload that a batch's records are read from, and its pages.
+struct Shared(Arc<Payload>);
+
+impl AsRef<[u8]> for Shared {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
     }
 }
 

@@ -1,6 +1,7 @@
 //! What the destination says to the source while memory moves.
 
-use std::sync::mpsc::Receiver;
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use transhume_protocol::link::{Ack, Control, FrameKind, Verdict, encode_control};
@@ -21,15 +22,122 @@ pub(super) enum Reply {
 
 /// Replies that are joined before they are sent, at most.
 const JOINED: usize = 256;
+/// Bytes of replies that wait, at most. Whoever is about to cause some waits for room before; so it may be more by what
+/// one batch is answered with.
+const MOST: usize = 4 << 20;
+
+impl Reply {
+    /// Bytes of memory that it takes, about.
+    fn size(&self) -> usize {
+        let beside = match self {
+            Self::Verdict(verdict) => size_of_val(verdict.wanted.as_slice()),
+            Self::ReturnPath(bytes) => bytes.len(),
+            Self::Ack(_) | Self::Control(_) | Self::Last(_) => 0,
+        };
+        size_of::<Self>() + beside
+    }
+}
+
+#[derive(Default)]
+struct Queue {
+    replies: VecDeque<Reply>,
+    size: usize,
+    is_over: bool,
+}
+
+/// Replies that wait for the link: a source that takes none of them gets no more to answer.
+#[derive(Default)]
+pub(super) struct Replies {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+}
+
+impl Replies {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts a reply behind all others, room or not; whether anybody takes it.
+    pub(super) fn send(&self, reply: Reply) -> bool {
+        let mut queue = self.lock();
+        if queue.is_over {
+            return false;
+        }
+        queue.size += reply.size();
+        queue.replies.push_back(reply);
+        drop(queue);
+        self.changed.notify_all();
+        true
+    }
+
+    /// Whether there is room for more.
+    pub(super) fn has_room(&self) -> bool {
+        self.lock().size < MOST
+    }
+
+    /// Waits until there is.
+    ///
+    /// # Errors
+    /// If nobody takes replies any more.
+    pub(super) fn wait_for_room(&self) -> Result<(), RelayError> {
+        let mut queue = self.lock();
+        while queue.size >= MOST && !queue.is_over {
+            queue = self.wait(queue);
+        }
+        if queue.is_over {
+            return Err(RelayError::Stopped);
+        }
+        Ok(())
+    }
+
+    fn wait<'a>(&self, queue: MutexGuard<'a, Queue>) -> MutexGuard<'a, Queue> {
+        self.changed
+            .wait(queue)
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What has come; waits for it.
+    fn take(&self) -> Vec<Reply> {
+        let mut queue = self.lock();
+        while queue.replies.is_empty() {
+            queue = self.wait(queue);
+        }
+        let some = queue.replies.len().min(JOINED);
+        let taken: Vec<Reply> = queue.replies.drain(..some).collect();
+        queue.size -= taken.iter().map(Reply::size).sum::<usize>();
+        drop(queue);
+        self.changed.notify_all();
+        taken
+    }
+
+    /// All that waits, without waiting.
+    #[cfg(test)]
+    pub(super) fn take_all(&self) -> Vec<Reply> {
+        let mut queue = self.lock();
+        queue.size = 0;
+        queue.replies.drain(..).collect()
+    }
+
+    /// Nobody takes replies from here on.
+    pub(super) fn end(&self) {
+        let mut queue = self.lock();
+        queue.is_over = true;
+        queue.replies.clear();
+        drop(queue);
+        self.changed.notify_all();
+    }
+}
 
 /// Sends replies until it is told to stop.
-pub(super) fn run(session: &Session<Ready>, replies: &Receiver<Reply>) -> Result<(), RelayError> {
-    while let Ok(first) = replies.recv() {
-        for reply in join(
-            std::iter::once(first)
-                .chain(replies.try_iter())
-                .take(JOINED),
-        ) {
+pub(super) fn run(session: &Session<Ready>, replies: &Replies) -> Result<(), RelayError> {
+    let result = send(session, replies);
+    replies.end();
+    result
+}
+
+fn send(session: &Session<Ready>, replies: &Replies) -> Result<(), RelayError> {
+    loop {
+        for reply in join(replies.take().into_iter()) {
             let (kind, payload) = match reply {
                 Reply::Verdict(verdict) => (FrameKind::Verdict, verdict.encode()),
                 Reply::Ack(ack) => (FrameKind::Ack, ack.encode().to_vec()),
@@ -45,7 +153,6 @@ pub(super) fn run(session: &Session<Ready>, replies: &Receiver<Reply>) -> Result
             session.send(Prepared::new(kind, payload), length, length)?;
         }
     }
-    Ok(())
 }
 
 /// Joins verdicts on the same batch, and leaves out acknowledgements that a later one contains.
@@ -111,5 +218,26 @@ mod tests {
             Reply::Last(Duration::ZERO),
         ];
         assert_eq!(joined, expected);
+    }
+
+    #[test]
+    fn who_takes_no_replies_gets_no_more_to_answer() {
+        let replies = Replies::default();
+        while replies.has_room() {
+            assert!(replies.send(verdict(1, 0, &[7; 1000])));
+        }
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| replies.wait_for_room());
+            while !replies.has_room() {
+                assert!(!replies.take().is_empty());
+            }
+            assert!(waits.join().expect("it ends").is_ok());
+        });
+        while replies.has_room() {
+            assert!(replies.send(Reply::ReturnPath(vec![0; 1000])));
+        }
+        replies.end();
+        assert!(replies.wait_for_room().is_err());
+        assert!(!replies.send(ack(1)));
     }
 }
