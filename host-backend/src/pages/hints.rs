@@ -33,7 +33,8 @@ impl HintTable {
     /// right is for the digests to say.
     pub fn new(mut runs: Vec<HintRun>) -> Self {
         runs.truncate(MAX_RUNS);
-        runs.sort_unstable_by_key(|run| (first(run), run.disk, run.sector));
+        // Two reports, each sorted, are joined in one pass by a stable sort.
+        runs.sort_by_key(|run| (first(run), run.disk, run.sector));
         let mut end = PageKey { block: 0, page: 0 };
         runs.retain_mut(|run| {
             let Some(run_end) = run.page.checked_add(u64::from(run.pages)) else {

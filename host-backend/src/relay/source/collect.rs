@@ -65,6 +65,7 @@ impl Reading {
     /// The VM is paused from here on.
     pub(super) fn begin_final_section(&self) {
         self.final_section.store(true, Ordering::Relaxed);
+        self.shared.flow.end_reports();
     }
 
     pub(super) fn in_final_section(&self) -> bool {

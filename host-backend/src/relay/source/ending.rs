@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 use tokio::time::timeout;
 use transhume_protocol::link::{Control, encode_control};
 
-use super::flow::Next;
 use super::migration::{Copied, Migration, Stop};
 use super::request::{Request, ask};
 use crate::hypervisor;
@@ -43,7 +42,7 @@ impl Migration {
             Ok(commit) => commit,
             Err(error) => return Err(self.undo(Stop::Failed(error.to_string())).await),
         };
-        copied.shared.flow.push_urgent(Next::Control(commit));
+        copied.shared.flow.push_control(commit);
         let answered = timeout(PATIENCE, copied.shared.answered()).await;
         let taken = match answered {
             Ok(Some(Ok(()))) => Ok(()),

@@ -6,18 +6,22 @@
 //! the link like any other. So a slow disk leaves its pages to the link, and a slow link holds up
 //! nothing but the pages that need it. Only when both are full does the reader wait, and with it
 //! QEMU, and then for whichever frees room first.
+//!
+//! The guest's report goes ahead of the data, for it says what to read ahead; but a guest may report without an end, so it
+//! has a fixed start and a tenth of what went out beside it, and a new report takes the place of one that waits.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use transhume_protocol::link::{BATCH_HEADER_LEN, BatchHeader, PAGE_LEN, Verdict};
+use transhume_protocol::link::{BATCH_HEADER_LEN, BatchHeader, PAGE_LEN, Verdict, encode_hint};
 
 use super::buffers::{BUFFER_LEN, Buffer};
 use super::steer::Demand;
 use super::sync::{Condvar, Instant, Mutex, MutexGuard, PoisonError};
 use super::window::Window;
 use crate::pages::PageKey;
+use crate::pages::hints::{HintTable, MAX_RUNS};
 use crate::relay::error::RelayError;
 
 /// Bytes of page data that wait to be sent, at most.
@@ -28,6 +32,13 @@ const TIMED: usize = 64;
 const QUEUE_ENOUGH: usize = 512 << 10;
 /// Batches that wait, at most: each keeps a whole buffer, however little of it is to be sent.
 const QUEUE_BATCHES: usize = 32;
+/// The same of those without page data, as of zero pages, or of pages that a disk should hold.
+const QUEUE_BATCHES_MOST: usize = 128;
+/// Bytes of the guest's report that go out whatever else does, and what share of the rest it has: one part in so many.
+const HINTS_START: u64 = 1 << 20;
+const HINTS_SHARE: u64 = 10;
+/// Runs of it in one frame.
+const RUNS_A_FRAME: usize = 2048;
 /// Bytes of batches on their way: sent, but not yet worked off by the destination.
 const WINDOW: u64 = 32 << 20;
 /// Bytes of buffers kept for unsettled references, at most and at least.
@@ -87,10 +98,62 @@ struct Retained {
     unsettled: u32,
 }
 
+/// The guest's report on its way to the destination.
+#[derive(Debug, Default)]
+struct Report {
+    /// Its parts, and how many runs of the first one went out.
+    parts: VecDeque<Arc<HintTable>>,
+    at: usize,
+    /// Bytes of reports that went out, and of all else.
+    sent: u64,
+    beside: u64,
+    /// Nobody reads ahead any more.
+    is_over: bool,
+}
+
+impl Report {
+    fn add(&mut self, part: Arc<HintTable>, replaces: bool) {
+        if replaces {
+            self.parts.clear();
+            self.at = 0;
+        }
+        let waiting: usize = self.parts.iter().map(|part| part.runs().len()).sum();
+        if !self.is_over && waiting + part.runs().len() <= MAX_RUNS {
+            self.parts.push_back(part);
+        }
+    }
+
+    /// What may go out of it now.
+    fn next(&mut self) -> Option<Vec<u8>> {
+        loop {
+            let part = self.parts.front()?;
+            if self.at < part.runs().len() {
+                break;
+            }
+            self.parts.pop_front();
+            self.at = 0;
+        }
+        if self.sent >= HINTS_START + self.beside / HINTS_SHARE {
+            return None;
+        }
+        let runs = self.parts.front()?.runs().get(self.at..)?;
+        let runs = runs.get(..RUNS_A_FRAME).unwrap_or(runs);
+        let mut payload = Vec::new();
+        for run in runs {
+            encode_hint(&mut payload, run);
+        }
+        self.at += runs.len();
+        self.sent += payload.len() as u64;
+        Some(payload)
+    }
+}
+
 #[derive(Debug)]
 struct State {
     stopped: bool,
+    /// Our own control messages, which are few, and fills: of batches that were sent, so no more than is retained.
     urgent: VecDeque<Next>,
+    report: Report,
     queue: VecDeque<Outgoing>,
     queued_data: usize,
     /// Payload bytes of batches that the destination has worked off since the start.
@@ -136,6 +199,11 @@ impl State {
         self.queued_data >= QUEUE_LIMIT || self.queue.len() >= QUEUE_BATCHES
     }
 
+    /// Whether a batch with so many bytes of page data must wait.
+    fn is_full_for(&self, data: usize) -> bool {
+        (data > 0 && self.queue_is_full()) || self.queue.len() >= QUEUE_BATCHES_MOST
+    }
+
     fn adapt(&mut self) {
         let elapsed = self.looked.elapsed();
         if elapsed < SETTLE_INTERVAL {
@@ -165,6 +233,7 @@ impl Flow {
             state: Mutex::new(State {
                 stopped: false,
                 urgent: VecDeque::new(),
+                report: Report::default(),
                 queue: VecDeque::new(),
                 queued_data: 0,
                 acknowledged: 0,
@@ -233,7 +302,7 @@ impl Flow {
         (demand, state.retained_bytes() + BUFFER_LEN <= state.limit)
     }
 
-    /// Puts a batch into the queue; waits for room when it has page data. `references` are kept until
+    /// Puts a batch into the queue; waits for room, of which one with page data needs more. `references` are kept until
     /// they are settled.
     pub(super) fn push(
         &self,
@@ -242,7 +311,7 @@ impl Flow {
     ) -> Result<(), RelayError> {
         let data = outgoing.header.data_len;
         let mut state = self.lock();
-        while !state.stopped && data > 0 && state.queue_is_full() {
+        while !state.stopped && state.is_full_for(data) {
             state = self.wait(state);
         }
         if state.stopped {
@@ -267,10 +336,24 @@ impl Flow {
         Ok(())
     }
 
-    /// Puts something ahead of all batches.
-    pub(super) fn push_urgent(&self, next: Next) {
-        self.lock().urgent.push_back(next);
+    /// Puts a control message ahead of all else.
+    pub(super) fn push_control(&self, payload: Vec<u8>) {
+        self.lock().urgent.push_back(Next::Control(payload));
         self.changed.notify_all();
+    }
+
+    /// Takes a part of the guest's report, or with `replaces` a report that is to go out in the place of all that waits of
+    /// others.
+    pub(super) fn report(&self, part: Arc<HintTable>, replaces: bool) {
+        self.lock().report.add(part, replaces);
+        self.changed.notify_all();
+    }
+
+    /// Nobody reads ahead from here on: no report goes out any more.
+    pub(super) fn end_reports(&self) {
+        let mut state = self.lock();
+        state.report.is_over = true;
+        state.report.parts.clear();
     }
 
     /// Sends the pages of every unsettled reference over the link, ahead of what follows in the stream.
@@ -319,9 +402,16 @@ impl Flow {
                 return Err(RelayError::Stopped);
             }
             if let Some(next) = state.urgent.pop_front() {
+                if let Next::Fill { pages, .. } = &next {
+                    state.report.beside += (pages.len() * PAGE_LEN) as u64;
+                }
                 state.last_sent = Instant::now();
                 self.changed.notify_all();
                 return Ok(next);
+            }
+            if let Some(payload) = state.report.next() {
+                state.last_sent = Instant::now();
+                return Ok(Next::Hints(payload));
             }
             let room = match state.queue.front() {
                 Some(outgoing) => self.window.try_acquire(outgoing.payload_len())?,
@@ -331,6 +421,7 @@ impl Flow {
                 state.queued_data -= outgoing.header.data_len;
                 state.last_sent = Instant::now();
                 state.sent += outgoing.payload_len();
+                state.report.beside += outgoing.payload_len();
                 if state.on_their_way.len() < TIMED {
                     let behind = (state.sent, state.last_sent);
                     state.on_their_way.push_back(behind);
@@ -347,6 +438,7 @@ impl Flow {
                 }) = state.retained.remove(&batch)
             {
                 state.last_sent = Instant::now();
+                state.report.beside += (references.len() * PAGE_LEN) as u64;
                 self.changed.notify_all();
                 return Ok(Next::Fill {
                     batch,
@@ -394,7 +486,15 @@ impl Flow {
     /// settled and of pages to be sent.
     pub(super) fn judge(&self, verdict: &Verdict) -> Result<(u64, u64), RelayError> {
         let mut state = self.lock();
-        let Some(retained) = state.retained.get_mut(&verdict.batch) else {
+        let number = verdict.batch;
+        if state
+            .queue
+            .iter()
+            .any(|batch| batch.header.number == number)
+        {
+            return Err(RelayError::Misplaced("verdict on a batch to come"));
+        }
+        let Some(retained) = state.retained.get_mut(&number) else {
             // Its pages were sent meanwhile.
             return Ok((0, 0));
         };

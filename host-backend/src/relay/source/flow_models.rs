@@ -118,7 +118,7 @@ fn what_is_urgent_is_sent_first_and_waited_for() {
             assert!(matches!(flow.next(LONG), Ok(Next::Control(_))));
             numbers(flow, &[1]);
         });
-        flow.push_urgent(Next::Control(Vec::new()));
+        flow.push_control(Vec::new());
         flow.push(batch(1, 1), Vec::new()).unwrap();
         flow.drain().unwrap();
         link.join().unwrap();

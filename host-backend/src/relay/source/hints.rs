@@ -3,17 +3,14 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use transhume_protocol::agent::FrameRun;
-use transhume_protocol::link::{HintRun, encode_hint};
+use transhume_protocol::link::HintRun;
 use transhume_protocol::qemu::Block;
 
-use super::flow::{Flow, Next};
+use super::flow::Flow;
 use super::frames::Frames;
 use crate::guest::GuestRange;
 use crate::pages::SECTORS_PER_PAGE;
 use crate::pages::hints::{HintTable, MAX_RUNS};
-
-/// Runs in one frame to the destination.
-const RUNS_A_FRAME: usize = 8192;
 
 #[derive(Default)]
 struct State {
@@ -64,7 +61,7 @@ impl Hints {
         let ranges = ranges.get(..room).unwrap_or(ranges);
         state.waiting.extend_from_slice(ranges);
         state.whole |= whole;
-        self.publish(&mut state);
+        self.publish(&mut state, false);
     }
 
     /// Takes a whole report, which replaces all before.
@@ -73,34 +70,35 @@ impl Hints {
         state.waiting = ranges;
         state.table = Arc::default();
         state.whole = true;
-        self.publish(&mut state);
+        self.publish(&mut state, true);
     }
 
     /// Takes QEMU's table of blocks, which comes with the stream.
     pub(super) fn set_blocks(&self, blocks: &[Block]) {
         let mut state = self.lock();
         state.blocks = blocks.to_vec();
-        self.publish(&mut state);
+        self.publish(&mut state, false);
     }
 
-    fn publish(&self, state: &mut State) {
+    /// Translates what waits, and has it go to the destination: each page once, however often the guest names it.
+    fn publish(&self, state: &mut State, replaces: bool) {
         if state.blocks.is_empty() {
             return;
         }
         let mut new = Vec::with_capacity(state.waiting.len());
         for range in std::mem::take(&mut state.waiting) {
+            if new.len() >= MAX_RUNS {
+                break;
+            }
             self.translate(range, &state.blocks, &mut new);
         }
-        new.truncate(MAX_RUNS);
-        for runs in new.chunks(RUNS_A_FRAME) {
-            let mut payload = Vec::new();
-            for run in runs {
-                encode_hint(&mut payload, run);
-            }
-            self.flow.push_urgent(Next::Hints(payload));
-        }
-        new.extend_from_slice(state.table.runs());
-        state.table = Arc::new(HintTable::new(new));
+        let part = Arc::new(HintTable::new(new));
+        state.table = if state.table.runs().is_empty() {
+            Arc::clone(&part)
+        } else {
+            Arc::new(HintTable::new([part.runs(), state.table.runs()].concat()))
+        };
+        self.flow.report(part, replaces);
     }
 
     /// Cuts a range along the regions of memory; what lies outside of them is dropped.
@@ -132,9 +130,14 @@ impl Hints {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
+
+    use transhume_protocol::link::{BATCH_HEADER_LEN, BatchEncoding, BatchHeader, decode_hints};
+
     use crate::hypervisor::layout::Region;
     use crate::pages::PageKey;
     use crate::pages::hints::Place;
+    use crate::relay::source::flow::{Next, Outgoing};
 
     const GIB: u64 = 1 << 30;
 
@@ -190,5 +193,105 @@ mod tests {
         assert_eq!(found(2 * GIB / 4096 + 1), None);
         hints.replace(vec![above]);
         assert_eq!(hints.pages(), 1);
+    }
+
+    #[test]
+    fn pages_that_are_named_again_and_again_go_out_once() {
+        const PAGES: u32 = 15_000;
+        let region = Region {
+            start: 0,
+            length: GIB,
+            block: "pc.ram".to_owned(),
+            offset: 0,
+        };
+        let flow = Arc::new(Flow::new());
+        let hints = Hints::new(Arc::new(Frames::new(vec![region])), Arc::clone(&flow));
+        hints.set_blocks(&[Block {
+            name: "pc.ram".to_owned(),
+            length: GIB,
+        }]);
+        let all = |sector| GuestRange {
+            pfn: 0,
+            pages: PAGES,
+            disk: 0,
+            sector,
+        };
+        hints.extend(&(0..20_000).map(all).collect::<Vec<_>>(), true);
+        let runs = sent(&flow);
+        assert_eq!(runs.len(), 1);
+        assert_eq!((runs[0].page, runs[0].pages), (0, PAGES));
+        assert_eq!(hints.pages(), u64::from(PAGES));
+    }
+
+    /// All runs that go out now.
+    fn sent(flow: &Flow) -> Vec<HintRun> {
+        let mut runs = Vec::new();
+        while let Next::Hints(payload) = flow.next(Duration::ZERO).expect("it goes on") {
+            runs.extend(decode_hints(&payload).map(|run| run.expect("a run")));
+        }
+        runs
+    }
+
+    #[test]
+    fn a_guest_that_reports_without_an_end_gets_a_tenth_of_the_link() {
+        const RANGES: u64 = 200_000;
+        let region = Region {
+            start: 0,
+            length: 4 * GIB,
+            block: "pc.ram".to_owned(),
+            offset: 0,
+        };
+        let flow = Arc::new(Flow::new());
+        let hints = Hints::new(Arc::new(Frames::new(vec![region])), Arc::clone(&flow));
+        hints.set_blocks(&[Block {
+            name: "pc.ram".to_owned(),
+            length: 4 * GIB,
+        }]);
+        let report = |sector| {
+            (0..RANGES)
+                .map(|n| GuestRange {
+                    pfn: 2 * n,
+                    pages: 1,
+                    disk: 0,
+                    sector,
+                })
+                .collect::<Vec<_>>()
+        };
+        let ((sent, data), most) = crate::counted::peak(|| {
+            let (mut sent, mut data) = (0, 0);
+            for n in 0..30 {
+                hints.replace(report(n));
+                let header = BatchHeader {
+                    number: n,
+                    encoding: BatchEncoding::Plain,
+                    records_len: 0,
+                    data_len: 1 << 20,
+                };
+                let batch = Outgoing {
+                    header,
+                    records: Vec::new(),
+                    buffer: None,
+                    data: Vec::new(),
+                };
+                flow.push(batch, Vec::new()).expect("it goes on");
+                flow.acknowledge(data).expect("it was sent");
+                loop {
+                    match flow.next(Duration::ZERO).expect("it goes on") {
+                        Next::Hints(payload) => sent += payload.len() as u64,
+                        Next::Batch(_) => data += (BATCH_HEADER_LEN + (1 << 20)) as u64,
+                        _ => break,
+                    }
+                }
+            }
+            (sent, data)
+        });
+        // What is one frame too many.
+        assert!(
+            sent <= (1 << 20) + data / 10 + (64 << 10),
+            "{sent} of {data}"
+        );
+        assert!(data >= 30 << 20, "all data went out");
+        assert!(sent > data / 10, "{sent} of {data}");
+        assert!(most < 64 << 20, "{most} bytes");
     }
 }

@@ -17,7 +17,6 @@ use transhume_protocol::qemu::{Command, CommandKind, Discard};
 
 use super::buffers::Buffer;
 use super::choice::Choice;
-use super::flow::Next;
 use super::goal::Seen;
 use super::migration::{Copied, Migration, Stop};
 use super::resume::Rest;
@@ -112,6 +111,7 @@ impl StreamReader {
         self.settle()?;
         self.collector.switch = Switch::Discards;
         self.collector.reading.ledger().leave_pre_copy();
+        self.collector.shared().flow.end_reports();
         self.collector.shared().set_memory_sent();
         Ok(())
     }
@@ -141,10 +141,7 @@ impl StreamReader {
         self.collector.shared().flow.drain()?;
         let commit = encode_control(&Control::Commit)?;
         self.collector.shared().hand_over()?;
-        self.collector
-            .shared()
-            .flow
-            .push_urgent(Next::Control(commit));
+        self.collector.shared().flow.push_control(commit);
         self.collector.switch = Switch::Done;
         Ok(())
     }
@@ -206,7 +203,7 @@ impl Start {
             self.asked = true;
             shared.stay_near();
             let endure = encode_control(&Control::Endure).map_err(RelayError::from)?;
-            shared.flow.push_urgent(Next::Control(endure));
+            shared.flow.push_control(endure);
         }
         if !shared.endures() || !(is_ready || is_urgent) {
             return Ok(());

@@ -19,8 +19,10 @@ const HELLO_PATIENCE: Duration = Duration::from_secs(2);
 /// Pause between two reports, and the share of one CPU of the guest that they may take.
 const INTERVAL: Duration = Duration::from_secs(10);
 const CPU_PERMILLE: u16 = 500;
-/// Reports that come faster than this are dropped: sorting one costs the host more than the guest.
+/// Reports that come faster than this are dropped, or so soon that they would take more of a CPU than one part in so many:
+/// sorting one costs the host more than the guest.
 const LEAST_INTERVAL: Duration = Duration::from_millis(250);
+const CPU_SHARE: u32 = 10;
 
 /// The first report is used in parts of so many pages, so that memory moves while the guest still looks
 /// through its page cache; and in so many parts at most.
@@ -171,7 +173,8 @@ impl Listener {
         }
         tracing::debug!(agent = greeting.agent, source = ?greeting.source, "agent answers");
         let mut first = FirstReport::default();
-        let mut last: Option<Instant> = None;
+        // When the last report was taken, and how long the next one must not come.
+        let mut last: Option<(Instant, Duration)> = None;
         let post_copy = self.order.end();
         let mut prepared = post_copy.and_then(|frames| agent.prepare_gate(frames).ok());
         let questions = post_copy.and_then(|frames| Some((agent.questions().ok()?, frames)));
@@ -203,10 +206,10 @@ impl Listener {
                             return;
                         }
                     };
-                    if last.is_some_and(|last| last.elapsed() < LEAST_INTERVAL) {
+                    if last.is_some_and(|(last, pause)| last.elapsed() < pause) {
                         return;
                     }
-                    let is_first = last.replace(Instant::now()).is_none();
+                    let (is_first, began) = (last.is_none(), Instant::now());
                     if report.left_out > 0 {
                         tracing::debug!(ranges = report.left_out, "left out of the report");
                     }
@@ -215,6 +218,8 @@ impl Listener {
                     } else {
                         self.hints.replace(report.ranges);
                     }
+                    let pause = LEAST_INTERVAL.max(began.elapsed() * CPU_SHARE);
+                    last = Some((Instant::now(), pause));
                     self.tell();
                 },
                 |text| remark(&self.remarks, format!("the guest's agent says: {text}")),
