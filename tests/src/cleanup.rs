@@ -6,17 +6,21 @@
 
 use crate::{Error, Result};
 use nix::mount::{MntFlags, umount2};
-use nix::sys::signal::{SigSet, Signal, killpg};
+use nix::sys::signal::{SigSet, Signal, kill, killpg};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Something to undo.
 #[derive(Debug, Clone)]
 pub enum Leftover {
     /// A process, leader of its own group.
     Process(i32),
+    /// Another test bed, which cleans up itself.
+    Testbed(i32),
     /// A network namespace by name.
     Namespace(String),
     /// A loop device, with its limits.
@@ -31,12 +35,30 @@ impl Leftover {
     fn undo(&self) {
         match self {
             Self::Process(pid) => drop(killpg(Pid::from_raw(*pid), Signal::SIGKILL)),
+            Self::Testbed(pid) => end_gently(Pid::from_raw(*pid)),
             Self::Namespace(name) => crate::hosts::delete_namespace(name),
             Self::LoopDevice(path) => crate::bench::detach(path),
             Self::Folder(path) => drop(std::fs::remove_dir_all(path)),
             // Also while somebody uses it.
             Self::Mount(path) => drop(umount2(path, MntFlags::MNT_DETACH)),
         }
+    }
+}
+
+/// How long another test bed may take to clean up.
+const FAREWELL: Duration = Duration::from_secs(10);
+
+/// Tells a child to end, and waits for that; it is not reaped by this.
+fn end_gently(child: Pid) {
+    let ended = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT | WaitPidFlag::WNOHANG;
+    let begun = Instant::now();
+    let _ = kill(child, Signal::SIGTERM);
+    while matches!(waitid(Id::Pid(child), ended), Ok(WaitStatus::StillAlive)) {
+        if begun.elapsed() > FAREWELL {
+            let _ = killpg(child, Signal::SIGKILL);
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 

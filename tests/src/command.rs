@@ -23,6 +23,8 @@ const SHOWN: usize = 25;
 pub struct Run {
     command: Command,
     cure: String,
+    /// It cleans up itself when it is told to end.
+    gently: bool,
 }
 
 impl Run {
@@ -33,6 +35,7 @@ impl Run {
         Self {
             command,
             cure: String::new(),
+            gently: false,
         }
     }
 
@@ -82,6 +85,13 @@ impl Run {
         self
     }
 
+    /// When we end it is told to end, and cleans up itself: a test bed.
+    #[must_use]
+    pub(crate) fn gently(mut self) -> Self {
+        self.gently = true;
+        self
+    }
+
     /// The command, for what this type does not offer.
     pub fn command(&mut self) -> &mut Command {
         &mut self.command
@@ -100,13 +110,18 @@ impl Run {
     pub fn spawn(mut self) -> Result<Process> {
         let line = self.line();
         let parent = nix::unistd::getpid();
+        let signal = if self.gently {
+            Signal::SIGTERM
+        } else {
+            Signal::SIGKILL
+        };
         // SAFETY: between fork and exec only async-signal-safe calls are made: sigprocmask, prctl and
         // getppid.
         unsafe {
             self.command.process_group(0).pre_exec(move || {
                 // What `cleanup::watch_signals` blocks for us is not blocked for others.
                 SigSet::empty().thread_set_mask()?;
-                prctl::set_pdeathsig(Signal::SIGKILL)?;
+                prctl::set_pdeathsig(signal)?;
                 if nix::unistd::getppid() == parent {
                     Ok(())
                 } else {
@@ -119,7 +134,12 @@ impl Run {
             source,
             cure: self.cure.clone(),
         })?;
-        let guard = Guard::new(Leftover::Process(child.id().cast_signed()));
+        let id = child.id().cast_signed();
+        let guard = Guard::new(if self.gently {
+            Leftover::Testbed(id)
+        } else {
+            Leftover::Process(id)
+        });
         Ok(Process {
             child,
             guard: Some(guard),

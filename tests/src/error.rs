@@ -1,5 +1,6 @@
 //! The crate's one error type.
 
+use nix::errno::Errno;
 use std::path::{Path, PathBuf};
 
 /// What can go wrong in the test bed. Every message names the cause and, where one is known, the cure.
@@ -45,7 +46,7 @@ pub enum Error {
         /// The end of what it printed.
         output: String,
     },
-    /// This machine lacks something.
+    /// This machine lacks something, or cannot get it.
     #[error("{what}. {cure}")]
     Machine {
         /// What is missing.
@@ -82,6 +83,9 @@ pub enum Error {
     /// A check of a scenario did not hold.
     #[error("{0}")]
     Check(String),
+    /// What was asked for makes no sense.
+    #[error("{0}")]
+    Usage(String),
     /// Ctrl-C.
     #[error("Interrupted")]
     Interrupted,
@@ -110,6 +114,23 @@ impl Error {
         move |source| Self::System {
             action,
             source: source.into(),
+        }
+    }
+
+    /// Whether the machine, a download or somebody else's program is to blame, so that nothing is known of ours.
+    pub fn is_machinery(&self) -> bool {
+        match self {
+            Self::Machine { .. } => true,
+            Self::File { source, .. }
+            | Self::System { source, .. }
+            | Self::Start { source, .. } => {
+                let code = source.raw_os_error().map(Errno::from_raw);
+                matches!(
+                    code,
+                    Some(Errno::ENOSPC | Errno::ENOMEM | Errno::EMFILE | Errno::ENFILE)
+                )
+            }
+            _ => false,
         }
     }
 

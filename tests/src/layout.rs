@@ -1,7 +1,7 @@
 //! Where the test bed keeps what it makes.
 
 use crate::{Error, Result};
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 /// The folders of one work tree.
@@ -13,11 +13,14 @@ pub struct Layout {
     pub target: PathBuf,
     /// The test bed's own folder in it.
     pub base: PathBuf,
+    /// Whether the hosts' programs are built as they are released. Else they are built as unit tests are, with checks for
+    /// overflow and of what is taken for granted, and dependencies are compiled once.
+    pub released: bool,
 }
 
 impl Layout {
     /// Finds the work tree from the environment that cargo gives, or as it was when this was built.
-    pub fn find() -> Result<Self> {
+    pub fn find(released: bool) -> Result<Self> {
         let manifest = std::env::var_os("CARGO_MANIFEST_DIR")
             .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
         let source = manifest.parent().map(Path::to_owned).unwrap_or_default();
@@ -35,6 +38,7 @@ impl Layout {
             source,
             target,
             base,
+            released,
         })
     }
 
@@ -43,6 +47,14 @@ impl Layout {
         let path = self.base.join(name);
         fs::create_dir_all(&path).map_err(Error::file("create", &path))?;
         Ok(path)
+    }
+
+    /// Keeps other processes of this work tree, and other threads, from what has that name until it is dropped.
+    pub fn lock(&self, name: &str) -> Result<File> {
+        let path = self.folder("locks")?.join(name);
+        let file = File::create(&path).map_err(Error::file("create", &path))?;
+        file.lock().map_err(Error::file("lock", &path))?;
+        Ok(file)
     }
 
     /// An unpacked set of packages.

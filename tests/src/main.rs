@@ -1,7 +1,8 @@
 //! `cargo testbed …`
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use serde_json::Value;
+use serde_json::{Value, json};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use testbed::bench::adapt::{Case, Size};
 use testbed::bench::post_copy::{self, Load, Plan};
@@ -10,8 +11,12 @@ use testbed::layout::{Layout, write_whole};
 use testbed::packages::{Packages, Qemu, tools};
 use testbed::progress::say;
 use testbed::qemu::migrate::Stock;
-use testbed::scenario::{self, Bed};
-use testbed::{Error, Result, bench, cleanup, report, suite};
+use testbed::scenario::{self, Bed, Draw, Outcome};
+use testbed::suite::{self, Options};
+use testbed::{Error, Result, bench, cleanup, report};
+
+/// Nothing is known of ours: something else failed.
+const MACHINERY: u8 = 3;
 
 /// Moves real guests between two hosts on this machine.
 #[derive(Debug, Parser)]
@@ -31,7 +36,7 @@ enum Task {
     Demo(Choice),
     /// Measures Transhume against stock QEMU at its best
     #[command(
-        after_help = "Examples:\n  cargo testbed bench page-cache --json\n  cargo testbed bench page-cache --quick\n  cargo testbed bench relay --runs 5 --json\n  cargo testbed bench relay --sides plain,transhume\n  cargo testbed bench adapt --cases slow-disk,link-dip\n  cargo testbed bench post-copy --loads compute --vcpus 1"
+        after_help = "Examples:\n  cargo testbed bench page-cache --json\n  cargo testbed bench page-cache --quick --rate 300\n  cargo testbed bench relay --runs 5 --json\n  cargo testbed bench relay --sides plain,transhume\n  cargo testbed bench adapt --cases slow-disk,link-dip\n  cargo testbed bench post-copy --loads compute --vcpus 1"
     )]
     Bench {
         /// What to measure
@@ -46,6 +51,10 @@ enum Task {
         /// Runs a side
         #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=99))]
         runs: u8,
+        /// page-cache: the link, in Mbit/s (1000 and 300: at the first both hosts are bound by this machine's CPUs, at the
+        /// second by the link, as hosts with CPUs of their own are)
+        #[arg(long, value_name = "MBIT", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=100_000))]
+        rate: Vec<u32>,
         /// What adapt measures (all)
         #[arg(long, value_enum, value_delimiter = ',')]
         cases: Vec<Case>,
@@ -59,19 +68,44 @@ enum Task {
         choice: Choice,
     },
     /// Runs everything: format, lints, unit tests, the module for both kernels, and the scenarios
+    ///
+    /// What came of each part, and how long it took, is printed at the end, compared with tests/budget.json, and kept in
+    /// target/testbed/tests.json.
     #[command(
-        after_help = "Examples:\n  cargo testbed test\n  cargo testbed test --list\n  cargo testbed test --all\n  cargo testbed test --only guest-6.1\n\nExit codes: 0 all passed, 1 some failed, 2 usage."
+        after_help = "Examples:\n  cargo testbed test\n  cargo testbed test --list\n  cargo testbed test --all --resume\n  cargo testbed test --only choice --only 'post-copy-*'\n\nExit codes: 0 all passed; 1 some failed; 2 usage; 3 the machinery failed (a package that cannot be got, no memory, a translator that ended of itself), and nothing else did."
     )]
     Test {
-        /// Only the scenarios whose names contain this, and nothing else
+        /// Only the test of that name, or those of a pattern (post-copy-*); may be said several times
         #[arg(long, value_name = "NAME")]
-        only: Option<String>,
-        /// What takes long, too: more failures at random, and all of the nested tier, hosts with KVM that run as guests
+        only: Vec<String>,
+        /// What takes long, too: all twins, more failures at random, and all of the nested tier, hosts with KVM that run
+        /// as guests
         #[arg(long)]
         all: bool,
-        /// Lists the scenarios
+        /// Both of tests that differ by their kernel or their QEMU alone, and else take turns from commit to commit
+        #[arg(long)]
+        twins: bool,
+        /// Not what passed already at this state of the work tree
+        #[arg(long)]
+        resume: bool,
+        /// Writes the times that were measured to tests/budget.json
+        #[arg(long)]
+        set_budget: bool,
+        /// Lists the tests
         #[arg(long)]
         list: bool,
+    },
+    /// One scenario, in a process of its own
+    #[command(hide = true)]
+    Scenario {
+        /// Its name.
+        name: String,
+        /// Where to say what came of it.
+        #[arg(long)]
+        result: PathBuf,
+        /// As much as before a release.
+        #[arg(long)]
+        all: bool,
     },
     /// What runs in a nested host
     #[command(hide = true)]
@@ -191,38 +225,55 @@ fn or_else<T: Clone>(named: Vec<T>, default: &[T]) -> Vec<T> {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match run(arguments.command) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
+        Ok(Outcome::Passed) => ExitCode::SUCCESS,
+        Ok(Outcome::Failed) => ExitCode::FAILURE,
+        Ok(Outcome::Machinery) => MACHINERY.into(),
         Err(error) => {
             eprintln!("testbed: {error}");
-            ExitCode::FAILURE
+            match error {
+                Error::Usage(_) => 2.into(),
+                error if error.is_machinery() => MACHINERY.into(),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }
 
 /// Says whether all went well.
-fn run(task: Task) -> Result<bool> {
+fn run(task: Task) -> Result<Outcome> {
     if let Task::Test { list: true, .. } = task {
-        for scenario in scenario::all() {
-            println!("{}: {}", scenario.name, scenario.about);
-        }
-        for scenario in scenario::long() {
-            println!("{} (with --all): {}", scenario.name, scenario.about);
-        }
-        return Ok(true);
+        suite::list();
+        return Ok(Outcome::Passed);
     }
     cleanup::watch_signals()?;
     if let Task::NestedHost { case } = &task {
-        return scenario::inside_nested_host(case).map(|()| true);
+        return scenario::inside_nested_host(case).map(|()| Outcome::Passed);
     }
-    let layout = Layout::find()?;
+    let layout = Layout::find(true)?;
     tools::ensure()?;
     let packages = Packages::new(&layout);
     match task {
         Task::Packages => packages.all()?,
         Task::NestedHost { .. } => {}
-        Task::Test { only, all, .. } => {
-            return suite::run(&Bed::new(layout, packages), only.as_deref(), all);
+        Task::Scenario { name, result, all } => {
+            return suite::one(&Bed::new(layout, packages, Draw::new(all)?), &name, &result);
+        }
+        Task::Test {
+            only,
+            all,
+            twins,
+            resume,
+            set_budget,
+            list: _,
+        } => {
+            let options = Options {
+                only,
+                all,
+                twins,
+                resume,
+                set_budget,
+            };
+            return suite::run(&Bed::new(layout, packages, Draw::new(all)?), &options);
         }
         Task::Demo(choice) => demo(&layout, &packages, &choice)?,
         Task::Bench {
@@ -230,6 +281,7 @@ fn run(task: Task) -> Result<bool> {
             quick,
             json,
             runs,
+            rate,
             cases,
             loads,
             vcpus,
@@ -237,7 +289,10 @@ fn run(task: Task) -> Result<bool> {
         } => {
             let runs = if quick { 1 } else { usize::from(runs) };
             let (table, object) = match what {
-                Bench::PageCache => page_cache(&layout, &packages, quick, runs, &choice)?,
+                Bench::PageCache => {
+                    let rates = or_else(rate, &[1000, 300]);
+                    page_cache(&layout, &packages, quick, runs, &choice, &rates)?
+                }
                 Bench::Adapt => adapt(&layout, &packages, quick, runs, &choice, &cases)?,
                 Bench::PostCopy => {
                     let plan = Plan {
@@ -256,7 +311,7 @@ fn run(task: Task) -> Result<bool> {
             }
         }
     }
-    Ok(true)
+    Ok(Outcome::Passed)
 }
 
 /// The bench's table and object.
@@ -266,6 +321,7 @@ fn page_cache(
     quick: bool,
     runs: usize,
     choice: &Choice,
+    rates: &[u32],
 ) -> Result<(String, Value)> {
     let (profile, movers) = if quick {
         (bench::Profile::QUICK, choice.movers(&Mover::FAST))
@@ -273,9 +329,15 @@ fn page_cache(
         (bench::Profile::BENCH, choice.movers(&Mover::ALL))
     };
     let transhume = movers.contains(&Mover::Transhume);
-    let setup = Setup::prepare(layout, packages, profile, choice.qemu(), transhume)?;
-    let comparison = compare(&setup, &choice.sides(&movers), runs)?;
-    Ok((comparison.table(), comparison.json("page-cache")))
+    let mut setup = Setup::prepare(layout, packages, profile, choice.qemu(), transhume)?;
+    let (mut tables, mut objects) = (String::new(), Vec::new());
+    for &rate in rates {
+        setup.rate = rate;
+        let comparison = compare(&setup, &choice.sides(&movers), runs)?;
+        tables.push_str(&format!("{rate} Mbit/s\n{}\n", comparison.table()));
+        objects.push(comparison.json(rate));
+    }
+    Ok((tables, json!({"bench": "page-cache", "rates": objects})))
 }
 
 /// The bench's table and object.

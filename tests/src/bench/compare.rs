@@ -94,37 +94,42 @@ impl Comparison {
         median(self.runs.iter().filter(|run| run.side == side).map(what))
     }
 
-    /// The span over which work is compared: the better stock side's total.
+    /// The span over which work is compared: the better stock side's total, or Transhume's where it ran alone.
     pub fn span(&self) -> Duration {
         let best = self.best_stock(Measured::total_ms, f64::min);
-        Duration::from_secs_f64(if best.is_finite() { best / 1000.0 } else { 0.0 })
+        let ours = || self.median_of(Side::Transhume, Measured::total_ms);
+        let span = best.unwrap_or_else(ours);
+        Duration::try_from_secs_f64(span / 1000.0).unwrap_or_default()
     }
 
-    fn best_stock(&self, what: impl Fn(&Measured) -> f64, better: impl Fn(f64, f64) -> f64) -> f64 {
+    /// None where no stock side ran.
+    fn best_stock(
+        &self,
+        what: impl Fn(&Measured) -> f64,
+        better: impl Fn(f64, f64) -> f64,
+    ) -> Option<f64> {
         let stock = self
             .sides()
             .into_iter()
             .filter(|side| matches!(side, Side::Stock(_)));
-        stock
-            .map(|side| self.median_of(side, &what))
-            .reduce(better)
-            .unwrap_or(f64::NAN)
+        stock.map(|side| self.median_of(side, &what)).reduce(better)
     }
 
     /// Transhume against stock, when both ran.
     pub fn ratios(&self) -> Option<Ratios> {
-        self.sides().contains(&Side::Transhume).then(|| {
-            let ours = |what: &dyn Fn(&Measured) -> f64| self.median_of(Side::Transhume, what);
-            let span = self.span();
-            let wire = |run: &Measured| as_f64(run.wire_bytes);
-            let work = |run: &Measured| run.work_in(span);
-            Ratios {
-                total: ours(&Measured::total_ms) / self.best_stock(Measured::total_ms, f64::min),
-                wire_bytes: ours(&wire) / self.best_stock(wire, f64::min),
-                downtime: ours(&Measured::downtime_ms)
-                    / self.best_stock(Measured::downtime_ms, f64::min),
-                work: ours(&work) / self.best_stock(work, f64::max),
-            }
+        if !self.sides().contains(&Side::Transhume) {
+            return None;
+        }
+        let ours = |what: &dyn Fn(&Measured) -> f64| self.median_of(Side::Transhume, what);
+        let span = self.span();
+        let wire = |run: &Measured| as_f64(run.wire_bytes);
+        let work = |run: &Measured| run.work_in(span);
+        Some(Ratios {
+            total: ours(&Measured::total_ms) / self.best_stock(Measured::total_ms, f64::min)?,
+            wire_bytes: ours(&wire) / self.best_stock(wire, f64::min)?,
+            downtime: ours(&Measured::downtime_ms)
+                / self.best_stock(Measured::downtime_ms, f64::min)?,
+            work: ours(&work) / self.best_stock(work, f64::max)?,
         })
     }
 
@@ -136,8 +141,8 @@ impl Comparison {
             .fold(0.0, f64::max)
     }
 
-    /// The bench's one object.
-    pub fn json(&self, bench: &str) -> Value {
+    /// The object of a link of so many Mbit/s.
+    pub fn json(&self, rate: u32) -> Value {
         let round = |value: f64| (value * 1000.0).round() / 1000.0;
         let ratios = self.ratios();
         let span = self.span();
@@ -161,7 +166,7 @@ impl Comparison {
             })
             .collect();
         json!({
-            "bench": bench,
+            "rate_mbit_s": rate,
             "total_ratio": ratios.map(|ratios| round(ratios.total)),
             "wire_bytes_ratio": ratios.map(|ratios| round(ratios.wire_bytes)),
             "downtime_ratio": ratios.map(|ratios| round(ratios.downtime)),
@@ -211,11 +216,49 @@ impl Comparison {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::qemu::migrate::{Moments, Stock};
+    use std::time::SystemTime;
 
     #[test]
     fn the_median_is_in_the_middle() {
         assert!((median([3.0, 1.0, 2.0]) - 2.0).abs() < f64::EPSILON);
         assert!((median([4.0, 1.0, 2.0, 3.0]) - 2.5).abs() < f64::EPSILON);
         assert!(median([]).is_nan());
+    }
+
+    fn run(side: Side, total: u64) -> Measured {
+        let at = |ms| SystemTime::UNIX_EPOCH + Duration::from_millis(ms);
+        Measured {
+            side,
+            begun: at(0),
+            moments: Moments {
+                told: at(1),
+                stopped: at(total - 10),
+                resumed: at(total),
+                completed: at(total),
+            },
+            wire_bytes: total * 1000,
+            samples: Vec::new(),
+            beats: Vec::new(),
+            check: "check ok".into(),
+            messages: Vec::new(),
+            peak_memory: 1 << 20,
+        }
+    }
+
+    #[test]
+    fn a_side_alone_is_compared_with_nothing() {
+        let stock = Side::Stock(Stock::Plain);
+        for side in [Side::Transhume, stock] {
+            let runs = vec![run(side, 500)];
+            let alone = Comparison { runs };
+            assert!(alone.ratios().is_none());
+            assert_eq!(alone.span(), Duration::from_millis(500));
+            let text = format!("{}{}", alone.table(), alone.json(300));
+            assert!(!text.contains("NaN") && !text.contains("inf"), "{text}");
+        }
+        let runs = vec![run(stock, 1000), run(Side::Transhume, 250)];
+        let ratios = Comparison { runs }.ratios().expect("two sides");
+        assert!((ratios.total - 0.25).abs() < 1e-9 && (ratios.wire_bytes - 0.25).abs() < 1e-9);
     }
 }

@@ -40,7 +40,7 @@ impl Profile {
         cache: 240,
         own: 64,
         dirty: 20,
-        files: Amount::Some(400),
+        files: Amount::Some(380),
         rate: 1000,
     };
     /// The demo's: 1 GiB.

@@ -1,15 +1,53 @@
 //! Builds what runs in the guest from this work tree: the module for a kernel, and static programs.
 
 use crate::command::Run;
-use crate::layout::Layout;
+use crate::layout::{Layout, write_whole};
 use crate::packages::{Kernel, Packages};
 use crate::progress::step;
 use crate::{Error, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The guest's programs run with no library beside them.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// The environment's name of a run, of which the processes that it starts are a part.
+pub(crate) const RUN: &str = "TRANSHUME_TESTBED_RUN";
+
+/// This run's name.
+pub(crate) fn run_name() -> &'static str {
+    static NAME: OnceLock<String> = OnceLock::new();
+    NAME.get_or_init(|| {
+        std::env::var(RUN).unwrap_or_else(|_| {
+            let since = SystemTime::now().duration_since(UNIX_EPOCH);
+            let now = since.unwrap_or_default().as_nanos();
+            format!("{}-{now}", std::process::id())
+        })
+    })
+}
+
+/// Builds something once a run, and returns its path: cargo and make take seconds to find that nothing has changed.
+pub(super) fn once(
+    layout: &Layout,
+    name: &str,
+    build: impl FnOnce() -> Result<PathBuf>,
+) -> Result<PathBuf> {
+    let _lock = layout.lock(&format!("build-{name}"))?;
+    let note = layout.folder("built")?.join(name);
+    let found = fs::read_to_string(&note).unwrap_or_default();
+    if let Some((run, path)) = found.split_once('\n')
+        && run == run_name()
+        && Path::new(path).exists()
+    {
+        return Ok(path.into());
+    }
+    let path = build()?;
+    let text = format!("{}\n{}", run_name(), path.display());
+    write_whole(&note, text.as_bytes())?;
+    Ok(path)
+}
 
 /// The cargo that runs us.
 pub fn cargo() -> Run {
@@ -28,6 +66,10 @@ pub fn cargo() -> Run {
 /// Builds a package's program statically, and returns its path. A change of flags would build everything
 /// anew each time, so these builds have a target folder of their own.
 pub fn static_program(layout: &Layout, package: &str, program: &str) -> Result<PathBuf> {
+    once(layout, program, || build_static(layout, package, program))
+}
+
+fn build_static(layout: &Layout, package: &str, program: &str) -> Result<PathBuf> {
     let folder = layout.folder("static")?;
     step(&format!("Building {program} for the guest"), || {
         cargo()
@@ -64,6 +106,18 @@ pub fn livepatch(layout: &Layout, packages: &Packages, kernel: Kernel) -> Result
 
 /// Builds a module of the module's source, in a copy of its folder.
 fn module(
+    layout: &Layout,
+    packages: &Packages,
+    kernel: Kernel,
+    folder: &str,
+    name: &str,
+) -> Result<PathBuf> {
+    once(layout, &format!("{name}-{}", kernel.version()), || {
+        build_module(layout, packages, kernel, folder, name)
+    })
+}
+
+fn build_module(
     layout: &Layout,
     packages: &Packages,
     kernel: Kernel,
@@ -112,6 +166,10 @@ fn module(
 
 /// Builds the module's test of page faults that are put off, and returns it.
 pub fn gate_test(layout: &Layout) -> Result<PathBuf> {
+    once(layout, "gate-test", || build_gate_test(layout))
+}
+
+fn build_gate_test(layout: &Layout) -> Result<PathBuf> {
     let folder = layout.source.join("kernel-module/selftest");
     let program = layout.folder("static")?.join("gate-test");
     step("Building the kernel module's test", || {
@@ -131,6 +189,10 @@ pub fn gate_test(layout: &Layout) -> Result<PathBuf> {
 
 /// Builds the micro-guest, and returns it.
 pub fn micro_guest(layout: &Layout) -> Result<PathBuf> {
+    once(layout, "micro-guest", || build_micro_guest(layout))
+}
+
+fn build_micro_guest(layout: &Layout) -> Result<PathBuf> {
     step("Building the micro-guest", || {
         cargo()
             .folder(&layout.source)
@@ -151,18 +213,22 @@ pub fn micro_guest(layout: &Layout) -> Result<PathBuf> {
 
 /// Builds the two programs of the hosts, and returns their folder.
 pub fn host_programs(layout: &Layout) -> Result<PathBuf> {
+    once(layout, "host-programs", || build_host_programs(layout))
+}
+
+fn build_host_programs(layout: &Layout) -> Result<PathBuf> {
+    // All of the workspace, so that dependencies have the features that unit tests build them with.
+    let (arguments, folder): (&[&str], _) = if layout.released {
+        (&["--release", "--package", "transhume-host"], "release")
+    } else {
+        (&["--workspace"], "debug")
+    };
     step("Building transhumed and transhume", || {
         cargo()
             .folder(&layout.source)
-            .args([
-                "build",
-                "--quiet",
-                "--release",
-                "--package",
-                "transhume-host",
-                "--bins",
-            ])
+            .args(["build", "--quiet", "--bins"])
+            .args(arguments)
             .output()
     })?;
-    Ok(layout.target.join("release"))
+    Ok(layout.target.join(folder))
 }

@@ -11,8 +11,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Raised when disks are to be made differently.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 const MIB: u64 = 1 << 20;
+/// Up to so many MiB of files, those of packages that tests need anyway do.
+const OTHERS: u64 = 380;
 /// Where the first partition begins.
 const PARTITION_START: u64 = MIB;
 
@@ -45,17 +47,18 @@ pub fn make(layout: &Layout, packages: &Packages, kind: Kind, amount: Amount) ->
     let folder = layout.folder("disks")?;
     let disk = folder.join(format!("{name}.raw"));
     let stamp = folder.join(format!("{name}.done"));
+    let _lock = layout.lock(&format!("disk-{name}"))?;
     let done = format!("{FORMAT}\n");
     if disk.exists() && fs::read_to_string(&stamp).is_ok_and(|text| text == done) {
         return Ok(disk);
     }
-    let files = packages.files()?;
     let draft = folder.join(format!("{name}.draft"));
     step(&format!("Making the disk {name}"), || {
         let source = match amount {
-            Amount::All => files,
+            Amount::All => packages.files()?,
             Amount::Some(size) => {
-                some_of(&files, &folder.join(format!("{name}.files")), size * MIB)?
+                let sources = sources(packages, size)?;
+                some_of(&sources, &folder.join(format!("{name}.files")), size * MIB)?
             }
         };
         build(kind, &source, &draft)?;
@@ -88,14 +91,23 @@ pub fn qcow2(packages: &Packages, raw: &Path) -> Result<PathBuf> {
 
 /// The files of a disk with so many MiB of them: each by its path on the disk, its path here and its length.
 pub fn files(packages: &Packages, mib: u64) -> Result<Vec<(String, PathBuf, u64)>> {
-    selection(&packages.files()?, mib * MIB)
+    selection(&sources(packages, mib)?, mib * MIB)
 }
 
-/// Files of a folder until they amount to a size, each with its name on the disk.
-fn selection(files: &Path, size: u64) -> Result<Vec<(String, PathBuf, u64)>> {
+/// The folders from which so many MiB of files are taken.
+fn sources(packages: &Packages, mib: u64) -> Result<Vec<PathBuf>> {
+    if mib <= OTHERS {
+        packages.other_files()
+    } else {
+        packages.files().map(|files| vec![files])
+    }
+}
+
+/// Files of folders until they amount to a size, each with its name on the disk.
+fn selection(folders: &[PathBuf], size: u64) -> Result<Vec<(String, PathBuf, u64)>> {
     let mut left = size;
     let mut found = Vec::new();
-    walk(&files.join("usr"), &mut |path, length| {
+    let mut take = |path: &Path, length| {
         if left == 0 || length < 4096 || length > size / 4 {
             return Ok(());
         }
@@ -105,12 +117,15 @@ fn selection(files: &Path, size: u64) -> Result<Vec<(String, PathBuf, u64)>> {
         let name = format!("d{:03}/f{number:05}", number / 500);
         found.push((name, path.to_owned(), length));
         Ok(())
-    })?;
+    };
+    for folder in folders {
+        walk(&folder.join("usr"), &mut take)?;
+    }
     Ok(found)
 }
 
 /// Links them into a folder.
-fn some_of(files: &Path, folder: &Path, size: u64) -> Result<PathBuf> {
+fn some_of(files: &[PathBuf], folder: &Path, size: u64) -> Result<PathBuf> {
     if folder.exists() {
         fs::remove_dir_all(folder).map_err(Error::file("remove", folder))?;
     }

@@ -41,6 +41,27 @@ pub fn boot_with_servers(layout: &Layout, packages: &Packages, kernel: Kernel) -
 fn make(layout: &Layout, packages: &Packages, kernel: Kernel, servers: bool) -> Result<Boot> {
     let root = packages.kernel(kernel)?;
     let release = modules::release(&root)?;
+    let more = if servers { "-servers" } else { "" };
+    let name = format!("initrd-{}{more}", kernel.version());
+    let initrd = build::once(layout, &name, || {
+        initrd(layout, packages, kernel, servers, &name)
+    })?;
+    Ok(Boot {
+        kernel: root.join(format!("boot/vmlinuz-{release}")),
+        initrd: Some(initrd),
+        append: APPEND.into(),
+    })
+}
+
+fn initrd(
+    layout: &Layout,
+    packages: &Packages,
+    kernel: Kernel,
+    servers: bool,
+    name: &str,
+) -> Result<PathBuf> {
+    let root = packages.kernel(kernel)?;
+    let release = modules::release(&root)?;
     let read = |path: PathBuf| fs::read(&path).map_err(Error::file("read", &path));
     let mut archive = Archive::default();
     for folder in ["bin", "dev", "disk", "modules", "proc", "sys", "tmp"] {
@@ -68,18 +89,12 @@ fn make(layout: &Layout, packages: &Packages, kernel: Kernel, servers: bool) -> 
     if servers {
         add_servers(packages, &mut archive)?;
     }
-    let folder = layout.folder("boot")?;
-    let more = if servers { "-servers" } else { "" };
-    let initrd = folder.join(format!("initrd-{}{more}", kernel.version()));
+    let initrd = layout.folder("boot")?.join(name);
     let bytes = archive.finish();
     if fs::read(&initrd).ok().as_deref() != Some(&bytes) {
         write_whole(&initrd, &bytes)?;
     }
-    Ok(Boot {
-        kernel: root.join(format!("boot/vmlinuz-{release}")),
-        initrd: Some(initrd),
-        append: APPEND.into(),
-    })
+    Ok(initrd)
 }
 
 /// A kernel's modules, and in which order to load them.

@@ -52,6 +52,7 @@ impl Contents {
                 source: base.to_owned(),
                 target: base.to_owned(),
                 base: base.to_owned(),
+                released: false,
             },
             programs: base.join("programs"),
             boot: Boot {

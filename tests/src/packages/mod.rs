@@ -268,8 +268,23 @@ impl Packages {
         self.unpacked(&FILES)
     }
 
+    /// What else is unpacked for tests, with some 400 MiB of files in all.
+    pub fn other_files(&self) -> Result<Vec<PathBuf>> {
+        let recipes = [&QEMU_7_2, &QEMU_10_0, &TRANSLATOR, &SERVERS, &NESTED_HOST];
+        recipes
+            .into_iter()
+            .map(|recipe| self.unpacked(recipe))
+            .collect()
+    }
+
     /// Everything.
     pub fn all(&self) -> Result<()> {
+        self.for_tests()?;
+        self.files().map(drop)
+    }
+
+    /// Everything but what only benches and the demo need.
+    pub fn for_tests(&self) -> Result<()> {
         for version in Qemu::ALL {
             self.qemu(version)?;
         }
@@ -281,7 +296,6 @@ impl Packages {
         self.servers()?;
         self.nested_host()?;
         self.translator()?;
-        self.files()?;
         Ok(())
     }
 
@@ -290,10 +304,23 @@ impl Packages {
         if roots::is_complete(&root, recipe) {
             return Ok(root);
         }
+        let _lock = self.layout.lock("packages")?;
+        if !roots::is_complete(&root, recipe) {
+            self.unpack(recipe, &root).map_err(|error| match error {
+                error @ (Error::Machine { .. } | Error::Interrupted) => error,
+                error => Error::machine(
+                    format!("Cannot get {}: {error}", recipe.title),
+                    "Nothing of ours was tried",
+                ),
+            })?;
+        }
+        Ok(root)
+    }
+
+    fn unpack(&self, recipe: &Recipe, root: &Path) -> Result<()> {
         let apt = apt::Apt::prepare(&self.layout, recipe.release())?;
         let archives = apt.download(recipe)?;
-        roots::unpack(&root, recipe, &archives)?;
-        Ok(root)
+        roots::unpack(root, recipe, &archives)
     }
 }
 

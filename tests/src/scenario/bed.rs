@@ -1,11 +1,12 @@
 //! What scenarios start from.
 
-use crate::Result;
 use crate::guest::build;
 use crate::layout::Layout;
 use crate::packages::Packages;
+use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// What all scenarios share.
 #[derive(Debug)]
@@ -14,7 +15,43 @@ pub struct Bed {
     pub layout: Layout,
     /// Debian's packages.
     pub packages: Packages,
+    /// What is drawn at random.
+    pub draw: Draw,
     built: OnceLock<Built>,
+}
+
+/// What is drawn at random, and how much of it.
+#[derive(Debug, Clone, Copy)]
+pub struct Draw {
+    /// Repeats it.
+    pub seed: u64,
+    /// As much as before a release.
+    pub all: bool,
+}
+
+impl Draw {
+    /// The environment's name of a seed: a number, or "now".
+    pub const SEED: &str = "TRANSHUME_TEST_SEED";
+
+    /// From the seed that the environment names, or else another one each time.
+    pub fn new(all: bool) -> Result<Self> {
+        let now = || {
+            let since = SystemTime::now().duration_since(UNIX_EPOCH);
+            since.map_or(0, |since| since.as_secs())
+        };
+        let seed = match std::env::var(Self::SEED) {
+            Ok(text) if text != "now" => text
+                .parse()
+                .map_err(|error| Error::Check(format!("{}: {error}", Self::SEED)))?,
+            _ => now(),
+        };
+        Ok(Self { seed, all })
+    }
+
+    /// How many are drawn: some for each change, or those before a release.
+    pub fn count(self, some: u64, all: u64) -> u64 {
+        if self.all { all } else { some }
+    }
 }
 
 #[derive(Debug)]
@@ -25,17 +62,22 @@ struct Built {
 
 impl Bed {
     /// On a work tree.
-    pub fn new(layout: Layout, packages: Packages) -> Self {
+    pub fn new(layout: Layout, packages: Packages, draw: Draw) -> Self {
         Self {
             layout,
             packages,
+            draw,
             built: OnceLock::new(),
         }
     }
 
-    /// Gets and builds what scenarios need, so that none of their time goes into it.
+    /// Gets what tests need.
+    pub fn get(&self) -> Result<()> {
+        self.packages.for_tests()
+    }
+
+    /// Builds what all scenarios need, so that none of their time goes into it.
     pub fn prepare(&self) -> Result<()> {
-        self.packages.all()?;
         self.built().map(|_| ())
     }
 

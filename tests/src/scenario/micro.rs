@@ -6,6 +6,7 @@ use crate::command::Run;
 use crate::error::check;
 use crate::packages::Qemu;
 use crate::qemu::DiskImage;
+use crate::suite::lanes;
 use crate::{Error, Result};
 use micro_guest::control::{Checked, Control, ControlError};
 use micro_guest::image::write_image;
@@ -80,9 +81,10 @@ impl Micro {
     }
 }
 
-/// The disk that all scenarios share: nobody writes to it.
+/// The disk that scenarios share, those of a lane: nobody writes to it, and QEMU locks it all the same.
 pub(super) fn raw_disk(bed: &Bed) -> Result<PathBuf> {
-    let path = bed.layout.folder("disks")?.join("micro.raw");
+    let name = format!("micro-{}.raw", lanes::own());
+    let path = bed.layout.folder("disks")?.join(name);
     if fs::metadata(&path).is_ok_and(|found| found.len() == DISK_MIB << 20) {
         return Ok(path);
     }

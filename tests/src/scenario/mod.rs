@@ -1,5 +1,5 @@
-//! The integration tests: scenarios with real QEMUs, each by a name, run one after the other with a bound
-//! on its time.
+//! The integration tests: scenarios with real QEMUs, each by a name, in a process of its own and with a bound on its
+//! time. Which may run beside which, and which take turns, is in `schedule`.
 
 mod any_moment;
 mod apart;
@@ -24,14 +24,16 @@ mod peers;
 mod postcopy;
 mod random_failures;
 mod refused;
-mod runner;
+pub mod runner;
+pub mod schedule;
 mod strangers;
 mod stress;
 mod transhume;
 
-pub use bed::Bed;
+pub use bed::{Bed, Draw};
 pub use nested::inside as inside_nested_host;
-pub use runner::{Outcome, run_all};
+pub use runner::{Finished, Outcome};
+pub use schedule::Lane;
 
 use crate::Result;
 use std::time::Duration;
@@ -80,7 +82,5 @@ pub fn all() -> Vec<Scenario> {
 
 /// Those that `cargo testbed test --all` runs besides.
 pub fn long() -> Vec<Scenario> {
-    let mut scenarios = random_failures::long_scenarios();
-    scenarios.extend(nested::long_scenarios());
-    scenarios
+    nested::long_scenarios()
 }

@@ -6,70 +6,48 @@ use super::die::sigkill;
 use super::micro::{Life, Micro, NAME, Qemus, raw_disk};
 use super::pair::{At, NEWEST, Pair};
 use super::transhume::{Answer, ask};
-use super::{Bed, Scenario};
+use super::{Bed, Draw, Scenario};
 use crate::cleanup::still_time;
 use crate::command::Run;
 use crate::error::check;
-use crate::progress::say;
 use crate::{Error, Result};
 use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
-/// How many of each, unless the environment says otherwise: 300 in all, and in post-copy, which takes longer, 120, or 300
-/// with what only `--all` runs.
-const MIGRATIONS: u64 = 150;
-const IN_POST_COPY: u64 = 60;
-const MORE_IN_POST_COPY: u64 = 90;
-/// Unless the environment names one; another one where more are run, so that they are others.
-const SEEDS: [u64; 2] = [1, 2];
+/// How many of each, unless the environment says otherwise: for each change, of another seed each time, and with `--all`.
+/// In post-copy they take longer.
+const MIGRATIONS: [u64; 2] = [40, 150];
+const IN_POST_COPY: [u64; 2] = [15, 150];
+/// Of all that are drawn with `--all`.
+const LIMIT: Duration = Duration::from_secs(3600);
 const COUNT: &str = "TRANSHUME_TEST_MIGRATIONS";
-/// A number, or "now".
-const SEED: &str = "TRANSHUME_TEST_SEED";
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
         Scenario {
             name: "die-at-random",
             about: "migrations to and fro, each with a failure drawn from a seed",
-            limit: Duration::from_secs(1800),
-            run: |bed| many(bed, NEWEST, Mode::Pre, SEEDS[0], MIGRATIONS),
+            limit: LIMIT,
+            run: |bed| many(bed, NEWEST, Mode::Pre, MIGRATIONS),
         },
         Scenario {
             name: "die-at-random-7.2",
             about: "the same with QEMU 7.2",
-            limit: Duration::from_secs(1800),
-            run: |bed| many(bed, OLD, Mode::Pre, SEEDS[0], MIGRATIONS),
+            limit: LIMIT,
+            run: |bed| many(bed, OLD, Mode::Pre, MIGRATIONS),
         },
         Scenario {
             name: "die-at-random-post-copy",
             about: "the same, and the guest runs before all of its memory is there",
-            limit: Duration::from_secs(1800),
-            run: |bed| many(bed, NEWEST, Mode::Post, SEEDS[0], IN_POST_COPY),
+            limit: LIMIT,
+            run: |bed| many(bed, NEWEST, Mode::Post, IN_POST_COPY),
         },
         Scenario {
             name: "die-at-random-post-copy-7.2",
             about: "the same with QEMU 7.2",
-            limit: Duration::from_secs(1800),
-            run: |bed| many(bed, OLD, Mode::Post, SEEDS[0], IN_POST_COPY),
-        },
-    ]
-}
-
-/// Those that take too long for each time.
-pub(super) fn long_scenarios() -> Vec<Scenario> {
-    vec![
-        Scenario {
-            name: "die-at-random-post-copy-more",
-            about: "the same as die-at-random-post-copy, with another seed",
-            limit: Duration::from_secs(1800),
-            run: |bed| many(bed, NEWEST, Mode::Post, SEEDS[1], MORE_IN_POST_COPY),
-        },
-        Scenario {
-            name: "die-at-random-post-copy-more-7.2",
-            about: "the same with QEMU 7.2",
-            limit: Duration::from_secs(1800),
-            run: |bed| many(bed, OLD, Mode::Post, SEEDS[1], MORE_IN_POST_COPY),
+            limit: LIMIT,
+            run: |bed| many(bed, OLD, Mode::Post, IN_POST_COPY),
         },
     ]
 }
@@ -443,15 +421,10 @@ fn number(name: &str, default: u64) -> Result<u64> {
     }
 }
 
-fn many(bed: &Bed, qemus: Qemus, mode: Mode, seed: u64, migrations: u64) -> Result<()> {
-    let seed = match std::env::var(SEED) {
-        Ok(now) if now == "now" => SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |since| since.as_secs()),
-        _ => number(SEED, seed)?,
-    };
-    let migrations = number(COUNT, migrations)?;
-    say(format!("seed {seed}; {SEED}={seed} repeats this"));
+fn many(bed: &Bed, qemus: Qemus, mode: Mode, [some, all]: [u64; 2]) -> Result<()> {
+    let seed = bed.draw.seed;
+    let migrations = number(COUNT, bed.draw.count(some, all))?;
+    println!("  seed {seed}: {}={seed} repeats this", Draw::SEED);
     let mut dice = Dice(seed);
     let mut scene = Scene::new(bed, qemus, mode)?;
     let mut moved = 0;
