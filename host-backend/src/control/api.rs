@@ -1,7 +1,8 @@
 //! What the service and its clients say to each other: JSON objects, one a line, over a unix socket. A
 //! request gets one response; `job-follow` gets one at each change until its job has ended.
 
-use crate::relay::progress::{Snapshot, Summary};
+use crate::hypervisor::Identity;
+use crate::relay::progress::{Phase, Snapshot, Summary};
 use crate::relay::source::Goal;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -253,6 +254,9 @@ pub struct Offered {
     pub number: String,
     /// Whether the VM ran.
     pub running: bool,
+    /// Whether it goes over, or went, in post-copy: from then on part of its memory may be at the source alone.
+    #[serde(default)]
+    pub post_copy: bool,
 }
 
 impl Offered {
@@ -281,6 +285,9 @@ pub struct JobInfo {
     pub started_ms: u64,
     /// Where it is, or was when it ended.
     pub progress: Snapshot,
+    /// The QEMU that it moves; absent where its process is not known.
+    #[serde(default)]
+    pub qemu: Option<Identity>,
     /// What was offered to the destination; absent before that.
     #[serde(default)]
     pub offer: Option<Offered>,
@@ -295,6 +302,28 @@ pub struct JobInfo {
     pub plan: Option<serde_json::Value>,
     /// The plan, for people.
     pub plan_text: Option<String>,
+}
+
+impl JobInfo {
+    /// Whether it moves, or moved, that QEMU. One of which nothing is known is no QEMU that it moved.
+    pub(super) fn moves(&self, qemu: Option<&Identity>) -> bool {
+        match (&self.qemu, qemu) {
+            (_, None) => false,
+            (Some(moved), Some(found)) => moved == found,
+            // Noted by a version that kept no process.
+            (None, Some(found)) => found.is_older_than(self.started_ms),
+        }
+    }
+
+    /// Whether it has sent the commit, or may have.
+    pub(super) fn may_be_handed_over(&self) -> bool {
+        matches!(self.progress.phase, Phase::Commit | Phase::PostCopy) || self.is_in_post_copy()
+    }
+
+    /// Whether the VM was handed over in post-copy, or may have been.
+    pub(super) fn is_in_post_copy(&self) -> bool {
+        self.offer.as_ref().is_some_and(|offer| offer.post_copy)
+    }
 }
 
 #[cfg(test)]

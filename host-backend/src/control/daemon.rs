@@ -4,7 +4,7 @@ use super::api::{
     DiskInfo, Failure, FailureKind, JobState, MachineInfo, Request, Response, VmInfo,
 };
 use super::config::Config;
-use super::jobs::{Ending, Job, Jobs};
+use super::jobs::{Begun, Ending, Job, Jobs};
 use super::resolve::{JobJournal, in_doubt};
 use super::state::{Record, State};
 use super::table::{Entry, Table};
@@ -15,7 +15,7 @@ use crate::relay::progress::Phase;
 use crate::relay::{self, ErrorKind, destination, source};
 use serde_json::Value;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tracing::Instrument;
 
@@ -23,6 +23,9 @@ use tracing::Instrument;
 const GLANCE: Duration = Duration::from_secs(2);
 /// How long running migrations may take to end when the service does.
 const FAREWELL: Duration = Duration::from_secs(30);
+
+/// How often that is tried again which could not be done when it was due.
+const AGAIN: Duration = Duration::from_secs(3);
 
 /// The service.
 #[derive(Debug)]
@@ -70,6 +73,7 @@ impl Daemon {
             }
         }
         daemon.finish_interrupted();
+        tokio::spawn(keep_house(Arc::downgrade(&daemon)));
         let settings = daemon.launch_settings();
         tokio::spawn(async move { preflight::look_at_qemu(&settings).await });
         Ok(daemon)
@@ -87,8 +91,8 @@ impl Daemon {
                 self.put(Arc::new(vm));
             }
             Err(hypervisor::Error::Connect { .. }) => {
-                self.table
-                    .depart(&name, "its QEMU had ended while transhumed was not running");
+                let how = "its QEMU had ended while transhumed was not running";
+                self.table.leave(&name, |_| true, how);
             }
             Err(error) => self.table.lose(record, error.to_string()),
         }
@@ -330,16 +334,16 @@ impl Daemon {
     async fn stop(&self, name: &str, force: bool) -> Result<Response> {
         // A VM whose memory cannot follow it may be given up.
         let waits = |job: Arc<Job>| job.progress().waits_for().is_some();
-        if !(force && self.jobs.active(name).is_some_and(waits)) {
+        let may_be_given_up =
+            self.jobs.active(name).is_some_and(waits) || self.jobs.is_cut_off(name);
+        if !(force && may_be_given_up) {
             self.refuse_while_moving(name)?;
         }
-        let lost = match self.table.entry(name)? {
-            Entry::Lost { record, reason } => Some((record, reason)),
-            _ => None,
-        };
-        match lost {
-            None => self.table.here(name)?.stop(force).await?,
-            Some((record, _)) if force => {
+        let entry = self.table.entry(name)?;
+        match &entry {
+            Entry::Here(vm) => vm.stop(force).await?,
+            Entry::Coming => self.table.here(name)?.stop(force).await?,
+            Entry::Lost { record, .. } if force => {
                 let settings = self.launch_settings();
                 match Vm::adopt(&record.definition, &record.qmp, &settings).await {
                     Ok(vm) => vm.kill().await?,
@@ -348,7 +352,7 @@ impl Daemon {
                     Err(error) => return Err(error.into()),
                 }
             }
-            Some((_, reason)) => {
+            Entry::Lost { reason, .. } => {
                 return Err(Error::refused(
                     format!("{name}'s QEMU cannot be spoken to: {reason}"),
                     format!("`transhume vm stop {name} --force` ends it, if it can be found"),
@@ -360,7 +364,11 @@ impl Daemon {
         } else {
             "it was stopped"
         };
-        self.table.depart(name, how);
+        let is_it = |now: &Entry| match &entry {
+            Entry::Here(vm) => now.is(vm),
+            _ => matches!(now, Entry::Lost { .. }),
+        };
+        self.table.leave(name, is_it, how);
         Ok(Response::Done(format!("{name} has stopped.")))
     }
 
@@ -448,7 +456,13 @@ impl Daemon {
             ));
         }
         let peer = self.config.may_take(to)?;
-        let job = self.jobs.begin(name, host, to, dry_run)?;
+        let job = self.jobs.begin(Begun {
+            vm: name,
+            qemu: vm.identity().as_ref(),
+            from: host,
+            to,
+            dry_run,
+        })?;
         let request = source::Request {
             vm,
             from: host.clone(),
@@ -470,6 +484,7 @@ impl Daemon {
     async fn run(self: Arc<Self>, job: Arc<Job>, request: source::Request) {
         tracing::info!(dry_run = request.dry_run, "begins");
         let (progress, cancel) = (job.progress().clone(), job.cancelled());
+        let moved = Arc::clone(&request.vm);
         let journal = Arc::new(JobJournal {
             daemon: self.clone(),
             job: job.clone(),
@@ -478,9 +493,8 @@ impl Daemon {
         // In a task of its own: a panic in it must not leave a job that never ends.
         let ending = match tokio::spawn(migration).await {
             Ok(Ok(source::Outcome::Migrated(summary))) => {
-                let to = &job.info().to;
-                self.table
-                    .depart(job.vm(), format!("it moved to {to} (job {})", job.id()));
+                let how = format!("it moved to {} (job {})", job.info().to, job.id());
+                self.table.leave(job.vm(), |entry| entry.is(&moved), how);
                 Ending::Completed(summary)
             }
             Ok(Ok(source::Outcome::Planned(plan))) => {
@@ -500,8 +514,15 @@ impl Daemon {
             ),
         };
         match &ending {
-            Ending::Completed(_) | Ending::Planned(..) => tracing::info!("ended well"),
-            other => tracing::error!(ending = ?other, "ended"),
+            Ending::Completed(all) => tracing::info!(
+                total_ms = all.total_ms.round(),
+                downtime_ms = all.downtime.total_ms.round(),
+                wire_bytes = all.traffic.wire_bytes,
+                stream_bytes = all.traffic.stream_bytes,
+                "completed: {ending}"
+            ),
+            Ending::Planned(..) => tracing::info!("the dry run found that it can move"),
+            other => tracing::error!("not completed: {other}"),
         }
         self.jobs.finish(&job, ending);
         self.ask_on(&job);
@@ -551,6 +572,17 @@ impl Daemon {
                 "memory follows a VM that was handed over: transhumed ends when all of it has"
             );
         }
+    }
+}
+
+/// Tries again what could not be done when it was due.
+async fn keep_house(daemon: Weak<Daemon>) {
+    loop {
+        tokio::time::sleep(AGAIN).await;
+        let Some(daemon) = daemon.upgrade() else {
+            return;
+        };
+        daemon.jobs.save_again();
     }
 }
 

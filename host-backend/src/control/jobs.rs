@@ -4,8 +4,9 @@
 use super::api::{JobInfo, JobState, Offered};
 use super::state::State;
 use super::{Error, Result};
-use crate::relay::progress::{Progress, Summary};
-use std::collections::BTreeMap;
+use crate::hypervisor::Identity;
+use crate::relay::progress::{Phase, Progress, Summary};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
@@ -18,6 +19,23 @@ const KEPT: usize = 100;
 pub struct Jobs {
     state: Arc<State>,
     table: Mutex<BTreeMap<u64, Arc<Job>>>,
+    /// Those whose last state is not on disk.
+    unsaved: Mutex<BTreeSet<u64>>,
+}
+
+/// What a migration begins with.
+#[derive(Debug, Clone, Copy)]
+pub struct Begun<'a> {
+    /// The VM.
+    pub vm: &'a str,
+    /// Its QEMU, if its process is known.
+    pub qemu: Option<&'a Identity>,
+    /// This host.
+    pub from: &'a str,
+    /// Where it is to go.
+    pub to: &'a str,
+    /// Only tell what would be done.
+    pub dry_run: bool,
 }
 
 /// A migration, running or ended.
@@ -43,6 +61,18 @@ pub enum Ending {
     InDoubt(String),
     /// It was in doubt, and is not any more: how it ended, and by whose word.
     Settled(JobState, String),
+}
+
+impl std::fmt::Display for Ending {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Completed(summary) => write!(f, "{} runs on {}", summary.vm, summary.to),
+            Self::Planned(_, text)
+            | Self::Failed(_, text)
+            | Self::InDoubt(text)
+            | Self::Settled(_, text) => f.write_str(text),
+        }
+    }
 }
 
 impl Job {
@@ -116,13 +146,22 @@ impl Jobs {
     /// The jobs that an earlier process left. What was running then is given to [`Jobs::finish`] by
     /// whoever finds out how it ended.
     pub(super) fn load(state: Arc<State>) -> Result<Self> {
-        let jobs = state.jobs()?.into_iter().map(|info| {
+        let jobs = state.jobs()?.into_iter().map(|mut info| {
+            if let Some(offer) = &mut info.offer {
+                // A version before kept the phase alone.
+                offer.post_copy |= info.progress.phase == Phase::PostCopy;
+            }
             let progress = Progress::new();
             progress.enter(info.progress.phase);
             (info.id, Arc::new(Job::new(info, progress)))
         });
         let table = Mutex::new(jobs.collect());
-        Ok(Self { state, table })
+        let unsaved = Mutex::default();
+        Ok(Self {
+            state,
+            table,
+            unsaved,
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Job>>> {
@@ -133,7 +172,8 @@ impl Jobs {
     ///
     /// # Errors
     /// [`Error::Refused`] while another one moves the same VM.
-    pub fn begin(&self, vm: &str, from: &str, to: &str, dry_run: bool) -> Result<Arc<Job>> {
+    pub fn begin(&self, begun: Begun<'_>) -> Result<Arc<Job>> {
+        let vm = begun.vm;
         self.refuse_in_doubt(vm)?;
         let job = {
             let mut table = self.lock();
@@ -153,12 +193,13 @@ impl Jobs {
             let info = JobInfo {
                 id: table.keys().next_back().map_or(1, |last| last + 1),
                 vm: vm.to_owned(),
-                from: from.to_owned(),
-                to: to.to_owned(),
-                dry_run,
+                from: begun.from.to_owned(),
+                to: begun.to.to_owned(),
+                dry_run: begun.dry_run,
                 state: JobState::Running,
                 started_ms: u64::try_from(since.as_millis()).unwrap_or_default(),
                 progress: progress.snapshot(),
+                qemu: begun.qemu.cloned(),
                 offer: None,
                 in_doubt: false,
                 error: None,
@@ -221,14 +262,17 @@ impl Jobs {
     /// If it cannot be written: then it must not be done.
     pub(super) fn note(&self, job: &Job, offer: Offered) -> Result<()> {
         *job.offer.lock().unwrap_or_else(PoisonError::into_inner) = Some(offer);
-        self.state.save_job(&job.now())
+        self.state.save_job(&job.now())?;
+        self.lock_unsaved().remove(&job.id());
+        Ok(())
     }
 
-    /// Refuses to touch a VM while it is not known which host has it.
+    /// Refuses to touch a VM while it is not known which host has it, or would not be known after a restart.
     ///
     /// # Errors
     /// [`Error::Refused`] then.
     pub(super) fn refuse_in_doubt(&self, vm: &str) -> Result<()> {
+        self.refuse_unsaved(vm)?;
         let table = self.lock();
         match table
             .values()
@@ -246,18 +290,73 @@ impl Jobs {
         }
     }
 
+    /// Whether a VM was handed over in post-copy by a job that is in doubt, so that its QEMU here can run it no more.
+    pub(super) fn is_cut_off(&self, vm: &str) -> bool {
+        let table = self.lock();
+        let mut infos = table
+            .values()
+            .filter(|job| job.vm() == vm)
+            .map(|job| job.info());
+        infos.any(|info| info.in_doubt && info.is_in_post_copy())
+    }
+
+    /// A VM whose job on disk says something else than what became of it must not come here again: a restarted
+    /// service would take it for the one that left.
+    fn refuse_unsaved(&self, vm: &str) -> Result<()> {
+        let unsaved = self.lock_unsaved().clone();
+        let table = self.lock();
+        let mut ended = unsaved.iter().filter_map(|id| table.get(id));
+        match ended.find(|job| job.vm() == vm && !job.is_running()) {
+            None => Ok(()),
+            Some(job) => Err(Error::refused(
+                format!(
+                    "the end of job {}, which moved {vm}, is not on disk yet",
+                    job.id()
+                ),
+                "make room in `state-directory` (see `journalctl -u transhumed`); it is tried again every few seconds",
+            )),
+        }
+    }
+
+    fn lock_unsaved(&self) -> MutexGuard<'_, BTreeSet<u64>> {
+        self.unsaved.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn save(&self, info: &JobInfo) {
-        // A job that cannot be noted is no reason to fail a migration.
-        if let Err(error) = self.state.save_job(info) {
-            tracing::error!(job = info.id, vm = info.vm, %error, "the job is not noted on disk");
+        match self.state.save_job(info) {
+            Ok(()) => {
+                self.lock_unsaved().remove(&info.id);
+            }
+            // A job that cannot be noted is no reason to fail a migration.
+            Err(error) => {
+                self.lock_unsaved().insert(info.id);
+                tracing::error!(
+                    job = info.id, vm = info.vm, %error,
+                    "the job is not noted on disk: it is tried again, and no VM of that name may come meanwhile"
+                );
+            }
+        }
+    }
+
+    /// Tries again to note the jobs that could not be noted.
+    pub(super) fn save_again(&self) {
+        let unsaved = self.lock_unsaved().clone();
+        for id in unsaved {
+            let job = self.lock().get(&id).cloned();
+            let saved = job.is_none_or(|job| self.state.save_job(&job.info()).is_ok());
+            if saved {
+                self.lock_unsaved().remove(&id);
+                tracing::info!(job = id, "the job is noted on disk now");
+            }
         }
     }
 
     fn forget_oldest(&self) -> Vec<u64> {
+        let unsaved = self.lock_unsaved().clone();
         let mut table = self.lock();
         let ended: Vec<u64> = table
             .iter()
-            .filter(|(_, job)| !job.is_running() && !job.info().in_doubt)
+            .filter(|(id, job)| !job.is_running() && !job.info().in_doubt && !unsaved.contains(id))
             .map(|(id, _)| *id)
             .collect();
         let oldest = ended[..ended.len().saturating_sub(KEPT)].to_vec();
@@ -306,6 +405,16 @@ mod tests {
         Jobs::load(Arc::new(State::open(folder).expect("a state"))).expect("jobs")
     }
 
+    fn begun<'a>(vm: &'a str, to: &'a str, dry_run: bool) -> Begun<'a> {
+        Begun {
+            vm,
+            qemu: None,
+            from: "hosta",
+            to,
+            dry_run,
+        }
+    }
+
     fn failed() -> Ending {
         Ending::Failed(JobState::Failed, "the link broke".to_owned())
     }
@@ -314,15 +423,15 @@ mod tests {
     async fn one_migration_of_a_vm_at_a_time() {
         let folder = tempfile::tempdir().expect("a folder");
         let jobs = jobs(folder.path());
-        let first = jobs.begin("web1", "hosta", "hostb", false).expect("a job");
+        let first = jobs.begin(begun("web1", "hostb", false)).expect("a job");
         let error = jobs
-            .begin("web1", "hosta", "hostc", true)
+            .begin(begun("web1", "hostc", true))
             .expect_err("it moves already");
         assert!(
             error.to_string().contains("job 1 moves web1 already"),
             "{error}"
         );
-        jobs.begin("web2", "hosta", "hostb", false)
+        jobs.begin(begun("web2", "hostb", false))
             .expect("another VM");
         assert_eq!(jobs.active("web1").expect("a job").id(), 1);
 
@@ -338,7 +447,7 @@ mod tests {
             (JobState::Failed, Some("the link broke"))
         );
         assert_eq!(
-            jobs.begin("web1", "hosta", "hostb", false)
+            jobs.begin(begun("web1", "hostb", false))
                 .expect("again")
                 .id(),
             3
@@ -349,13 +458,9 @@ mod tests {
     fn keeps_the_last_jobs_over_a_restart() {
         let folder = tempfile::tempdir().expect("a folder");
         let before = jobs(folder.path());
-        let runs = before
-            .begin("web0", "hosta", "hostb", false)
-            .expect("a job");
+        let runs = before.begin(begun("web0", "hostb", false)).expect("a job");
         for _ in 0..KEPT + 5 {
-            let job = before
-                .begin("web1", "hosta", "hostb", false)
-                .expect("a job");
+            let job = before.begin(begun("web1", "hostb", false)).expect("a job");
             before.finish(&job, failed());
         }
         assert!(before.get(2).is_err());
@@ -366,10 +471,56 @@ mod tests {
         assert!(after.get(1).expect("the first").is_running());
         assert_eq!(
             after
-                .begin("web2", "hosta", "hostb", true)
+                .begin(begun("web2", "hostb", true))
                 .expect("a job")
                 .id(),
             107
         );
+    }
+
+    #[test]
+    fn an_end_that_is_not_on_disk_holds_the_name_back_and_is_written_later() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let jobs = jobs(folder.path());
+        let job = jobs.begin(begun("web1", "hostb", false)).expect("a job");
+        // Nothing can be made in it: the file's twin is a folder.
+        let twin = folder.path().join("jobs/1.new");
+        std::fs::create_dir(&twin).expect("a folder");
+        jobs.finish(&job, failed());
+        for _ in 0..2 {
+            let error = jobs.refuse_in_doubt("web1").expect_err("not on disk");
+            assert!(error.to_string().contains("job 1"), "{error}");
+            jobs.refuse_in_doubt("web2").expect("another VM");
+            jobs.save_again();
+        }
+        std::fs::remove_dir(&twin).expect("an empty folder");
+        jobs.save_again();
+        jobs.refuse_in_doubt("web1").expect("on disk");
+        let state = State::open(folder.path()).expect("a state");
+        let noted = state.jobs().expect("jobs").remove(0).state;
+        assert_eq!(noted, JobState::Failed);
+    }
+
+    #[test]
+    fn a_job_knows_the_qemu_that_it_moves() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let jobs = jobs(folder.path());
+        let me = Identity::find(std::process::id()).expect("we run");
+        let mut begun = begun("web1", "hostb", false);
+        begun.qemu = Some(&me);
+        let info = jobs.begin(begun).expect("a job").info();
+        let other = Identity {
+            started: me.started + 1,
+            ..me.clone()
+        };
+        assert!(info.moves(Some(&me)));
+        assert!(!info.moves(Some(&other)) && !info.moves(None));
+        // One of a version that noted no process, and began when we did not run yet.
+        let unknown = JobInfo {
+            qemu: None,
+            started_ms: 1,
+            ..info
+        };
+        assert!(!unknown.moves(Some(&me)));
     }
 }

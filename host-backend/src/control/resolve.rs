@@ -5,8 +5,9 @@
 use super::api::{JobInfo, JobState, Offered, Response};
 use super::daemon::Daemon;
 use super::jobs::{Ending, Job};
+use super::table::Entry;
 use super::{Error, Result};
-use crate::hypervisor::Vm;
+use crate::hypervisor::{self, Identity, Vm};
 use crate::relay::progress::Phase;
 use crate::relay::source::{Destination, Journal, Rest, ask};
 use std::io;
@@ -32,11 +33,14 @@ pub(super) struct JobJournal {
 
 impl Journal for JobJournal {
     fn note(&self, number: u64, running: bool) -> io::Result<()> {
-        let number = format!("{number:016x}");
-        let noted = self
-            .daemon
-            .jobs
-            .note(&self.job, Offered { number, running });
+        let info = self.job.info();
+        let offered = Offered {
+            number: format!("{number:016x}"),
+            running,
+            // It stays so, whatever phase comes after.
+            post_copy: info.progress.phase == Phase::PostCopy || info.is_in_post_copy(),
+        };
+        let noted = self.daemon.jobs.note(&self.job, offered);
         noted.map_err(io::Error::other)
     }
 }
@@ -54,7 +58,31 @@ pub(super) fn in_doubt(info: &JobInfo, cause: &str) -> String {
     )
 }
 
+/// What there is here of the QEMU that a job moved.
+enum Moved {
+    /// It is here.
+    Here(Arc<Vm>),
+    /// It has ended.
+    Gone,
+    /// It may be here, and cannot be spoken to now.
+    Silent(String),
+    /// It has ended, and the VM of its name that is here now is another one.
+    Another,
+}
+
 impl Daemon {
+    /// Looks for the QEMU that a job moved. Another one of that name, which came since, is none of its business.
+    fn moved(&self, info: &JobInfo) -> Moved {
+        let lives = info.qemu.as_ref().is_some_and(Identity::is_alive);
+        match self.table.entry(&info.vm) {
+            Ok(Entry::Here(vm)) if info.moves(vm.identity().as_ref()) => Moved::Here(vm),
+            Ok(Entry::Lost { reason, .. }) if lives || info.qemu.is_none() => Moved::Silent(reason),
+            _ if lives => Moved::Silent("its process lives, and is not known here".to_owned()),
+            Ok(_) => Moved::Another,
+            Err(_) => Moved::Gone,
+        }
+    }
+
     /// Begins to finish or undo the migrations that an earlier process was in, as far as that can be said
     /// here, and to ask about the others.
     pub(super) fn finish_interrupted(self: &Arc<Self>) {
@@ -72,47 +100,67 @@ impl Daemon {
     async fn finish_one(self: &Arc<Self>, job: &Arc<Job>) {
         let info = job.info();
         let (vm, id) = (job.vm(), job.id());
-        let here = self.table.here(vm).ok();
-        let ending = match (&info.offer, here) {
+        let ending = match &info.offer {
             // Nothing had been done to the VM.
-            (None, _) => Ending::Failed(
+            None => Ending::Failed(
                 JobState::Failed,
                 format!(
                     "transhumed ended before this migration had begun; start it again for {vm}"
                 ),
             ),
-            (Some(offered), Some(here))
-                if !matches!(info.progress.phase, Phase::Commit | Phase::PostCopy) =>
-            {
+            Some(offered) if !info.may_be_handed_over() => {
                 self.withdraw(&info, offered);
-                // It holds the disks, perhaps, until it hears of that.
-                match run_on(&here, offered.running).await {
-                    Ok(stays) => Ending::Failed(
-                        JobState::Failed,
-                        format!(
-                            "transhumed ended during this migration; {vm} {stays} here; start the migration again"
-                        ),
-                    ),
-                    Err(error) => Ending::Failed(
-                        JobState::Unresolved,
-                        format!(
-                            "transhumed ended during this migration, and {vm} does not run on: {error}; look at \
-                             `transhume vm show {vm}` and at qemu.log in its run directory"
-                        ),
-                    ),
-                }
+                self.take_back(&info, offered).await
             }
-            (Some(_), _) => {
-                Ending::InDoubt(in_doubt(&info, "transhumed ended during this migration"))
-            }
+            Some(_) => Ending::InDoubt(in_doubt(&info, "transhumed ended during this migration")),
         };
         tracing::warn!(
             job = id,
             vm,
-            ?ending,
-            "a migration was cut off when transhumed ended"
+            "a migration was cut off when transhumed ended: {ending}"
         );
         self.jobs.finish(job, ending);
+    }
+
+    /// A VM that was not given away goes on here.
+    async fn take_back(&self, info: &JobInfo, offered: &Offered) -> Ending {
+        let vm = &info.vm;
+        let here = match self.moved(info) {
+            Moved::Here(here) => here,
+            Moved::Gone => {
+                let error = format!(
+                    "transhumed ended during this migration, and {vm}'s QEMU has ended since: start {vm} again"
+                );
+                return Ending::Failed(JobState::Failed, error);
+            }
+            Moved::Another => {
+                let error = format!("transhumed ended during this migration; {}", another(vm));
+                return Ending::Failed(JobState::Failed, error);
+            }
+            // Settled when both answer.
+            Moved::Silent(why) => {
+                let cause = format!(
+                    "transhumed ended during this migration, and its QEMU here is silent: {why}"
+                );
+                return Ending::InDoubt(in_doubt(info, &cause));
+            }
+        };
+        // It holds the disks, perhaps, until it hears of that.
+        match run_on(&here, offered.running).await {
+            Ok(stays) => Ending::Failed(
+                JobState::Failed,
+                format!(
+                    "transhumed ended during this migration; {vm} {stays} here; start the migration again"
+                ),
+            ),
+            Err(error) => Ending::Failed(
+                JobState::Unresolved,
+                format!(
+                    "transhumed ended during this migration, and {vm} does not run on: {error}; look at \
+                     `transhume vm show {vm}` and at qemu.log in its run directory"
+                ),
+            ),
+        }
     }
 
     fn destination(&self, info: &JobInfo) -> Option<Destination> {
@@ -154,7 +202,7 @@ impl Daemon {
             while job.info().in_doubt {
                 if let Some(taken) = ask(&destination, job.vm(), number, ROUND).await {
                     let says = format!("{} answered", destination.host);
-                    match daemon.settle(&job, taken, &says).await {
+                    match daemon.settle(&job, taken, Word::Of(&says)).await {
                         Ok(()) => return,
                         Err(error) => tracing::error!(%error, taken, "cannot be settled yet"),
                     }
@@ -166,74 +214,110 @@ impl Daemon {
     }
 
     /// Settles a job that is in doubt.
-    async fn settle(self: &Arc<Self>, job: &Arc<Job>, taken: bool, says: &str) -> Result<()> {
+    async fn settle(self: &Arc<Self>, job: &Arc<Job>, taken: bool, word: Word<'_>) -> Result<()> {
         let _alone = self.settling.lock().await;
         let info = job.info();
         if !info.in_doubt {
             return Ok(());
         }
-        let JobInfo { id, vm, to, .. } = &info;
-        // No other VM of that name can have come meanwhile: see `Jobs::refuse_in_doubt`.
-        let here = self.table.here(vm).ok();
-        if taken
-            && let Some(here) = &here
+        let moved = self.moved(&info);
+        if let Moved::Silent(why) = &moved {
+            return Err(Error::refused(
+                format!("{}'s QEMU cannot be spoken to: {why}", info.vm),
+                format!("see `transhume vm show {}`, and try again", info.vm),
+            ));
+        }
+        let what = if !taken {
+            self.settle_as_kept(&info, moved, word).await?
+        } else if let Moved::Here(here) = &moved
             && has_rest(&info, here).await?
         {
             tracing::warn!(
-                says,
+                says = word.says(),
                 "it was taken over, and the rest of its memory is to follow"
             );
             self.jobs.go_on(job);
             self.send_rest(job, Arc::clone(here));
             return Ok(());
-        }
-        let ending = if taken && here.is_none() && info.progress.phase == Phase::PostCopy {
-            Ending::Settled(
-                JobState::Unresolved,
-                format!(
-                    "{says}: {vm} was taken over by {to} in post-copy, and its QEMU here has ended; if part of its \
-                     memory had not moved yet, {vm} stands still there: see `transhume vm show {vm}` on {to}"
-                ),
-            )
-        } else if taken {
-            if let Some(here) = here {
-                here.discard().await?;
-            } else {
-                // Its QEMU has ended already.
-                self.launch_settings().files(vm).remove()?;
-            }
-            self.table
-                .depart(vm, format!("it moved to {to} (job {id})"));
-            Ending::Settled(
-                JobState::Completed,
-                format!("{says}: {vm} was taken over by {to}"),
-            )
         } else {
-            let running = info.offer.as_ref().is_none_or(|offer| offer.running);
-            let what = match here {
-                Some(here) => match run_on(&here, running).await {
-                    Ok(what) => Ok(format!("{vm} {what} here")),
-                    // It had sent its devices' state.
-                    Err(error) if info.progress.phase == Phase::PostCopy => Err(format!(
-                        "its QEMU here cannot take it back ({error}). What its guest had not written to disk is lost: \
-                         `transhume vm stop {vm} --force` ends what is left of it; then start it again"
-                    )),
-                    Err(error) => return Err(error.into()),
-                },
-                None => Ok(format!("its QEMU has ended here: start {vm} again")),
-            };
-            let (state, what) = match what {
-                Ok(what) => (JobState::Failed, what),
-                Err(lost) => (JobState::Unresolved, lost),
-            };
-            Ending::Settled(
-                state,
-                format!("{says}: {to} did not take {vm} over; {what}"),
-            )
+            self.settle_as_taken(&info, moved).await?
         };
-        tracing::warn!(?ending, "settled");
+        let (state, what) = what;
+        let ending = Ending::Settled(state, format!("{}: {what}", word.says()));
+        tracing::warn!("settled: {ending}");
         self.jobs.finish(job, ending);
         Ok(())
+    }
+
+    /// The destination has the VM, and no memory of it is in its QEMU here.
+    async fn settle_as_taken(&self, info: &JobInfo, moved: Moved) -> Result<(JobState, String)> {
+        let JobInfo { id, vm, to, .. } = info;
+        let taken = format!("{vm} was taken over by {to}");
+        match moved {
+            Moved::Here(here) => here.discard().await?,
+            Moved::Another => {
+                return Ok((JobState::Completed, format!("{taken}; {}", another(vm))));
+            }
+            // Its QEMU has ended already.
+            Moved::Gone | Moved::Silent(_) if info.is_in_post_copy() => {
+                return Ok((
+                    JobState::Unresolved,
+                    format!(
+                        "{taken} in post-copy, and its QEMU here has ended; if part of its memory had not moved yet, \
+                         {vm} stands still there: see `transhume vm show {vm}` on {to}"
+                    ),
+                ));
+            }
+            Moved::Gone | Moved::Silent(_) => self.launch_settings().files(vm).remove()?,
+        }
+        self.table
+            .depart(vm, info, format!("it moved to {to} (job {id})"));
+        Ok((JobState::Completed, taken))
+    }
+
+    /// The destination does not have the VM.
+    async fn settle_as_kept(
+        &self,
+        info: &JobInfo,
+        moved: Moved,
+        word: Word<'_>,
+    ) -> Result<(JobState, String)> {
+        let JobInfo { vm, to, .. } = info;
+        let kept = format!("{to} did not take {vm} over");
+        let running = info.offer.as_ref().is_none_or(|offer| offer.running);
+        let here = match moved {
+            Moved::Here(here) => here,
+            Moved::Another => return Ok((JobState::Failed, format!("{kept}; {}", another(vm)))),
+            Moved::Gone | Moved::Silent(_) => {
+                let what = format!("{kept}; its QEMU has ended here: start {vm} again");
+                return Ok((JobState::Failed, what));
+            }
+        };
+        let cannot_go_back = here.qmp().query_migrate().await?.is_in_post_copy();
+        if cannot_go_back && word == Word::Operator {
+            // What is in it is of use as long as the destination may have the VM after all.
+            return Err(Error::refused(
+                format!(
+                    "{vm} was handed over to {to} in post-copy, and its QEMU here can run it no more"
+                ),
+                format!(
+                    "if it runs on {to}, say `--runs-at {to}`: the rest of its memory follows; if it is lost there, \
+                     `transhume vm stop {vm} --force` gives it up"
+                ),
+            ));
+        }
+        match run_on(&here, running).await {
+            Ok(what) => Ok((JobState::Failed, format!("{kept}; {vm} {what} here"))),
+            // It had sent its devices' state.
+            Err(error) if cannot_go_back || info.is_in_post_copy() => Ok((
+                JobState::Unresolved,
+                format!(
+                    "{kept}; its QEMU here cannot take it back ({error}). What its guest had not written to disk is \
+                     lost: `transhume vm stop {vm} --force` ends what is left of it; then start it again"
+                ),
+            )),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Sends the rest of a VM's memory after the one that was handed over, in the background.
@@ -261,20 +345,19 @@ impl Daemon {
             let cause = "transhumed ended while it followed".to_owned();
             let ending = match rest.send(cause, job.progress()).await {
                 Ok(_) => {
-                    if let Err(error) = vm.discard().await {
+                    if let Err(error) = vm.discard_whole().await {
                         tracing::warn!(%error, "QEMU of the VM that has moved cannot be ended");
                     }
                     job.progress().enter(Phase::Completed);
                     let to = &info.to;
-                    daemon
-                        .table
-                        .depart(&info.vm, format!("it moved to {to} (job {})", info.id));
+                    let how = format!("it moved to {to} (job {})", info.id);
+                    daemon.table.depart(&info.vm, &info, how);
                     let what = format!("{} runs on {to}, and all of its memory is there", info.vm);
                     Ending::Settled(JobState::Completed, what)
                 }
                 Err(error) => Ending::Failed(JobState::Unresolved, error.to_string()),
             };
-            tracing::info!(?ending, "ended");
+            tracing::info!("ended: {ending}");
             daemon.jobs.finish(&job, ending);
         };
         tokio::spawn(sending.instrument(span));
@@ -303,25 +386,42 @@ impl Daemon {
                 ));
             }
         };
-        self.settle(&job, taken, "an operator said so").await?;
+        self.settle(&job, taken, Word::Operator).await?;
         Ok(Response::Job(Box::new(job.info())))
     }
 }
 
-/// Whether part of the memory of a VM that was taken over in post-copy is still in its QEMU here.
-async fn has_rest(info: &JobInfo, here: &Vm) -> Result<bool> {
-    if info.progress.phase != Phase::PostCopy {
-        return Ok(false);
+/// Whose word a matter is settled by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Word<'a> {
+    /// The destination's, in words.
+    Of(&'a str),
+    Operator,
+}
+
+impl Word<'_> {
+    fn says(&self) -> &str {
+        match self {
+            Self::Of(says) => says,
+            Self::Operator => "an operator said so",
+        }
     }
+}
+
+fn another(vm: &str) -> String {
+    format!("the {vm} that is here now is another one, with another QEMU, and was left alone")
+}
+
+/// Whether part of the memory of a VM that was taken over in post-copy is still in its QEMU here, which that
+/// itself says, whatever is noted.
+async fn has_rest(info: &JobInfo, here: &Vm) -> Result<bool> {
     let said = here.qmp().query_migrate().await?;
-    Ok(said.status.as_deref() != Some("completed"))
+    let is_complete = said.status.as_deref() == Some("completed");
+    Ok(said.is_in_post_copy() || (info.is_in_post_copy() && !is_complete))
 }
 
 /// Sees to it that a VM whose migration was cut off goes on as before.
-async fn run_on(
-    vm: &Vm,
-    running: bool,
-) -> std::result::Result<&'static str, crate::hypervisor::Error> {
+async fn run_on(vm: &Vm, running: bool) -> std::result::Result<&'static str, hypervisor::Error> {
     vm.migration_over(INTERRUPTED_PATIENCE).await?;
     if !running {
         return Ok("stays paused");
@@ -329,3 +429,7 @@ async fn run_on(
     vm.run_on().await?;
     Ok("runs on")
 }
+
+#[cfg(test)]
+#[path = "resolve_tests.rs"]
+mod tests;

@@ -32,6 +32,7 @@ fn job(state: JobState) -> JobInfo {
             choice: None,
             forecast: None,
         },
+        qemu: None,
         offer: None,
         in_doubt: false,
         error: None,

@@ -1,5 +1,6 @@
 //! The VMs of this host.
 
+use super::api::JobInfo;
 use super::state::{Record, State};
 use super::{Error, Result};
 use crate::hypervisor::Vm;
@@ -25,6 +26,13 @@ pub(super) enum Entry {
         /// Why.
         reason: String,
     },
+}
+
+impl Entry {
+    /// Whether it is that very VM.
+    pub(super) fn is(&self, vm: &Arc<Vm>) -> bool {
+        matches!(self, Self::Here(here) if Arc::ptr_eq(here, vm))
+    }
 }
 
 /// All VMs of this host, by name.
@@ -187,16 +195,31 @@ impl Table {
 
     /// Whether that very VM is in the table.
     pub(super) fn has(&self, vm: &Arc<Vm>) -> bool {
-        matches!(self.lock().entries.get(vm.name()), Some(Entry::Here(here)) if Arc::ptr_eq(here, vm))
+        self.lock()
+            .entries
+            .get(vm.name())
+            .is_some_and(|entry| entry.is(vm))
     }
 
-    /// Takes a VM out, and remembers how it left, as in "it was stopped".
-    pub(super) fn depart(&self, name: &str, how: impl Into<String>) {
+    /// Takes the VM that a job moved out, if that very one is here; see [`Table::leave`].
+    pub(super) fn depart(&self, name: &str, job: &JobInfo, how: impl Into<String>) {
+        let is_it = |entry: &Entry| match entry {
+            Entry::Here(vm) => job.moves(vm.identity().as_ref()),
+            Entry::Coming | Entry::Lost { .. } => false,
+        };
+        self.leave(name, is_it, how);
+    }
+
+    /// Takes a VM out if it `is_it`, and remembers how it left, as in "it was stopped".
+    pub(super) fn leave(&self, name: &str, is_it: impl Fn(&Entry) -> bool, how: impl Into<String>) {
         let how = how.into();
-        tracing::info!(vm = name, how, "the VM has left");
         {
             let mut inner = self.lock();
-            inner.entries.remove(name);
+            match inner.entries.get(name) {
+                Some(entry) if !is_it(entry) => return,
+                _ => inner.entries.remove(name),
+            };
+            tracing::info!(vm = name, how, "the VM has left");
             if inner.departures.len() == REMEMBERED {
                 inner.departures.pop_front();
             }
@@ -284,7 +307,7 @@ mod tests {
             "{error}"
         );
         table.note(&record()).expect("noted");
-        table.depart("web1", "it moved to hostb");
+        table.leave("web1", |_| true, "it moved to hostb");
         let error = table.entry("web1").expect_err("gone");
         assert!(
             error.to_string().contains("ago it moved to hostb"),
@@ -292,7 +315,7 @@ mod tests {
         );
         assert!(table.state.vms().expect("VMs").is_empty());
         for index in 0..2 * REMEMBERED {
-            table.depart(&format!("vm{index}"), "it was stopped");
+            table.leave(&format!("vm{index}"), |_| true, "it was stopped");
         }
         assert_eq!(table.lock().departures.len(), REMEMBERED);
     }

@@ -23,7 +23,7 @@ pub(super) async fn watch(daemon: Arc<Daemon>, vm: Arc<Vm>) {
         return;
     }
     if ended {
-        daemon.table.depart(vm.name(), reason);
+        daemon.table.leave(vm.name(), |entry| entry.is(&vm), reason);
     } else {
         let reason = "its QMP connection is lost, and its process lives".to_owned();
         daemon.table.lose(Table::record(&vm), reason);

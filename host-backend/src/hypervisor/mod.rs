@@ -5,7 +5,10 @@ mod binary;
 pub mod command_line;
 pub mod definition;
 mod error;
+#[cfg(test)]
+pub(crate) mod fake;
 mod files;
+mod identity;
 mod inspect;
 pub mod layout;
 pub mod limits;
@@ -23,6 +26,7 @@ pub use command_line::Start;
 pub use definition::Definition;
 pub use error::Error;
 pub use files::{LaunchSettings, RunFiles};
+pub use identity::{Identity, boot_id};
 pub use layout::Layout;
 pub use limits::Limits;
 pub use qmp::Qmp;

@@ -32,6 +32,10 @@ impl Process {
         self.id
     }
 
+    pub(super) fn started(&self) -> u64 {
+        self.started
+    }
+
     fn is_alive(&self) -> bool {
         start_time(self.id) == Some(self.started)
     }
@@ -53,7 +57,7 @@ impl Process {
 }
 
 /// When a process that is not a zombie started, by field 22 of its `stat`.
-fn start_time(id: u32) -> Option<u64> {
+pub(super) fn start_time(id: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
     // The name in field 2 may hold spaces and brackets.
     let (_, rest) = stat.rsplit_once(") ")?;

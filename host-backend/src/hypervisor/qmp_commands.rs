@@ -33,6 +33,15 @@ pub struct Migration {
     pub postcopy_vcpu_blocktime: Option<Vec<u32>>,
 }
 
+impl Migration {
+    /// Whether it went over to post-copy and has not come to its end, whether or not it goes on: part of the VM's
+    /// memory is at its source alone.
+    pub fn is_in_post_copy(&self) -> bool {
+        let status = self.status.as_deref();
+        status.is_some_and(|status| status.starts_with("postcopy"))
+    }
+}
+
 /// Memory's progress, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "kebab-case")]

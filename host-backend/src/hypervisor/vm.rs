@@ -4,7 +4,7 @@ use super::command_line::{self, Start};
 use super::files::{LaunchSettings, RunFiles};
 use super::process::{Child, Process};
 use super::qmp::Status;
-use super::{Definition, Error, Qmp, Result, inspect};
+use super::{Definition, Error, Identity, Qmp, Result, inspect};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -168,6 +168,11 @@ impl Vm {
         self.process.as_ref().map(Process::id)
     }
 
+    /// QEMU's process, told apart from every other one, if it is known.
+    pub fn identity(&self) -> Option<Identity> {
+        self.process.as_ref().map(Identity::of)
+    }
+
     /// Ends the VM: asks the guest to shut down and waits a minute for it, or, by `force`, ends QEMU as if
     /// power were cut.
     ///
@@ -293,9 +298,49 @@ impl Vm {
     }
 
     /// Ends the QEMU of a VM that belongs to another host, and removes its run directory.
+    ///
+    /// # Errors
+    /// [`Error::Unfit`] if it is in post-copy, or cannot be asked: memory may be in it that is nowhere else.
     pub async fn discard(&self) -> Result<()> {
+        self.refuse_with_memory().await?;
+        self.discard_whole().await
+    }
+
+    /// [`Vm::discard`] for a VM of which it is known that all of its memory is at the other host.
+    ///
+    /// # Errors
+    /// If QEMU does not end.
+    pub async fn discard_whole(&self) -> Result<()> {
         self.kill().await?;
         self.files().remove()
+    }
+
+    async fn refuse_with_memory(&self) -> Result<()> {
+        let cure = format!(
+            "see `transhume vm show {0}`; `transhume vm stop {0} --force` gives up what is in it",
+            self.name()
+        );
+        if self.qmp.is_closed() {
+            return match tokio::time::timeout(QUIT_PATIENCE, self.gone()).await {
+                Ok(()) => Ok(()),
+                Err(_) => Err(Error::Unfit {
+                    cause: "QEMU lives, and cannot be asked whether it is in post-copy".to_owned(),
+                    cure,
+                }),
+            };
+        }
+        match self.qmp.query_migrate().await {
+            Ok(said) if said.is_in_post_copy() => Err(Error::Unfit {
+                cause: format!(
+                    "{} was handed over in post-copy, and part of its memory may be in its QEMU here alone",
+                    self.name()
+                ),
+                cure,
+            }),
+            // It has ended.
+            Ok(_) | Err(Error::Lost(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Waits until its QEMU has ended. A lost QMP connection is not enough.
@@ -303,6 +348,28 @@ impl Vm {
         match &self.process {
             Some(process) => process.gone().await,
             None => drop(self.qmp.closed().await),
+        }
+    }
+}
+
+#[cfg(test)]
+impl Vm {
+    /// One of a QEMU that was not looked at.
+    pub(super) fn of_parts(
+        definition: &Definition,
+        qmp: Qmp,
+        qmp_path: &Path,
+        settings: &LaunchSettings,
+        process: Option<Process>,
+    ) -> Self {
+        Self {
+            definition: definition.clone(),
+            machine: definition.machine.clone(),
+            qmp,
+            qmp_path: qmp_path.to_owned(),
+            files: settings.files(&definition.name),
+            agent: None,
+            process,
         }
     }
 }
@@ -346,8 +413,37 @@ pub fn is_block_device(path: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::fake;
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+
+    #[tokio::test]
+    async fn memory_that_is_nowhere_else_is_not_thrown_away() {
+        let run = tempfile::tempdir().unwrap();
+        let (settings, definition) = (fake::settings(run.path()), fake::definition("web1"));
+        let qemu = fake::FakeQemu::start(run.path(), "web1");
+        let vm = qemu.vm(&definition, &settings).await;
+        for status in [
+            "postcopy-active",
+            "postcopy-paused",
+            "postcopy-recover",
+            "postcopy-device",
+        ] {
+            qemu.set_migration(status);
+            let error = vm.discard().await.expect_err(status);
+            assert!(error.to_string().contains("post-copy"), "{error}");
+            assert!(qemu.is_alive());
+        }
+        qemu.set_migration("completed");
+        vm.discard().await.unwrap();
+        assert!(!qemu.is_alive() && !vm.files().folder().exists());
+
+        let qemu = fake::FakeQemu::start(run.path(), "web1");
+        let vm = qemu.vm(&definition, &settings).await;
+        qemu.set_migration("postcopy-paused");
+        vm.discard_whole().await.unwrap();
+        assert!(!qemu.is_alive());
+    }
 
     #[tokio::test]
     async fn a_qemu_that_does_not_answer_is_ended() {

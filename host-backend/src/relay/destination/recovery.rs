@@ -102,7 +102,7 @@ async fn recover_one(
                 }
             }
             let said = adopted.qmp().query_migrate().await?;
-            if said.status.is_some_and(|said| said.starts_with("postcopy")) {
+            if said.is_in_post_copy() {
                 tracing::warn!(
                     vm,
                     "post-copy was cut off: it stands still where it needs memory that has not come, until the \

@@ -79,7 +79,7 @@ impl Migration {
             ));
         }
         copied.shared.stop(RelayError::Stopped);
-        if let Err(error) = self.request.vm.discard().await {
+        if let Err(error) = self.request.vm.discard_whole().await {
             tracing::warn!(%error, "QEMU of the VM that has moved cannot be ended");
         }
         self.progress.enter(Phase::Completed);

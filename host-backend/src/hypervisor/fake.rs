@@ -1,0 +1,174 @@
+//! A QEMU for tests: its monitor is served here, and its process is another one, so that it can be ended.
+
+use super::process::Process;
+use super::{Definition, Identity, LaunchSettings, Qmp, Vm};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+
+const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": ""}, "capabilities": []}}"#;
+
+#[derive(Debug)]
+struct State {
+    process: Child,
+    /// What `query-status` says.
+    status: String,
+    /// What `query-migrate` says.
+    migration: String,
+    commands: Vec<String>,
+}
+
+/// See the module. Its process ends when this is dropped.
+#[derive(Debug, Clone)]
+pub(crate) struct FakeQemu {
+    qmp: PathBuf,
+    state: Arc<Mutex<State>>,
+}
+
+/// Settings whose run directory is that folder.
+pub(crate) fn settings(folder: &Path) -> LaunchSettings {
+    LaunchSettings {
+        host: "hosta".to_owned(),
+        run_directory: folder.to_owned(),
+        qemu: "/none".into(),
+    }
+}
+
+/// The definition of a small VM.
+pub(crate) fn definition(name: &str) -> Definition {
+    let text = format!("name = \"{name}\"\nmachine = \"pc\"\nmemory = \"64MiB\"\nvcpus = 1\n");
+    Definition::parse(&text).expect("a definition")
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl State {
+    fn end(&mut self) {
+        // It may have ended already.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+
+    /// What it returns; `None` if it ends instead.
+    fn answer(&mut self, command: &str) -> Option<Value> {
+        self.commands.push(command.to_owned());
+        Some(match command {
+            "quit" => {
+                self.end();
+                return None;
+            }
+            "cont" => {
+                self.status = "running".to_owned();
+                json!({})
+            }
+            "query-status" => {
+                json!({ "status": self.status, "running": self.status == "running" })
+            }
+            "query-migrate" if self.migration.is_empty() => json!({}),
+            "query-migrate" => json!({ "status": self.migration }),
+            _ => json!({}),
+        })
+    }
+}
+
+impl FakeQemu {
+    /// The QEMU of the VM `name` in that run directory.
+    pub(crate) fn start(run_directory: &Path, name: &str) -> Self {
+        let files = settings(run_directory).files(name);
+        std::fs::create_dir_all(files.folder()).expect("a folder");
+        let process = Command::new("sleep").arg("600").spawn().expect("a process");
+        let fake = Self {
+            qmp: files.qmp(),
+            state: Arc::new(Mutex::new(State {
+                process,
+                status: "paused".to_owned(),
+                migration: String::new(),
+                commands: Vec::new(),
+            })),
+        };
+        let listener = UnixListener::bind(&fake.qmp).expect("a socket");
+        let state = Arc::downgrade(&fake.state);
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let Some(state) = state.upgrade() else { return };
+                tokio::spawn(serve(
+                    stream,
+                    Self {
+                        qmp: PathBuf::new(),
+                        state,
+                    },
+                ));
+            }
+        });
+        fake
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What `query-migrate` says from now on.
+    pub(crate) fn set_migration(&self, status: &str) {
+        status.clone_into(&mut self.lock().migration);
+    }
+
+    /// The commands that it was given.
+    pub(crate) fn commands(&self) -> Vec<String> {
+        self.lock().commands.clone()
+    }
+
+    /// Ends its process, and removes its socket if it is to leave none.
+    pub(crate) fn end(&self, leaves_socket: bool) {
+        self.lock().end();
+        if !leaves_socket {
+            std::fs::remove_file(&self.qmp).expect("a socket");
+        }
+    }
+
+    pub(crate) fn identity(&self) -> Identity {
+        Identity::find(self.lock().process.id()).expect("it runs")
+    }
+
+    pub(crate) fn is_alive(&self) -> bool {
+        Process::find(self.lock().process.id()).is_some()
+    }
+
+    /// The VM that it runs.
+    pub(crate) async fn vm(&self, definition: &Definition, settings: &LaunchSettings) -> Vm {
+        let qmp = Qmp::connect(&self.qmp, Duration::from_secs(20))
+            .await
+            .expect("a connection");
+        let process = Process::find(self.lock().process.id());
+        Vm::of_parts(definition, qmp, &self.qmp, settings, process)
+    }
+}
+
+async fn serve(stream: UnixStream, qemu: FakeQemu) {
+    let (reader, mut writer) = stream.into_split();
+    let mut text = format!("{GREETING}\r\n");
+    let mut lines = BufReader::new(reader).lines();
+    loop {
+        if writer.write_all(text.as_bytes()).await.is_err() {
+            return;
+        }
+        let Ok(Some(line)) = lines.next_line().await else {
+            return;
+        };
+        let request: Value = serde_json::from_str(&line).expect("a request");
+        let command = request["execute"].as_str().unwrap_or_default().to_owned();
+        let Some(answer) = qemu.lock().answer(&command) else {
+            return;
+        };
+        let id = &request["id"];
+        let answer = json!({ "id": id, "return": answer });
+        text = format!("{answer}\r\n");
+    }
+}
