@@ -14,4 +14,5 @@ pub mod link;
 pub mod pages;
 pub mod pki;
 pub mod relay;
+mod text;
 pub mod volume;

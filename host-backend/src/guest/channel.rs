@@ -123,8 +123,9 @@ impl Opening {
                             page_shift,
                             agent,
                         }) if theirs == session => {
+                            let agent = printable(agent);
                             let greeting = Greeting {
-                                agent: agent.to_owned(),
+                                agent: agent.clone(),
                                 source,
                             };
                             if version != VERSION {
@@ -161,11 +162,12 @@ impl Opening {
     }
 }
 
+/// Bytes of a guest's text; the channel's are no longer.
+const MOST_TEXT: usize = 256;
+
 /// A guest's text, made safe for terminals and logs.
 pub(super) fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { '?' } else { c })
-        .collect()
+    crate::text::line(text, MOST_TEXT)
 }
 
 pub(super) fn send(mut stream: &UnixStream, message: &HostMessage<'_>) -> io::Result<()> {

@@ -207,6 +207,14 @@ pub enum Vnc {
     Unix,
 }
 
+/// Bytes of what is said of a wrong definition, which quotes it.
+const MOST_SAID: usize = 4096;
+
+#[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
+fn syntax(error: toml::de::Error) -> Error {
+    Error::Syntax(crate::text::lines(&error.to_string(), MOST_SAID))
+}
+
 fn yes() -> bool {
     true
 }
@@ -223,8 +231,7 @@ impl Definition {
                 text.len()
             )));
         }
-        let definition: Self =
-            toml::from_str(text).map_err(|error| Error::Syntax(error.to_string()))?;
+        let definition: Self = toml::from_str(text).map_err(syntax)?;
         definition.validate()?;
         Ok(definition)
     }

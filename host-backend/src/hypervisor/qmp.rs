@@ -18,8 +18,9 @@ use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 /// The longest line that QEMU may send; `query-qmp-schema`, the largest answer, has some 200 KiB.
 const MAX_LINE: usize = 8 << 20;
-/// Events kept for a slow listener.
+/// Events kept for a slow listener, and the longest line whose event's data are kept: theirs are some hundred bytes.
 const EVENTS: usize = 256;
+const MAX_EVENT: usize = 16 << 10;
 /// Requests that wait for a QEMU that does not read.
 const REQUESTS: usize = 16;
 /// How long a command may take, unless its caller says so. QEMU's main loop answers in milliseconds
@@ -429,7 +430,10 @@ async fn read(
         let Ok(message) = serde_json::from_slice::<Value>(&line) else {
             break "QEMU sent a line that is no JSON".to_owned();
         };
-        if let Some(event) = parse_event(&message) {
+        if let Some(mut event) = parse_event(&message) {
+            if line.len() > MAX_EVENT {
+                event.data = Value::Null;
+            }
             tracing::trace!(name = event.name, "QMP event");
             // Without listeners there is nobody to tell.
             let _ = events.send(event);

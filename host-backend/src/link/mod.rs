@@ -16,6 +16,7 @@ pub mod window;
 pub(crate) mod window_models;
 #[cfg(test)]
 mod window_tests;
+pub(crate) mod words;
 
 /// What threads wait for one another with. Models of them have `model_sync` in its place.
 pub(crate) mod sync {
@@ -32,7 +33,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use thiserror::Error;
 use transhume_protocol::link::{
     Control, FRAME_HEADER_LEN, FrameHeader, FrameKind, LinkError, Numbering, PREAMBLE_LEN,
-    Preamble, decode_control, encode_control,
+    Preamble, encode_control,
 };
 
 pub(crate) use channel::write_all_vectored;
@@ -272,7 +273,7 @@ impl Connection {
             let (frame, _) = self.receiver.next_frame()?;
             match frame.kind {
                 FrameKind::Alive => {}
-                FrameKind::Control => break decode_control(&frame.payload)?,
+                FrameKind::Control => break words::decode(&frame.payload)?,
                 _ => return Err(Error::Unexpected("data before the control message")),
             }
         };

@@ -256,18 +256,7 @@ impl Connection {
 
 /// What a stranger said, fit for an error message.
 pub(super) fn printable(said: &[u8]) -> String {
-    String::from_utf8_lossy(said)
-        .trim()
-        .chars()
-        .map(|character| {
-            if character.is_control() {
-                ' '
-            } else {
-                character
-            }
-        })
-        .take(MAX_SAID)
-        .collect()
+    crate::text::line(&String::from_utf8_lossy(said), MAX_SAID)
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Control messages: rare, so serde and bincode encode them. This is the only file that uses bincode.
 
-use super::{LinkError, MAX_FRAME_PAYLOAD};
+use super::{LinkError, MAX_SMALL_PAYLOAD};
 use serde::{Deserialize, Serialize};
 
 /// What the source wants to move.
@@ -190,7 +190,7 @@ pub enum Control {
 }
 
 fn configuration() -> impl bincode::config::Config {
-    bincode::config::standard().with_limit::<MAX_FRAME_PAYLOAD>()
+    bincode::config::standard().with_limit::<MAX_SMALL_PAYLOAD>()
 }
 
 /// Encodes a control message as a frame's payload.

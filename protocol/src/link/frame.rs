@@ -20,6 +20,8 @@ pub const FRAME_HEADER_LEN: usize = 32;
 const SUMMED_LEN: usize = 24;
 /// Longest payload of a frame, in bytes.
 pub const MAX_FRAME_PAYLOAD: usize = 4 << 20;
+/// Longest payload of a frame that carries no pages, in bytes: twice the longest definition of a VM.
+pub const MAX_SMALL_PAYLOAD: usize = 512 << 10;
 
 const MAGIC: [u8; 8] = *b"TRNSHUME";
 
@@ -97,6 +99,14 @@ pub enum FrameKind {
 }
 
 impl FrameKind {
+    /// Longest payload of such a frame, in bytes: whoever says nothing but a length has no more memory kept for it.
+    pub fn longest(self) -> usize {
+        match self {
+            Self::Batch | Self::Fill => MAX_FRAME_PAYLOAD,
+            _ => MAX_SMALL_PAYLOAD,
+        }
+    }
+
     fn decode(byte: u8) -> Result<Self, LinkError> {
         Ok(match byte {
             1 => Self::Control,
@@ -136,7 +146,7 @@ pub enum Cover {
 pub struct FrameHeader {
     /// What the payload is.
     pub kind: FrameKind,
-    /// Length of the payload in bytes, at most [`MAX_FRAME_PAYLOAD`].
+    /// Length of the payload in bytes, at most [`FrameKind::longest`].
     pub length: usize,
     /// Where it belongs.
     pub numbering: Numbering,
@@ -151,7 +161,7 @@ fn head(
 ) -> Result<[u8; SUMMED_LEN], LinkError> {
     let too_long = LinkError::TooLong(length as u64);
     let length = match u32::try_from(length) {
-        Ok(short) if length <= MAX_FRAME_PAYLOAD => short,
+        Ok(short) if length <= kind.longest() => short,
         _ => return Err(too_long),
     };
     let mut head = [0; SUMMED_LEN];
@@ -205,7 +215,7 @@ impl FrameHeader {
             return Err(LinkError::OutOfBounds("reserved bytes of a frame"));
         }
         let length = u32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]) as usize;
-        if length > MAX_FRAME_PAYLOAD {
+        if length > kind.longest() {
             return Err(LinkError::TooLong(length as u64));
         }
         Ok(Self {

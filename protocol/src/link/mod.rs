@@ -43,8 +43,8 @@ pub use control::{
     Control, Offer, OfferedDisk, PostCopy, Stalls, Waits, decode_control, encode_control,
 };
 pub use frame::{
-    Cover, FRAME_HEADER_LEN, FrameHeader, FrameKind, MAX_FRAME_PAYLOAD, Numbering, PREAMBLE_LEN,
-    Preamble,
+    Cover, FRAME_HEADER_LEN, FrameHeader, FrameKind, MAX_FRAME_PAYLOAD, MAX_SMALL_PAYLOAD,
+    Numbering, PREAMBLE_LEN, Preamble,
 };
 pub use small::{Ack, HintRun, Verdict, decode_hints, encode_hint};
 

@@ -156,3 +156,92 @@ fn no_reference_to_what_is_here() {
     scene.placement.open(SectionKind::End).unwrap();
     assert!(scene.placement.close().is_err());
 }
+
+#[test]
+fn a_package_without_an_end_is_refused() {
+    let output = Output::new();
+    output.push(Piece::Raw(vec![0; 100]));
+    output.push(Piece::Hold);
+    let mut pieces = 0;
+    let (refused, most) = crate::counted::peak(|| {
+        loop {
+            // What is before it still goes to QEMU.
+            if pieces == 10 {
+                assert!(matches!(output.take(), Ok(Piece::Raw(bytes)) if bytes.len() == 100));
+            }
+            if let Err(error) = output.wait_for_room() {
+                break error;
+            }
+            output.push(Piece::Raw(vec![0; 1 << 20]));
+            pieces += 1;
+        }
+    });
+    assert!(refused.to_string().contains("package"), "{refused}");
+    assert!(
+        pieces > 20 && most < 26 << 20,
+        "{pieces} pieces, {most} bytes"
+    );
+    output.release();
+    assert!(matches!(output.take(), Ok(Piece::Hold)));
+    assert!(matches!(output.take(), Ok(Piece::Raw(_))));
+    assert!(output.wait_for_room().is_ok());
+}
+
+#[test]
+fn contents_count_until_nobody_refers_to_them() {
+    let output = Arc::new(Output::new());
+    // One page of each goes to QEMU, and all of each is kept for it.
+    let mut kept = 0;
+    while kept < 24 {
+        output.wait_for_room().unwrap();
+        let contents = output.keep(vec![0_u8; 1 << 20], 1 << 20);
+        let pages = vec![(key(kept), 0)];
+        output.push(Piece::Pages { contents, pages });
+        kept += 1;
+    }
+    let waiting = Arc::clone(&output);
+    let waits = std::thread::spawn(move || waiting.wait_for_room().is_ok());
+    let taken = output.take().unwrap();
+    assert!(
+        matches!(&taken, Piece::Pages { contents, .. } if (**contents).as_ref().len() == 1 << 20)
+    );
+    drop(taken);
+    assert!(waits.join().unwrap());
+}
+
+#[test]
+fn more_references_than_an_honest_source_has_open_are_refused() {
+    let output = Arc::new(Output::new());
+    let placement = Placement::new(output, Arc::default(), 1, None, false);
+    let pages = 1 << 22;
+    let blocks = vec![Block {
+        name: "pc.ram".to_owned(),
+        length: pages * PAGE_SIZE as u64,
+    }];
+    placement.set_blocks(2, blocks).unwrap();
+    placement.open(SectionKind::Part).unwrap();
+    let ((refused, referred), most) = crate::counted::peak(|| {
+        let digests = [DIGEST; 128];
+        for batch in 0.. {
+            let page = batch * 128;
+            let place = Place {
+                disk: 0,
+                // Far from one another: each page is a read.
+                sector: page << 12,
+            };
+            let (mut index, mut needed) = (0, Vec::new());
+            let referred =
+                placement.references(batch, &mut index, key(page), place, &digests, &mut needed);
+            if let Err(error) = referred {
+                return (error, page);
+            }
+            placement.demand(&mut needed);
+        }
+        unreachable!("there is no end")
+    });
+    assert!(refused.to_string().contains("references"), "{refused}");
+    assert!(
+        referred < 100_000 && most < 32 << 20,
+        "{referred} pages, {most} bytes"
+    );
+}

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use transhume_protocol::link::{
     Ack, BATCH_HEADER_LEN, BatchEncoding, BatchReader, Control, FrameKind, LinkError, Record,
-    decode_control, decode_hints,
+    decode_hints,
 };
 use zstd::bulk::Decompressor;
 
@@ -13,7 +13,7 @@ use super::output::Contents;
 use super::placement::{Placement, ZERO_PAGES};
 use super::reply::{Replies, Reply};
 use crate::link::session::{Ready, Session};
-use crate::link::{Payload, Pool};
+use crate::link::{Payload, Pool, words};
 use crate::pages::hints::Place;
 use crate::pages::{PAGE_SIZE, PageKey};
 use crate::relay::IN_BETWEEN;
@@ -76,7 +76,7 @@ impl Intake {
                     let runs = decode_hints(&frame.payload).collect::<Result<Vec<_>, _>>()?;
                     self.placement.hint(&runs);
                 }
-                FrameKind::Control => match decode_control(&frame.payload)? {
+                FrameKind::Control => match words::decode(&frame.payload)? {
                     Control::Commit => return Ok(()),
                     Control::Abort { reason } => return Err(RelayError::Aborted(reason)),
                     Control::Endure => {

@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use transhume_protocol::link::{Ack, Control, FrameKind, Verdict, decode_control};
+use transhume_protocol::link::{Ack, Control, FrameKind, Verdict};
 use transhume_protocol::qemu::return_path::Message;
 
 use super::shared::Shared;
 use super::transmit::Packer;
 use crate::link::session::Session;
+use crate::link::words;
 use crate::pages::PAGE_SIZE;
 use crate::relay::error::RelayError;
 use crate::relay::progress::Counter;
@@ -62,7 +63,7 @@ impl Answers {
                     self.shared.progress.add(Counter::MismatchedPages, wanted);
                 }
                 FrameKind::ReturnPath => self.return_path(&frame.payload)?,
-                FrameKind::Control => match decode_control(&frame.payload)? {
+                FrameKind::Control => match words::decode(&frame.payload)? {
                     Control::Running => {
                         self.shared.answer(Ok(()));
                         if !self.shared.is_over() {

@@ -15,6 +15,8 @@ mod facts;
 mod flow;
 #[cfg(test)]
 mod flow_models;
+#[cfg(test)]
+mod flow_tests;
 mod frames;
 mod goal;
 mod hints;
