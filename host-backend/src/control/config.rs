@@ -2,8 +2,8 @@
 
 use super::access::{Incoming, Peer};
 use super::{Error, Result};
-use crate::hypervisor::LaunchSettings;
 use crate::hypervisor::definition::is_name;
+use crate::hypervisor::{LaunchSettings, Size};
 use crate::link::{Files, Security};
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 const MAX_TEXT: u64 = 1 << 20;
 /// Each has a thread here and one in QEMU.
 const MAX_CHANNELS: u8 = 8;
+/// A shorter log holds not even the end of a guest's boot.
+const LEAST_LOG: Size = Size::from_bytes(16 << 10);
 
 /// What an operator says about a host.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -26,12 +28,18 @@ pub struct Config {
     /// Where the other hosts reach this one.
     #[serde(default = "default_listen")]
     pub listen: SocketAddr,
-    /// Where sockets and logs go.
+    /// Where sockets go.
     #[serde(default = "default_run_directory")]
     pub run_directory: PathBuf,
     /// What must survive a restart.
     #[serde(default = "default_state_directory")]
     pub state_directory: PathBuf,
+    /// Where the logs of VMs go: their serial consoles, and what their QEMUs say.
+    #[serde(default = "default_log_directory")]
+    pub log_directory: PathBuf,
+    /// How long each of them may become before it begins anew; as much of what was before is kept beside.
+    #[serde(default = "default_log_size")]
+    pub log_size: Size,
     /// The QEMU for VMs whose definition names none.
     #[serde(default = "default_qemu")]
     pub qemu: PathBuf,
@@ -79,6 +87,14 @@ fn default_state_directory() -> PathBuf {
     "/var/lib/transhume".into()
 }
 
+fn default_log_directory() -> PathBuf {
+    "/var/log/transhume".into()
+}
+
+fn default_log_size() -> Size {
+    Size::from_bytes(1 << 20)
+}
+
 fn default_qemu_channels() -> u8 {
     1
 }
@@ -123,6 +139,12 @@ impl Config {
                 "`qemu-channels` is {channels}; write a number from 1 to {MAX_CHANNELS}"
             ));
         }
+        if config.log_size < LEAST_LOG {
+            return Err(format!(
+                "`log-size` is {}; write {LEAST_LOG} or more",
+                config.log_size
+            ));
+        }
         let tls = config.tls.iter().flat_map(|tls| {
             [
                 ("tls.authority", &tls.authority),
@@ -133,6 +155,7 @@ impl Config {
         let paths = [
             ("run-directory", &config.run_directory),
             ("state-directory", &config.state_directory),
+            ("log-directory", &config.log_directory),
             ("qemu", &config.qemu),
         ];
         for (key, path) in paths.into_iter().chain(tls) {
@@ -168,6 +191,7 @@ impl Config {
         LaunchSettings {
             host: self.host.clone(),
             run_directory: self.run_directory.clone(),
+            log_directory: self.log_directory.clone(),
             qemu: self.qemu.clone(),
         }
     }
@@ -201,13 +225,15 @@ mod tests {
     fn reads_every_field() {
         let config = Config::parse(
             "host = \"hosta\"\nlisten = \"127.0.0.1:7000\"\nrun-directory = \"/run/t\"\n\
-             state-directory = \"/var/t\"\nqemu = \"/opt/qemu\"\nqemu-channels = 2\n[hosts.hostb]\naddress = \"10.0.0.2:7465\"\n\
+             state-directory = \"/var/t\"\nlog-directory = \"/log/t\"\nlog-size = \"64KiB\"\nqemu = \"/opt/qemu\"\nqemu-channels = 2\n[hosts.hostb]\naddress = \"10.0.0.2:7465\"\n\
              [tls]\nauthority = \"/a\"\ncertificate = \"/c\"\nkey = \"/k\"",
         );
         let config = config.expect("a configuration");
         assert_eq!(config.hosts["hostb"].address, "10.0.0.2:7465");
         assert_eq!(config.control_socket(), Path::new("/run/t/control.sock"));
         assert_eq!(config.qemu_channels, 2);
+        assert_eq!(config.log_size, Size::from_bytes(64 << 10));
+        assert_eq!(config.launch_settings().log_directory, Path::new("/log/t"));
         assert_eq!(config.launch_settings().qemu, Path::new("/opt/qemu"));
         assert!(matches!(config.security(), Security::Tls { host, .. } if host == "hosta"));
     }
@@ -239,6 +265,10 @@ mod tests {
                 "from 1 to 8",
             ),
             ("host = \"a\"\nport = 1", "unknown field `port`"),
+            (
+                "host = \"a\"\nplain-link = true\nlog-size = \"1KiB\"",
+                "16KiB or more",
+            ),
             ("host = \"a\"\nrun-directory = \"run\"", "absolute"),
             (
                 "host = \"a\"\nplain-link = true\n[hosts.b]\naddress = \"10.0.0.2\"",

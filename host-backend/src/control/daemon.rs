@@ -5,6 +5,7 @@ use super::api::{
 };
 use super::config::Config;
 use super::jobs::{Begun, Ending, Job, Jobs};
+use super::logs;
 use super::resolve::{JobJournal, in_doubt};
 use super::state::{Record, State};
 use super::table::{Entry, Table};
@@ -74,6 +75,7 @@ impl Daemon {
         }
         daemon.finish_interrupted();
         tokio::spawn(keep_house(Arc::downgrade(&daemon)));
+        tokio::spawn(logs::keep(Arc::downgrade(&daemon)));
         let settings = daemon.launch_settings();
         tokio::spawn(async move { preflight::look_at_qemu(&settings).await });
         Ok(daemon)

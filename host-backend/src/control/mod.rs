@@ -9,6 +9,7 @@ pub mod daemon;
 mod door;
 mod error;
 pub mod jobs;
+mod logs;
 mod resolve;
 pub mod server;
 mod show;

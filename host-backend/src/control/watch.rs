@@ -53,7 +53,7 @@ async fn shutdown_reason(vm: &Vm) -> String {
         Some(other) => format!("its QEMU ended ({other})"),
         None => {
             let log = vm.files().qemu_log();
-            match vm.files().last_words() {
+            match vm.files().logs().last_words() {
                 Some(words) => format!("its QEMU ended; the end of {}:\n{words}", log.display()),
                 None => format!("its QEMU ended without a word: see {}", log.display()),
             }

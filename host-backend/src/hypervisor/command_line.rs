@@ -73,7 +73,10 @@ pub fn arguments(
         let log = escape(&text(&files.serial_log()));
         line.add(
             "-chardev",
-            format!("{},logfile={log}", socket("serial0", &files.serial())),
+            format!(
+                "{},logfile={log},logappend=on",
+                socket("serial0", &files.serial())
+            ),
         );
         line.add("-serial", "chardev:serial0");
     }

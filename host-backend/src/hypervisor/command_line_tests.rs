@@ -5,6 +5,7 @@ fn files() -> RunFiles {
     let settings = LaunchSettings {
         host: "hosta".to_owned(),
         run_directory: "/run/transhume".into(),
+        log_directory: "/var/log/transhume".into(),
         qemu: "/usr/bin/qemu-system-x86_64".into(),
     };
     settings.files("web1")
@@ -48,7 +49,7 @@ fn a_full_machine() {
         "-kernel /srv/vms/vmlinuz",
         "-initrd /srv/vms/initrd",
         "-append console=ttyS0 quiet",
-        "-chardev socket,id=serial0,path=/run/transhume/vms/web1/serial.sock,server=on,wait=off,logfile=/run/transhume/vms/web1/serial.log",
+        "-chardev socket,id=serial0,path=/run/transhume/vms/web1/serial.sock,server=on,wait=off,logfile=/var/log/transhume/web1/serial.log,logappend=on",
         "-serial chardev:serial0",
         "-device VGA,id=screen,bus=pcie.0,addr=0x2",
         "-vnc unix:/run/transhume/vms/web1/vnc.sock",

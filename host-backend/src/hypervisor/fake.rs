@@ -34,6 +34,7 @@ pub(crate) fn settings(folder: &Path) -> LaunchSettings {
     LaunchSettings {
         host: "hosta".to_owned(),
         run_directory: folder.to_owned(),
+        log_directory: folder.join("log"),
         qemu: "/none".into(),
     }
 }

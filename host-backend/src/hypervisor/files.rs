@@ -1,5 +1,6 @@
 //! Where a host keeps what belongs to a running VM.
 
+use super::logs::Logs;
 use super::{Definition, Error, Result};
 use std::path::{Path, PathBuf};
 
@@ -8,8 +9,10 @@ use std::path::{Path, PathBuf};
 pub struct LaunchSettings {
     /// This host's name, which chooses the disks' paths.
     pub host: String,
-    /// Where sockets and logs are; each VM has a folder `vms/NAME` in it.
+    /// Where sockets are; each VM has a folder `vms/NAME` in it.
     pub run_directory: PathBuf,
+    /// Where logs are; each VM has a folder of its name in it.
+    pub log_directory: PathBuf,
     /// The QEMU for VMs whose definition names none.
     pub qemu: PathBuf,
 }
@@ -19,6 +22,7 @@ impl LaunchSettings {
     pub fn files(&self, name: &str) -> RunFiles {
         RunFiles {
             folder: self.run_directory.join("vms").join(name),
+            logs: self.log_directory.join(name),
         }
     }
 
@@ -28,10 +32,11 @@ impl LaunchSettings {
     }
 }
 
-/// The run directory of one VM.
+/// The run directory of one VM, and its logs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunFiles {
     folder: PathBuf,
+    logs: PathBuf,
 }
 
 /// The longest path that a unix socket's address holds, its closing NUL left out.
@@ -60,7 +65,7 @@ impl RunFiles {
 
     /// What the guest wrote to its serial console.
     pub fn serial_log(&self) -> PathBuf {
-        self.folder.join("serial.log")
+        self.logs.join("serial.log")
     }
 
     /// The screen's socket.
@@ -70,12 +75,17 @@ impl RunFiles {
 
     /// What QEMU wrote to its standard error.
     pub fn qemu_log(&self) -> PathBuf {
-        self.folder.join("qemu.log")
+        self.logs.join("qemu.log")
     }
 
     /// QEMU's process id.
     pub fn pid(&self) -> PathBuf {
         self.folder.join("qemu.pid")
+    }
+
+    /// Its logs, which stay when it has gone.
+    pub fn logs(&self) -> Logs {
+        Logs::new(self.logs.clone())
     }
 
     /// Makes the folder, for its owner's and group's eyes only, and removes what an ended QEMU left.
@@ -98,6 +108,7 @@ impl RunFiles {
             .mode(0o750)
             .create(&self.folder)
             .map_err(|error| Error::file("create", &self.folder, error))?;
+        self.logs().prepare()?;
         for path in [
             self.qmp(),
             self.agent(),
@@ -115,7 +126,7 @@ impl RunFiles {
         Ok(())
     }
 
-    /// Removes the folder with all that is in it: its VM never ran here.
+    /// Removes the folder with all that is in it, when its VM is not here any more. The logs stay.
     ///
     /// # Errors
     /// [`Error::File`] if something stays.
@@ -126,31 +137,5 @@ impl RunFiles {
             }
             _ => Ok(()),
         }
-    }
-
-    /// The last lines of QEMU's log, or where it is.
-    pub fn log_tail(&self) -> String {
-        self.last_words()
-            .unwrap_or_else(|| format!("(nothing, in {})", self.qemu_log().display()))
-    }
-
-    /// The last lines of QEMU's log, if it said anything.
-    pub fn last_words(&self) -> Option<String> {
-        const BYTES: u64 = 2048;
-        const LINES: usize = 12;
-        use std::io::{Read, Seek, SeekFrom};
-        let read = || -> std::io::Result<Vec<u8>> {
-            let mut file = std::fs::File::open(self.qemu_log())?;
-            let length = file.metadata()?.len();
-            file.seek(SeekFrom::Start(length.saturating_sub(BYTES)))?;
-            let mut tail = Vec::new();
-            file.take(BYTES).read_to_end(&mut tail)?;
-            Ok(tail)
-        };
-        let tail = read().unwrap_or_default();
-        let text = String::from_utf8_lossy(&tail);
-        let lines: Vec<&str> = text.lines().collect();
-        let last = lines[lines.len().saturating_sub(LINES)..].join("\n");
-        (!last.trim().is_empty()).then_some(last)
     }
 }

@@ -26,6 +26,7 @@ impl Host {
             settings: LaunchSettings {
                 host: "hostb".to_owned(),
                 run_directory: folder.path().join("run"),
+                log_directory: folder.path().join("log"),
                 qemu: "/usr/bin/qemu-system-x86_64".into(),
             },
             folder,

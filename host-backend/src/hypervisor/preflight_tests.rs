@@ -24,6 +24,7 @@ fn host(script: &str) -> Host {
     let settings = LaunchSettings {
         host: "hostb".to_owned(),
         run_directory: folder.path().join("run"),
+        log_directory: folder.path().join("log"),
         qemu,
     };
     Host { folder, settings }

@@ -4,6 +4,7 @@ use super::{Error, Result};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::fs::File;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
@@ -83,12 +84,10 @@ pub(super) struct Child {
 
 impl Child {
     /// Starts `binary` away from our terminal and our process group, its output going to `log`.
-    pub(super) fn spawn(binary: &Path, arguments: &[String], log: &Path) -> Result<Self> {
-        let log_file =
-            std::fs::File::create(log).map_err(|error| Error::file("create", log, error))?;
-        let log_twin = log_file
+    pub(super) fn spawn(binary: &Path, arguments: &[String], log: File) -> Result<Self> {
+        let twin = log
             .try_clone()
-            .map_err(|error| Error::file("open", log, error))?;
+            .map_err(|error| Error::file("open", "qemu.log", error))?;
         let mut command = Command::new(binary);
         // SAFETY: between fork and exec it calls getrlimit and setrlimit alone, which take no lock and
         // allocate nothing.
@@ -96,8 +95,8 @@ impl Child {
         let mut child = command
             .args(arguments)
             .stdin(Stdio::null())
-            .stdout(log_file)
-            .stderr(log_twin)
+            .stdout(log)
+            .stderr(twin)
             .process_group(0)
             .kill_on_drop(false)
             .spawn()
@@ -175,7 +174,8 @@ mod tests {
 
     fn spawn(folder: &Path, script: &str) -> Child {
         let arguments = ["-c".to_owned(), script.to_owned()];
-        Child::spawn(Path::new("/bin/sh"), &arguments, &folder.join("log")).expect("a shell")
+        let log = File::create(folder.join("log")).expect("a log");
+        Child::spawn(Path::new("/bin/sh"), &arguments, log).expect("a shell")
     }
 
     #[tokio::test]
@@ -233,7 +233,11 @@ mod tests {
     #[tokio::test]
     async fn a_binary_that_is_not_there_has_a_cure() {
         let folder = tempfile::tempdir().expect("a folder");
-        let error = Child::spawn(&folder.path().join("qemu"), &[], &folder.path().join("log"));
+        let error = Child::spawn(
+            &folder.path().join("qemu"),
+            &[],
+            File::create(folder.path().join("log")).expect("a log"),
+        );
         let error = error.err().expect("no such binary").to_string();
         assert!(error.contains("apt install qemu-system-x86"), "{error}");
     }

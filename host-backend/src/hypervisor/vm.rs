@@ -63,17 +63,19 @@ impl Vm {
         let files = settings.files(&definition.name);
         refuse_running(&files, &definition.name).await?;
         files.prepare()?;
+        let logs = files.logs();
+        logs.note(&format!("QEMU is started at {}", settings.host))?;
         let arguments =
             command_line::arguments(definition, &settings.host, &files, start, is_block_device);
         let binary = settings.binary(definition);
         tracing::debug!(vm = definition.name, qemu = %binary.display(), ?arguments, "starting QEMU");
-        let mut child = Child::spawn(binary, &arguments, &files.qemu_log())?;
+        let mut child = Child::spawn(binary, &arguments, logs.open_qemu()?)?;
         let qmp_path = files.qmp();
         let began = tokio::select! {
             began = tokio::time::timeout(patience, begin(&qmp_path, start)) => began.unwrap_or_else(|_| {
                 Err(Error::Timeout { command: "qmp_capabilities".to_owned(), waited: patience })
             }),
-            status = child.exited() => Err(Error::Exited { status, log: files.log_tail() }),
+            status = child.exited() => Err(Error::Exited { status, log: logs.tail() }),
         };
         let (qmp, machine) = match began {
             Ok(began) => began,
@@ -456,6 +458,7 @@ mod tests {
         let settings = LaunchSettings {
             host: "hosta".to_owned(),
             run_directory: folder.path().to_owned(),
+            log_directory: folder.path().join("log"),
             qemu,
         };
         let text = "name = \"web1\"\nmachine = \"q35\"\nmemory = \"64MiB\"\nvcpus = 1\n";

@@ -105,7 +105,10 @@ impl Daemon {
         let errors = output.try_clone().map_err(Error::file("copy", &log))?;
         let program = programs.join("transhumed");
         let run = if host.userfaultfd {
-            host.run(program)?
+            // As the unit does.
+            host.run("prlimit")?
+                .arg(format!("--data={}:unlimited", 2_u64 << 30))
+                .arg(program)
         } else {
             // In a mount namespace of its own.
             host.run("unshare")?
@@ -147,11 +150,12 @@ impl Daemon {
         }
         let _ = write!(
             text,
-            "host = \"{}\"\nlisten = \"{}:{PORT}\"\nrun-directory = \"{}\"\nstate-directory = \"{}\"\nqemu = \"{}\"\n{link}\n{rules}",
+            "host = \"{}\"\nlisten = \"{}:{PORT}\"\nrun-directory = \"{}\"\nstate-directory = \"{}\"\nlog-directory = \"{}\"\nlog-size = \"64KiB\"\nqemu = \"{}\"\n{link}\n{rules}",
             host.name,
             host.address,
             host.folder.join("run").display(),
             host.folder.join("state").display(),
+            host.folder.join("log").display(),
             qemu.display(),
         );
         text

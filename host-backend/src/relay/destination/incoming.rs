@@ -284,7 +284,7 @@ pub(super) async fn take(
             tracing::info!(vm = name, "runs here");
         }
         Err(reason) => {
-            let reason = match vm.files().last_words() {
+            let reason = match vm.files().logs().last_words() {
                 Some(words) => format!("{reason}: {words}"),
                 None => reason,
             };
@@ -332,7 +332,7 @@ async fn receive(
     mut events: broadcast::Receiver<Event>,
     host: &str,
 ) -> Result<(), String> {
-    let ended = || match vm.files().last_words() {
+    let ended = || match vm.files().logs().last_words() {
         Some(words) => format!("QEMU on {host} ended: {words}"),
         None => format!(
             "QEMU on {host} ended without a word, as when it is killed; `dmesg` there tells if memory ran out"
@@ -429,6 +429,9 @@ impl Prepared {
             .map_err(|error| error.to_string())?;
         recovery::begin(folder, &text, offer.job)
             .map_err(|error| format!("{}: {error}", folder.display()))?;
+        let logs = files.logs();
+        logs.note(&format!("the VM comes from {}", offer.from))
+            .map_err(|error| error.to_string())?;
         let launched = Vm::launch(&fit.definition, settings, Start::Incoming);
         let (launched, volumes) = tokio::join!(launched, volumes);
         let vm = match launched {

@@ -195,6 +195,7 @@ mod tests {
         let settings = LaunchSettings {
             host: "hosta".into(),
             run_directory: run.path().into(),
+            log_directory: run.path().join("log"),
             qemu: "qemu-system-x86_64".into(),
         };
         let arrivals = Arrivals::open(run.path()).unwrap();
