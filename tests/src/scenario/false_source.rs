@@ -127,6 +127,24 @@ fn batch(number: u64, build: impl FnOnce(&mut BatchBuilder)) -> Result<Vec<u8>> 
     )
 }
 
+/// The start of a stream that QEMU takes, with the order to open its return path, and the package of devices; then more
+/// than any package.
+fn endless_package() -> Result<Vec<u8>> {
+    const MACHINE: &[u8] = b"pc-q35-10.0";
+    let long = vec![0x5a; 1 << 20];
+    let mut bytes = batch(0, |batch| {
+        batch.raw(b"QEVM\0\0\0\x03\x07\0\0\0\x0b");
+        batch.raw(MACHINE);
+        batch.raw(&[8, 0, 1, 0, 0]);
+        batch.blocks(2, [(&b"pc.ram"[..], 128 << 20)].into_iter());
+        batch.package();
+    })?;
+    for number in 1..400 {
+        bytes.extend(batch(number, |batch| batch.raw(&long))?);
+    }
+    Ok(bytes)
+}
+
 /// What a false source sends when it should send QEMU's stream.
 fn streams() -> Result<Vec<(&'static str, Vec<u8>)>> {
     const RAM: &[u8] = b"pc.ram";
@@ -209,7 +227,14 @@ fn streams() -> Result<Vec<(&'static str, Vec<u8>)>> {
 
 fn false_source(bed: &Bed) -> Result<()> {
     let pair = Pair::plain(bed, NEWEST, None)?;
-    for (job, (name, bytes)) in (99..).zip(streams()?) {
+    let pre_copy = streams()?.into_iter();
+    let pre_copy = pre_copy.map(|(name, bytes)| (name, PostCopy::No, bytes));
+    let endless = (
+        "a package without an end",
+        PostCopy::Yes,
+        endless_package()?,
+    );
+    for (job, (name, post_copy, bytes)) in (99..).zip(pre_copy.chain([endless])) {
         let mut link = Link::open(&pair)?;
         link.send(&offer(bed, job)?)?;
         match link.hear()? {
@@ -220,7 +245,7 @@ fn false_source(bed: &Bed) -> Result<()> {
             switchover_ack: true,
             connections: 1,
             patience: 1,
-            post_copy: PostCopy::No,
+            post_copy,
         })?;
         match link.hear()? {
             Some(Control::Ready { .. }) => {}
@@ -246,6 +271,12 @@ fn false_source(bed: &Bed) -> Result<()> {
             Ok(ask(&pair.b, &["vm", "show", NAME])?.code == 3)
         })?;
     }
+    // A daemon that took it all in would have said nothing of it.
+    let refused = pair.b.count_words("more than a package");
+    check(refused > 0, || {
+        format!("An endless package was not refused: {}", pair.b.words())
+    })?;
+    pair.daemons_are_small()?;
     let mut life = pair.boot(&Micro::new(bed)?)?;
     pair.moves(At::A, &mut life).map(drop)
 }

@@ -30,11 +30,11 @@ pub(super) fn scenarios() -> Vec<Scenario> {
                 name: $name,
                 about: $about,
                 limit: LIMIT,
-                run: |bed| survives(bed, $lie, $shows),
+                run: |bed| survives(bed, concat!("rate=4M ", $lie), $shows),
             }),*]
         };
     }
-    lies! {
+    let mut all = lies! {
         "lie-wrong", "every range names other sectors", "lie=wrong", Shows::Mismatches;
         "lie-stale", "pages are named that were written since", "lie=stale cache-rate=16M", Shows::Mismatches;
         "lie-outside-memory", "page frames where no memory is", "lie=outside-memory", Shows::NoDisk;
@@ -43,16 +43,36 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         "lie-mid-frame", "silence in the middle of a frame", "lie=mid-frame", Shows::NoDisk;
         "lie-version", "a version that was not offered", "lie=version", Shows::Remark("version");
         "lie-garbage", "random bytes", "lie=garbage", Shows::Nothing;
-    }
+        "lie-overlap", "ranges that each name the same memory", "lie=overlap", Shows::Mismatches;
+    };
+    all.push(Scenario {
+        name: "lie-many-reports",
+        about: "one report after another, over a link that is slower than they are",
+        limit: LIMIT,
+        run: |bed| {
+            survives_at(
+                bed,
+                "rate=512K lie=many-reports",
+                Some(24),
+                Shows::Mismatches,
+            )
+        },
+    });
+    all
 }
 
 /// There and back, since a lying agent must not spoil the channel either.
 fn survives(bed: &Bed, saying: &str, shows: Shows) -> Result<()> {
+    survives_at(bed, saying, Some(1000), shows)
+}
+
+/// The same over so many Mbit/s.
+fn survives_at(bed: &Bed, saying: &str, rate: Option<u32>, shows: Shows) -> Result<()> {
     let micro = Micro {
-        parameters: format!("cache=48M data=24M zero=16M rate=4M {saying}"),
+        parameters: format!("cache=48M data=24M zero=16M {saying}"),
         ..Micro::new(bed)?
     };
-    let pair = Pair::new(bed, NEWEST, Some(1000))?;
+    let pair = Pair::new(bed, NEWEST, rate)?;
     let mut life = pair.boot(&micro)?;
     for from in [At::A, At::B] {
         let answer = pair.moves(from, &mut life)?;

@@ -72,7 +72,9 @@ impl Agent {
             }
             return false;
         }
-        let now = Duration::from_micros(Clock::micros(clock.now()));
+        let now = self
+            .liar
+            .time(Duration::from_micros(Clock::micros(clock.now())));
         let mut table = Table {
             memory,
             clock,
@@ -131,6 +133,7 @@ impl PageCache for Table<'_> {
 
     fn begin(&mut self) -> Result<(), Infallible> {
         *self.walk = 0;
+        self.liar.begin();
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 
 use crate::parameters::Lie;
 use alloc::vec;
+use core::time::Duration;
 use micro_guest::content::{Random, SECTORS_PER_PAGE};
 use transhume_protocol::agent::{AgentMessage, Decoder, FrameRun, MAX_FRAME_LEN, Range, VERSION};
 
@@ -14,7 +15,18 @@ pub(crate) struct Liar {
     silent: bool,
     /// Began to babble.
     babbling: bool,
+    /// Ranges that were invented for this report.
+    invented: u64,
 }
+
+/// Invented ranges of a report that comes to an end.
+const OVERLAPPING: u64 = 20_000;
+const MANY: u64 = 100_000;
+/// Frames that each of the overlapping ranges names, and where they begin.
+const OVERLAP_PAGES: u32 = 15_000;
+const OVERLAP_FROM: u64 = 1 << 12;
+/// How much faster time goes for a guest that does not wait between reports.
+const HASTE: u32 = 256;
 
 impl Liar {
     /// A liar whose choices follow from `seed`.
@@ -24,12 +36,26 @@ impl Liar {
             random: Random::new(!seed),
             silent: false,
             babbling: false,
+            invented: 0,
         }
     }
 
     /// Whether the report costs nothing by its own word, so that the host's limit never bites.
     pub(crate) fn hides_its_cost(&self) -> bool {
-        self.lie == Lie::Flood
+        matches!(self.lie, Lie::Flood | Lie::Overlap | Lie::ManyReports)
+    }
+
+    /// The time as the session sees it.
+    pub(crate) fn time(&self, now: Duration) -> Duration {
+        match self.lie {
+            Lie::ManyReports => now * HASTE,
+            _ => now,
+        }
+    }
+
+    /// A report begins.
+    pub(crate) fn begin(&mut self) {
+        self.invented = 0;
     }
 
     /// Whether dirty cache pages are reported as clean.
@@ -39,10 +65,29 @@ impl Liar {
 
     /// A range from nowhere, instead of the next true one.
     pub(crate) fn invented(&mut self, sectors: u64) -> Option<Range> {
-        (self.lie == Lie::Flood).then(|| Range {
-            pfn: self.random.below(1 << 21),
-            sector: self.random.below(sectors.max(1)),
-            pages: self.random.below(64) as u32 + 1,
+        let (most, pfns) = match self.lie {
+            Lie::Flood => (u64::MAX, 1 << 21),
+            Lie::ManyReports => (MANY, 1 << 15),
+            Lie::Overlap => (OVERLAPPING, 0),
+            _ => return None,
+        };
+        if self.invented >= most {
+            return None;
+        }
+        self.invented += 1;
+        let sector = self.random.below(sectors.max(1));
+        Some(if self.lie == Lie::Overlap {
+            Range {
+                pfn: OVERLAP_FROM,
+                sector,
+                pages: OVERLAP_PAGES,
+            }
+        } else {
+            Range {
+                pfn: self.random.below(pfns),
+                sector,
+                pages: self.random.below(64) as u32 + 1,
+            }
         })
     }
 

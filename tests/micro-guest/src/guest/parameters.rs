@@ -47,6 +47,10 @@ pub(crate) enum Lie {
     OutsideDisk,
     /// A report of random ranges without an end.
     Flood,
+    /// Reports that name the same memory again and again, all of it in each range.
+    Overlap,
+    /// One report of random ranges after another, without a pause.
+    ManyReports,
     /// Falls silent in the middle of a frame.
     MidFrame,
     /// Answers with a version that was not offered.
@@ -127,6 +131,8 @@ impl FromStr for Lie {
             "outside-memory" => Self::OutsideMemory,
             "outside-disk" => Self::OutsideDisk,
             "flood" => Self::Flood,
+            "overlap" => Self::Overlap,
+            "many-reports" => Self::ManyReports,
             "mid-frame" => Self::MidFrame,
             "version" => Self::Version,
             "garbage" => Self::Garbage,
