@@ -33,6 +33,16 @@ pub enum Action {
     Idle,
 }
 
+impl Action {
+    fn no_later_than(self, rest: Duration) -> Self {
+        match self {
+            Self::Send(length) => Self::Send(length),
+            Self::Wait(pause) => Self::Wait(pause.min(rest)),
+            Self::Idle => Self::Wait(rest),
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Channel {
     /// No host has opened a session, or its versions were refused.
@@ -126,8 +136,10 @@ impl Session {
     }
 
     /// Gives up the walk that is under way, as when the host has not taken anything for long: a walk
-    /// may hold something of the guest's. The report begins anew with the next [`Self::poll`].
-    pub fn interrupt<C: PageCache>(&mut self, cache: &mut C) {
+    /// may hold something of the guest's, and a gate that was only prepared does. The report begins anew with the next
+    /// [`Self::poll`].
+    pub fn interrupt<C: PageCache>(&mut self, cache: &mut C, gate: &mut impl Gate) {
+        self.gating.give_up_preparation(gate);
         let was_reporting = self.is_reporting();
         self.stop();
         if was_reporting {
@@ -270,13 +282,17 @@ impl Session {
                 if !self.trouble.is_empty() || cache.notice(&mut self.trouble) {
                     return self.tell(out);
                 }
-                if let Some(action) = self.gating.poll(gate, out) {
+                if let Some(action) = self.gating.poll(gate, now, out) {
                     return action;
                 }
                 if let Some(action) = self.naming.poll(classes, out) {
                     return action;
                 }
-                return self.go_on(cache, now, out);
+                let action = self.go_on(cache, now, out);
+                return match self.gating.silent_at() {
+                    Some(at) => action.no_later_than(at.saturating_sub(now)),
+                    None => action,
+                };
             }
         };
         sent(message.encode(out))

@@ -175,7 +175,7 @@ fn speak(
         let is_stalled = !link.to_send.is_empty() || !link.is_connected;
         match epoll.wait(&mut [EpollEvent::empty()], wait) {
             Ok(0) if is_stalled => {
-                session.interrupt(cache);
+                session.interrupt(cache, gate);
                 is_interrupted = true;
             }
             Ok(_) | Err(Errno::EINTR) => {}

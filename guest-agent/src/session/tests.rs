@@ -344,14 +344,14 @@ fn an_interrupted_report_begins_anew() {
     let mut bench = Bench::open(small());
     bench.say(START);
     while bench.poll() != Ok(Said::Begin(1)) {}
-    bench.session.interrupt(&mut bench.cache);
+    bench.session.interrupt(&mut bench.cache, &mut NoGate);
     assert!(!bench.cache.walking);
     let (heard, _) = bench.heard();
     assert_eq!(heard[2], Said::Begin(2));
     assert_eq!(heard.len(), 7);
     // Nothing is begun that the host did not want.
     bench.say(HostMessage::ReportStop);
-    bench.session.interrupt(&mut bench.cache);
+    bench.session.interrupt(&mut bench.cache, &mut NoGate);
     assert_eq!(bench.heard(), (vec![], Action::Idle));
 }
 

@@ -59,7 +59,8 @@ impl Preparation {
 }
 
 impl Drop for Preparation {
-    /// A guest that did not move needs it no more; one that moved is told by its new host.
+    /// A guest that did not move needs it no more; one that moved is told by its new host. If neither can be said,
+    /// silence ends it.
     fn drop(&mut self) {
         if self.told.is_some() {
             let _ = send(&self.stream, &HostMessage::GateClose);
@@ -75,6 +76,15 @@ impl Opening {
     /// If the agent does not read its channel.
     pub fn gate(&self, frames: u64, absent: &[FrameRun]) -> io::Result<()> {
         ask(&self.stream, frames, absent)
+    }
+
+    /// Says that nothing is absent: a gate that another host has had it prepare is over. An agent without one says
+    /// nothing.
+    ///
+    /// # Errors
+    /// If the agent does not read its channel.
+    pub fn no_gate(&self) -> io::Result<()> {
+        send(&self.stream, &HostMessage::GateClose)
     }
 }
 

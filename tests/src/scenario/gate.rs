@@ -49,6 +49,12 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             run: |bed| forged(bed, Kernel::V6_12),
         },
         Scenario {
+            name: "gate-unused",
+            about: "a gate that was made ready in vain is closed: the daemon died, or the guest moved by pre-copy after all",
+            limit: LIMIT,
+            run: unused,
+        },
+        Scenario {
             name: "gate-beside-livepatch-6.1",
             about: "no hook without a migration, none beside a livepatch on Linux 6.1, no module of another kernel",
             limit: LIMIT,
@@ -328,6 +334,51 @@ fn forged(bed: &Bed, kernel: Kernel) -> Result<()> {
 
     // And as ever afterwards.
     moves_gated(&mut scene)?;
+    scene.is_well()?;
+    scene.stop()
+}
+
+/// Waits for the hooks of a gate to be gone, without the kernel's help, which comes after half a minute.
+const IS_CLOSED: &str = "n=0; while grep -q handle_mm_fault /tmp/t/enabled_functions; do \
+    n=$((n+1)); [ $n -lt 20 ] || exit 1; sleep 1; done; ! dmesg | grep 'nobody tells'";
+
+/// What a host leaves in a guest that had only made a gate ready.
+fn unused(bed: &Bed) -> Result<()> {
+    let mut machine = small(bed, Kernel::V6_1)?;
+    // It writes next to nothing.
+    machine.settings.retain(|(name, _)| *name != "dirty-mib");
+    let frames = machine.memory * (1 << 20) / PAGE;
+    let hosts = Hosts::new(None)?;
+    let console = Console::new(&machine.name);
+    let mut scene = Scene::start(bed, &hosts, &machine, &console)?;
+    scene.run("mkdir -p /tmp/t; mount -t tracefs t /tmp/t")?;
+    let is_open = "grep handle_mm_fault /tmp/t/enabled_functions";
+    for comes_again in [false, true] {
+        let mut host = FakeHost::connect(&scene.agent_socket())?;
+        host.hello(1)?;
+        check(host.open_gate(frames)?, || "There is no gate".into())?;
+        scene.run(is_open)?;
+        drop(host);
+        let mut other = None;
+        if comes_again {
+            // It wants nothing of a gate.
+            let other = other.insert(FakeHost::connect(&scene.agent_socket())?);
+            other.hello(2)?;
+        }
+        scene.run(IS_CLOSED)?;
+    }
+    scene.run(&format!(
+        "while :; do {is_open} > /dev/null && touch /tmp/was-open; sleep 0.05; done & echo $! > /tmp/look.pid"
+    ))?;
+    for _ in 0..2 {
+        let answer = scene.may_move_by_post_copy()?;
+        let mode = answer.value["summary"]["choice"]["mode"].clone();
+        check(mode == "pre", || {
+            format!("It needed post-copy after all: {answer}")
+        })?;
+        scene.run(IS_CLOSED)?;
+    }
+    scene.run("kill $(cat /tmp/look.pid); ls /tmp/was-open")?;
     scene.is_well()?;
     scene.stop()
 }

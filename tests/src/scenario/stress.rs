@@ -112,6 +112,20 @@ impl<'a> Scene<'a> {
 
     /// Moves by post-copy.
     pub(super) fn moves(&mut self) -> Result<Answer> {
+        let answer = self.may_move_by_post_copy()?;
+        let post = &answer.value["summary"]["post-copy"];
+        println!(
+            "  {} pages followed, {} asked for; {}",
+            post["pages"], post["requested-pages"], post["stalls"]
+        );
+        check(post.is_object(), || {
+            format!("It was no post-copy: {answer}")
+        })?;
+        Ok(answer)
+    }
+
+    /// Moves as post-copy if there is need of it when that was asked for.
+    pub(super) fn may_move_by_post_copy(&mut self) -> Result<Answer> {
         let to = [HOST_B, HOST_A][self.at];
         let arguments = [&["migrate", self.name, "--to", to], &POST[..]].concat();
         let answer = std::thread::scope(|scope| {
@@ -127,14 +141,7 @@ impl<'a> Scene<'a> {
             Error::Check(format!("{error}\n{logs}"))
         })?;
         self.at = 1 - self.at;
-        let post = &answer.value["summary"]["post-copy"];
-        println!(
-            "  to {to}: {} pages followed, {} asked for; {}",
-            post["pages"], post["requested-pages"], post["stalls"]
-        );
-        check(post.is_object(), || {
-            format!("It was no post-copy: {answer}")
-        })?;
+        println!("  moved to {to}");
         Ok(answer)
     }
 }

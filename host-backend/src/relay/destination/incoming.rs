@@ -8,6 +8,7 @@ use tokio::sync::{broadcast, watch};
 use tokio::time::timeout;
 use transhume_protocol::link::{Control, Offer, PostCopy};
 
+use super::agent;
 use super::arrivals::Stage;
 use super::engine::{Engine, Target, Way};
 use super::look::{self, Fit};
@@ -276,6 +277,9 @@ pub(super) async fn take(
                 }
                 engine.finish(FAREWELL).await;
                 return Ok(());
+            }
+            if offer.running {
+                agent::greet(Arc::clone(&vm));
             }
             decision.end(Stage::Taken);
             if let Err(error) = recovery::settle(vm.files().folder()) {

@@ -4,6 +4,7 @@
 //! also that of this process, ends in the QEMU being killed that was prepared for it.
 
 mod access;
+mod agent;
 mod arrivals;
 mod attempts;
 mod disks;
