@@ -375,4 +375,20 @@ mod tests {
             assert!(serde_json::from_str::<Request>(text).is_err(), "{text}");
         }
     }
+
+    #[test]
+    fn the_worst_requests_take_little_memory() {
+        let nothing = |piece: &str| piece.repeat(MAX_REQUEST / piece.len() - 10);
+        for text in [
+            "[".repeat(MAX_REQUEST),
+            "{\"a\":".repeat(MAX_REQUEST / 5),
+            format!("{{\"a\":[{}0]}}", nothing("0,")),
+            format!("{{\"a\":[{}0],\"command\":\"vm-list\"}}", nothing("[],")),
+            format!("{{{}\"a\":0}}", nothing("\"\":0,")),
+        ] {
+            // Serde passes over what is beside a command without fields.
+            let (_, most) = crate::counted::peak(|| serde_json::from_str::<Request>(&text));
+            assert!(most < 64 << 20, "{most} bytes");
+        }
+    }
 }

@@ -216,3 +216,57 @@ fn bounds_numbers_of_things() {
     assert!(complaint(&text).contains("16 are the most"));
     assert!(complaint(&"#".repeat(MAX_TEXT + 1)).contains("bytes of text"));
 }
+
+mod worst {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn no_text_panics(text in any::<String>()) {
+            let _ = Definition::parse(&text);
+        }
+
+        #[test]
+        fn a_spoilt_definition_is_read_or_refused(
+            spoils in prop::collection::vec((0..WEB1.len(), "\\PC{0,9}|[\\[\\]{}.=\"\n]{1,9}", 0_usize..30), 1..4),
+        ) {
+            let mut text = WEB1.to_owned();
+            for (at, with, length) in spoils {
+                let place = |at: usize| (0..=at.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+                let (from, to) = (place(at), place(at + length));
+                text.replace_range(from..to, &with);
+            }
+            if let Ok(definition) = Definition::parse(&text) {
+                // What is taken is the same on another host.
+                let again = Definition::parse(&definition.to_toml().expect("a definition"));
+                prop_assert_eq!(again.ok(), Some(definition));
+            }
+        }
+    }
+
+    /// Texts of a peer, as long as they may be.
+    #[test]
+    fn the_worst_texts_take_little_memory() {
+        let full = |piece: &str| piece.repeat(MAX_TEXT / piece.len());
+        let keys: String = (0..30_000).map(|n| format!("k{n}=1\n")).collect();
+        let texts = [
+            full("[[disk]]\n"),
+            full("["),
+            format!("a={}", "[".repeat(MAX_TEXT - 2)),
+            format!("a={}", "{b=".repeat(MAX_TEXT / 3 - 1)),
+            format!("{}b=1", "a.".repeat(MAX_TEXT / 2 - 2)),
+            format!("cpu=[{}]", "0,".repeat(MAX_TEXT / 2 - 3)),
+            format!("name=\"{}\"", "\u{1b}".repeat(MAX_TEXT - 8)),
+            full("\u{202e}"),
+            keys[..MAX_TEXT.min(keys.len())].to_owned(),
+        ];
+        for text in texts {
+            assert!(text.len() <= MAX_TEXT);
+            let (parsed, most) = crate::counted::peak(|| Definition::parse(&text));
+            let said = parsed.expect_err("nothing of it is a VM").to_string();
+            assert!(said.len() < 8192, "{} bytes are said of it", said.len());
+            assert!(most < 64 << 20, "{most} bytes for {:?}", &text[..9]);
+        }
+    }
+}
