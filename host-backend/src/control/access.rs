@@ -198,13 +198,27 @@ impl Config {
                 .ok()
                 .map(|definition| definition.name)
         };
+        let start = |anyway| {
+            if anyway {
+                "vm-start anyway"
+            } else {
+                "vm-start"
+            }
+            .to_owned()
+        };
         let mut verdict = Ok(());
         let (what, vm) = match request {
-            Request::VmStart { definition } => ("vm-start".to_owned(), defined(definition)),
+            Request::VmStart { definition, anyway } => (start(*anyway), defined(definition)),
+            Request::VmStartDefined { name, anyway } => (start(*anyway), Some(name.clone())),
+            Request::VmDefine { definition } => ("vm-define".to_owned(), defined(definition)),
+            Request::VmUndefine { name } => ("vm-undefine".to_owned(), Some(name.clone())),
+            Request::VmAutostart { name, enable } => {
+                (format!("vm-autostart {enable}"), Some(name.clone()))
+            }
             Request::VmAdopt { definition, .. } => ("vm-adopt".to_owned(), defined(definition)),
-            Request::VmStop { name, force: false } => ("vm-stop".to_owned(), Some(name.clone())),
-            Request::VmStop { name, force: true } => {
-                ("vm-stop by force".to_owned(), Some(name.clone()))
+            Request::VmStop { name, force, .. } => {
+                let how = if *force { " by force" } else { "" };
+                (format!("vm-stop{how}"), Some(name.clone()))
             }
             Request::VmPause { name } => ("vm-pause".to_owned(), Some(name.clone())),
             Request::VmResume { name } => ("vm-resume".to_owned(), Some(name.clone())),
@@ -224,7 +238,7 @@ impl Config {
                 (what, job_vm(*id))
             }
             Request::VmArguments { .. }
-            | Request::VmList
+            | Request::VmList { .. }
             | Request::VmShow { .. }
             | Request::JobList
             | Request::JobShow { .. }

@@ -150,6 +150,7 @@ fn what_changes_something_is_noted_before_it_is_done() {
     let stop = |force| Request::VmStop {
         name: name(),
         force,
+        shutdown_timeout: None,
     };
     let migrate = |to: &str| Request::Migrate {
         name: name(),
@@ -162,6 +163,7 @@ fn what_changes_something_is_noted_before_it_is_done() {
         (
             Request::VmStart {
                 definition: definition.clone(),
+                anyway: false,
             },
             "vm-start",
         ),
@@ -190,5 +192,5 @@ fn what_changes_something_is_noted_before_it_is_done() {
         assert!(!said.contains("q35"), "{said}");
     }
     assert!(note(&migrate("hosta")).contains("decision=\"refused\""));
-    assert_eq!(note(&Request::VmList), "");
+    assert_eq!(note(&Request::VmList { all: false }), "");
 }

@@ -20,6 +20,34 @@ pub enum Request {
     VmStart {
         /// Its definition, as TOML.
         definition: String,
+        /// Also where another host cannot be asked whether it has it.
+        #[serde(default)]
+        anyway: bool,
+    },
+    /// Start a VM that is defined here: answered by [`Response::Vm`].
+    VmStartDefined {
+        /// Which.
+        name: String,
+        /// Also where another host cannot be asked whether it has it.
+        #[serde(default)]
+        anyway: bool,
+    },
+    /// Keep a VM's definition, without starting it: answered by [`Response::Done`].
+    VmDefine {
+        /// Its definition, as TOML.
+        definition: String,
+    },
+    /// Forget a VM that does not run: answered by [`Response::Done`].
+    VmUndefine {
+        /// Which.
+        name: String,
+    },
+    /// Start a VM when the host is started, or do not: answered by [`Response::Done`].
+    VmAutostart {
+        /// Which.
+        name: String,
+        /// Whether it is.
+        enable: bool,
     },
     /// Take over a running QEMU: answered by [`Response::Vm`].
     VmAdopt {
@@ -33,8 +61,12 @@ pub enum Request {
         /// The definition, as TOML.
         definition: String,
     },
-    /// All VMs of this host: answered by [`Response::Vms`].
-    VmList,
+    /// The VMs that run on this host: answered by [`Response::Vms`].
+    VmList {
+        /// And those that do not run.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        all: bool,
+    },
     /// One VM: answered by [`Response::Vm`].
     VmShow {
         /// Which.
@@ -46,6 +78,9 @@ pub enum Request {
         name: String,
         /// As if power were cut.
         force: bool,
+        /// How long its guest may take to shut down, in seconds; 60 if nothing is said.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        shutdown_timeout: Option<u32>,
     },
     /// Halt a VM's CPUs: answered by [`Response::Vm`].
     VmPause {
@@ -158,12 +193,18 @@ impl FailureKind {
 pub struct VmInfo {
     /// Its name.
     pub name: String,
-    /// QEMU's word (`running`, `paused`, …), or ours: `starting`, `unreachable`.
+    /// QEMU's word (`running`, `paused`, …), or ours: `starting`, `stopped`, `unreachable`, `unreadable`.
     pub state: String,
     /// More on the state, with what to do.
     pub note: Option<String>,
     /// The job that moves it.
     pub job: Option<u64>,
+    /// Whether it is started when the host is.
+    #[serde(default)]
+    pub autostart: bool,
+    /// When it stopped, in milliseconds since 1970.
+    #[serde(default)]
+    pub stopped_ms: Option<u64>,
     /// What runs it; absent while it is starting or unreachable.
     pub machine: Option<MachineInfo>,
 }
@@ -333,11 +374,12 @@ mod tests {
     #[test]
     fn requests_are_what_the_documentation_says() {
         for (request, text) in [
-            (Request::VmList, r#"{"command":"vm-list"}"#),
+            (Request::VmList { all: false }, r#"{"command":"vm-list"}"#),
             (
                 Request::VmStop {
                     name: "web1".to_owned(),
                     force: true,
+                    shutdown_timeout: None,
                 },
                 r#"{"command":"vm-stop","name":"web1","force":true}"#,
             ),

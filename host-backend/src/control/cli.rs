@@ -1,6 +1,7 @@
 //! The command `transhume`.
 
 use super::api::{Failure, FailureKind, JobInfo, Request, Response};
+use super::cli_vms::{VmCommand, check_name};
 use super::client::Client;
 use super::show;
 use super::{Error, Result};
@@ -9,8 +10,8 @@ use crate::pki::{self, Authority};
 use crate::relay::Mode;
 use crate::relay::source::Goal;
 use clap::{Args, Parser, Subcommand};
-use std::io::{IsTerminal, Read, Write};
-use std::path::{Path, PathBuf};
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 const EXIT_CODES: &str = "\
@@ -76,69 +77,6 @@ enum Command {
     /// List, show and cancel migrations
     #[command(subcommand, after_help = "Example:\n  transhume job list")]
     Job(JobCommand),
-}
-
-#[derive(Debug, Subcommand)]
-enum VmCommand {
-    /// Start a VM
-    #[command(after_help = "Example:\n  transhume vm start /srv/vms/web1.toml")]
-    Start {
-        /// Its definition (TOML); - reads it from standard input
-        definition: PathBuf,
-    },
-    /// Take over a QEMU that runs already
-    ///
-    /// The definition must describe that QEMU as it runs: what differs is named, and nothing is touched.
-    #[command(after_help = "Example:\n  transhume vm adopt web1.toml --qmp /run/web1/qmp.sock")]
-    Adopt {
-        /// Its definition (TOML); - reads it from standard input
-        definition: PathBuf,
-        /// QEMU's QMP socket (-qmp unix:PATH,server=on,wait=off), which no one else may hold
-        #[arg(long, value_name = "PATH")]
-        qmp: PathBuf,
-    },
-    /// Show QEMU's command line for a definition, without starting it
-    #[command(after_help = "Example:\n  transhume vm arguments web1.toml")]
-    Arguments {
-        /// The definition (TOML); - reads it from standard input
-        definition: PathBuf,
-    },
-    /// List the VMs of this host
-    #[command(after_help = "Example:\n  transhume vm list")]
-    List,
-    /// Show a VM
-    #[command(after_help = "Example:\n  transhume vm show web1")]
-    Show {
-        /// The VM
-        name: String,
-    },
-    /// End a VM: its guest shuts down as if its power button were pressed
-    #[command(after_help = "Examples:\n  transhume vm stop web1\n  transhume vm stop web1 --force")]
-    Stop {
-        /// The VM
-        name: String,
-        /// Do not ask the guest: as if power were cut
-        #[arg(long)]
-        force: bool,
-    },
-    /// Halt a VM's CPUs; its memory and devices stay as they are
-    ///
-    /// It can be moved while it is paused, and stays paused at the other host. `transhume vm resume` lets it run
-    /// again.
-    #[command(after_help = "Example:\n  transhume vm pause web1")]
-    Pause {
-        /// The VM
-        name: String,
-    },
-    /// Let a VM run that stands still
-    ///
-    /// After a migration whose outcome was not known: only when you have seen that the other host does not
-    /// run it. Two running copies destroy its disks.
-    #[command(after_help = "Example:\n  transhume vm resume web1")]
-    Resume {
-        /// The VM
-        name: String,
-    },
 }
 
 /// Where an authority is, if nothing else is said.
@@ -268,6 +206,11 @@ impl Cli {
     }
 
     async fn execute(self) -> Result<u8> {
+        if let Command::Vm(command) = &self.command
+            && command.is_for_all()
+        {
+            return command.stop_all(&self.socket, self.json).await;
+        }
         let request = match &self.command {
             Command::Vm(command) => command.request()?,
             Command::Migrate(args) => {
@@ -368,37 +311,6 @@ impl Cli {
     }
 }
 
-impl VmCommand {
-    fn request(&self) -> Result<Request> {
-        Ok(match self {
-            Self::Start { definition } => Request::VmStart {
-                definition: read(definition)?,
-            },
-            Self::Arguments { definition } => Request::VmArguments {
-                definition: read(definition)?,
-            },
-            Self::Adopt { definition, qmp } => Request::VmAdopt {
-                definition: read(definition)?,
-                qmp: std::path::absolute(qmp).map_err(|error| Error::file("find", qmp, error))?,
-            },
-            Self::List => Request::VmList,
-            Self::Show { name } => Request::VmShow {
-                name: check_name(name)?,
-            },
-            Self::Stop { name, force } => Request::VmStop {
-                name: check_name(name)?,
-                force: *force,
-            },
-            Self::Pause { name } => Request::VmPause {
-                name: check_name(name)?,
-            },
-            Self::Resume { name } => Request::VmResume {
-                name: check_name(name)?,
-            },
-        })
-    }
-}
-
 impl PkiCommand {
     /// It is done here: no service is needed for it.
     fn execute(&self, json: bool) -> Result<u8> {
@@ -487,37 +399,7 @@ fn lost_sight(id: u64, error: Error) -> Error {
     }
 }
 
-/// A file given where a name belongs is a common slip.
-fn check_name(name: &str) -> Result<String> {
-    if definition::is_name(name) {
-        return Ok(name.to_owned());
-    }
-    Err(Error::refused(
-        format!("{name:?} is no VM's name"),
-        "`transhume vm list` shows them; a definition's file is for `vm start` and `vm adopt` only",
-    ))
-}
-
-fn read(path: &Path) -> Result<String> {
-    let limit = definition::MAX_TEXT as u64;
-    if path == Path::new("-") {
-        let mut text = String::new();
-        let input = std::io::stdin()
-            .lock()
-            .take(limit + 1)
-            .read_to_string(&mut text);
-        input.map_err(|error| Error::file("read", "standard input", error))?;
-        return Ok(text);
-    }
-    crate::bounded::read_text(path, limit).map_err(|source| Error::File {
-        action: "read",
-        path: path.to_owned(),
-        source,
-        cure: "; the definition is a TOML file, as in `transhume vm start web1.toml`",
-    })
-}
-
-fn print_line(text: &str) {
+pub(super) fn print_line(text: &str) {
     // A reader that went away (`| head`) is no error of ours.
     let _ = writeln!(std::io::stdout(), "{text}");
 }
@@ -552,6 +434,14 @@ mod tests {
             "transhume vm list --json",
             "transhume vm show web1",
             "transhume vm stop web1 --force",
+            "transhume vm stop web1 --shutdown-timeout 300",
+            "transhume vm stop --all --shutdown-timeout 120",
+            "transhume vm start web1",
+            "transhume vm start web1 --anyway",
+            "transhume vm define web1.toml",
+            "transhume vm undefine web1",
+            "transhume vm autostart web1 --disable",
+            "transhume vm list --all",
             "transhume migrate web1 --to hostb --dry-run",
             "transhume --socket /run/a.sock migrate web1 --to hostb --json",
             "transhume migrate web1 --to hostb --detach",
@@ -566,6 +456,7 @@ mod tests {
             "transhume migrate web1",
             "transhume job cancel x",
             "transhume vm stop",
+            "transhume vm stop web1 --all",
         ] {
             let error = Cli::try_parse_from(line.split(' ')).expect_err(line);
             assert_eq!(error.exit_code(), 2, "{line}");

@@ -7,11 +7,11 @@ use super::config::Config;
 use super::jobs::{Begun, Ending, Job, Jobs};
 use super::logs;
 use super::resolve::{JobJournal, in_doubt};
-use super::state::{Record, State};
+use super::state::{Found, Record, State};
 use super::table::{Entry, Table};
 use super::watch::watch;
 use super::{Error, Result};
-use crate::hypervisor::{self, Definition, LaunchSettings, Start, Vm, command_line, preflight};
+use crate::hypervisor::{Identity, LaunchSettings, Vm, preflight};
 use crate::relay::progress::Phase;
 use crate::relay::{self, ErrorKind, destination, source};
 use serde_json::Value;
@@ -46,9 +46,8 @@ impl Daemon {
     /// If the state directory cannot be used. A VM that cannot be spoken to is no error.
     pub async fn open(config: Config) -> Result<Arc<Self>> {
         let state = Arc::new(State::open(&config.state_directory)?);
-        let records = state.vms()?;
         let jobs = Jobs::load(state.clone())?;
-        let table = Table::new(&config.host, state);
+        let table = Table::new(&config.host, state.clone());
         let arrivals = destination::Arrivals::open(&config.state_directory).map_err(|error| {
             Error::file("create", config.state_directory.join("arrivals"), error)
         })?;
@@ -59,23 +58,18 @@ impl Daemon {
             arrivals,
             settling: tokio::sync::Mutex::default(),
         });
+        let owns = |vm: &str, job| daemon.arrivals.owns(vm, job) == Some(true);
+        daemon.table.settle_arriving(owns)?;
         let settings = daemon.launch_settings();
         // First those that were about to arrive: their QEMUs serve one QMP client at a time.
         for vm in destination::recover(&settings, &daemon.arrivals).await {
-            daemon.arrive(vm);
+            daemon.arrive(vm, false);
         }
-        let adoptions = records.into_iter().map(|record| {
-            let daemon = daemon.clone();
-            tokio::spawn(async move { daemon.readopt(record).await })
-        });
-        for adoption in adoptions.collect::<Vec<_>>() {
-            if let Err(error) = adoption.await {
-                tracing::error!(%error, "finding a VM again failed");
-            }
-        }
+        daemon.find_again(state.vms()?).await;
         daemon.finish_interrupted();
         tokio::spawn(keep_house(Arc::downgrade(&daemon)));
         tokio::spawn(logs::keep(Arc::downgrade(&daemon)));
+        daemon.autostart();
         let settings = daemon.launch_settings();
         tokio::spawn(async move { preflight::look_at_qemu(&settings).await });
         Ok(daemon)
@@ -87,16 +81,62 @@ impl Daemon {
         if matches!(self.table.entry(&name), Ok(Entry::Here(_))) {
             return;
         }
+        // Whatever came meanwhile is not it.
+        let is_it = |entry: &Entry| matches!(entry, Entry::Lost { .. });
         match Vm::adopt(&record.definition, &record.qmp, &self.launch_settings()).await {
             Ok(vm) => {
                 tracing::info!(vm = name, pid = vm.pid(), "found again");
-                self.put(Arc::new(vm));
+                let vm = Arc::new(vm);
+                if let Err(error) = self.table.note(&self.table.record(&vm)) {
+                    tracing::warn!(vm = name, %error, "its process is not noted on disk");
+                }
+                self.put(vm);
             }
-            Err(hypervisor::Error::Connect { .. }) => {
-                let how = "its QEMU had ended while transhumed was not running";
-                self.table.leave(&name, |_| true, how);
+            Err(error) if record.has_ended(&error) => {
+                let of_this_boot = record.qemu.as_ref().is_none_or(Identity::is_of_this_boot);
+                let how = if of_this_boot {
+                    "its QEMU had ended while transhumed did not look"
+                } else {
+                    "the host was restarted, or lost its power, while it ran"
+                };
+                self.table.stop(record, is_it, how);
             }
             Err(error) => self.table.lose(record, error.to_string()),
+        }
+    }
+
+    /// Takes in what is noted of this host's VMs.
+    async fn find_again(self: &Arc<Self>, found: Found<Record>) {
+        for one in found.unreadable {
+            if let Some(name) = one.vm {
+                self.table.hold(&name, one.error);
+            }
+        }
+        let mut looked_for = Vec::new();
+        for record in found.read {
+            self.table.know(&record);
+            if record.stopped.is_some() {
+                self.table.keep(record);
+                continue;
+            }
+            let daemon = Arc::clone(self);
+            looked_for.push(tokio::spawn(async move { daemon.readopt(record).await }));
+        }
+        for look in looked_for {
+            if let Err(error) = look.await {
+                tracing::error!(%error, "finding a VM again failed");
+            }
+        }
+    }
+
+    /// Looks again for the VMs that could not be spoken to.
+    async fn look_again(self: &Arc<Self>) {
+        for (name, entry) in self.table.all() {
+            if let Entry::Lost { record, .. } = entry
+                && self.jobs.active(&name).is_none()
+            {
+                self.readopt(*record).await;
+            }
         }
     }
 
@@ -109,14 +149,14 @@ impl Daemon {
         self.config.launch_settings()
     }
 
-    fn put(self: &Arc<Self>, vm: Arc<Vm>) {
+    pub(super) fn put(self: &Arc<Self>, vm: Arc<Vm>) {
         self.table.put(vm.clone());
         let span = tracing::info_span!("vm", vm = vm.name());
         tokio::spawn(watch(self.clone(), vm).instrument(span));
     }
 
-    pub(super) fn arrive(self: &Arc<Self>, vm: Arc<Vm>) {
-        if let Err(error) = self.table.note(&Table::record(&vm)) {
+    pub(super) fn arrive(self: &Arc<Self>, vm: Arc<Vm>, autostart: bool) {
+        if let Err(error) = self.table.note_arrived(&vm, autostart) {
             tracing::error!(vm = vm.name(), %error, "not noted on disk: a restarted transhumed will not find it");
         }
         self.put(vm);
@@ -125,12 +165,23 @@ impl Daemon {
     /// Carries a request out. [`Request::JobFollow`] is the server's business.
     pub async fn handle(self: &Arc<Self>, request: Request) -> Response {
         let result = match request {
-            Request::VmStart { definition } => self.start(&definition).await,
+            Request::VmStart { definition, anyway } => self.start_text(&definition, anyway).await,
+            Request::VmStartDefined { name, anyway } => self.start_defined(&name, anyway).await,
+            Request::VmDefine { definition } => self.define(&definition),
+            Request::VmUndefine { name } => self.undefine(&name),
+            Request::VmAutostart { name, enable } => self.set_autostart(&name, enable),
             Request::VmAdopt { definition, qmp } => self.adopt(&definition, qmp).await,
             Request::VmArguments { definition } => self.arguments(&definition),
-            Request::VmList => Ok(self.list().await),
+            Request::VmList { all } => Ok(self.list(all).await),
             Request::VmShow { name } => self.show(&name).await,
-            Request::VmStop { name, force } => self.stop(&name, force).await,
+            Request::VmStop {
+                name,
+                force,
+                shutdown_timeout,
+            } => {
+                let patience = shutdown_timeout.map(|s| Duration::from_secs(s.into()));
+                self.stop(&name, force, patience).await
+            }
             Request::VmPause { name } => self.pause(&name).await,
             Request::VmResume { name } => self.resume(&name).await,
             Request::Migrate {
@@ -156,87 +207,15 @@ impl Daemon {
         result.unwrap_or_else(|error| Response::Error(Failure::from(error)))
     }
 
-    async fn start(self: &Arc<Self>, definition: &str) -> Result<Response> {
-        let definition = Definition::parse(definition)?;
-        self.jobs.refuse_in_doubt(&definition.name)?;
-        let settings = self.launch_settings();
-        let kept = self.table.reserve_while(&definition.name)?;
-        let refusals = preflight::check_here(&definition, &settings, &[]).await;
-        if !refusals.is_empty() {
-            return Err(Error::Unfit(refusals));
-        }
-        // Noted before it runs: a service that is killed in between finds it again.
-        let record = Record {
-            qmp: settings.files(&definition.name).qmp(),
-            definition: definition.clone(),
-        };
-        self.table.note(&record)?;
-        let vm = match Vm::launch(&definition, &settings, Start::Running).await {
-            Ok(vm) => Arc::new(vm),
-            Err(error) => {
-                self.table.forget(&definition.name);
-                return Err(error.into());
-            }
-        };
-        self.put(vm.clone());
-        drop(kept);
-        Ok(Response::Vm(Box::new(self.info(&vm).await)))
-    }
-
-    async fn adopt(self: &Arc<Self>, definition: &str, qmp: PathBuf) -> Result<Response> {
-        let definition = Definition::parse(definition)?;
-        if !qmp.is_absolute() {
-            return Err(Error::refused(
-                format!("the QMP socket {} is no absolute path", qmp.display()),
-                "write it from / on",
-            ));
-        }
-        self.jobs.refuse_in_doubt(&definition.name)?;
-        let same = |record: &Record| record.qmp == qmp;
-        let kept = match self.table.entry(&definition.name) {
-            // Given up on before; its operator says that it is well.
-            Ok(Entry::Lost { record, .. }) if same(&record) => None,
-            _ => Some(self.table.reserve_while(&definition.name)?),
-        };
-        let others = self.table.all().into_iter().any(
-            |(name, entry)| matches!(entry, Entry::Here(vm) if vm.qmp_path() == qmp && name != definition.name),
-        );
-        if others {
-            return Err(Error::refused(
-                format!("another VM of this host has its QEMU at {}", qmp.display()),
-                "`transhume vm list` shows it",
-            ));
-        }
-        let vm = Arc::new(Vm::adopt(&definition, &qmp, &self.launch_settings()).await?);
-        self.table.note(&Table::record(&vm))?;
-        tracing::info!(vm = vm.name(), pid = vm.pid(), "adopted");
-        self.put(vm.clone());
-        drop(kept);
-        Ok(Response::Vm(Box::new(self.info(&vm).await)))
-    }
-
-    fn arguments(&self, definition: &str) -> Result<Response> {
-        let definition = Definition::parse(definition)?;
-        let settings = self.launch_settings();
-        definition.check_host(&settings.host)?;
-        let files = settings.files(&definition.name);
-        let binary = settings.binary(&definition).display().to_string();
-        let arguments = command_line::arguments(
-            &definition,
-            &settings.host,
-            &files,
-            Start::Running,
-            hypervisor::is_block_device,
-        );
-        Ok(Response::Arguments([vec![binary], arguments].concat()))
-    }
-
-    async fn list(&self) -> Response {
-        let mut all = Vec::new();
+    /// The VMs that run here, or may; with `all` those that do not as well.
+    async fn list(&self, all: bool) -> Response {
+        let mut list = Vec::new();
         for (name, entry) in self.table.all() {
-            all.push(self.describe(name, entry).await);
+            if all || !matches!(entry, Entry::Stopped(_)) {
+                list.push(self.describe(name, entry).await);
+            }
         }
-        Response::Vms(all)
+        Response::Vms(list)
     }
 
     async fn show(self: &Arc<Self>, name: &str) -> Result<Response> {
@@ -250,9 +229,10 @@ impl Daemon {
     }
 
     async fn describe(&self, name: String, entry: Entry) -> VmInfo {
+        let mut stopped_ms = None;
         let (state, note) = match entry {
             Entry::Here(vm) => return self.info(&vm).await,
-            Entry::Coming => (
+            Entry::Coming(_) => (
                 "starting",
                 "it is just being started, or coming from another host".to_owned(),
             ),
@@ -263,17 +243,30 @@ impl Daemon {
                     record.qmp.display()
                 ),
             ),
+            Entry::Stopped(record) => {
+                stopped_ms = record.stopped.as_ref().map(|stopped| stopped.at_ms);
+                ("stopped", record.why().to_owned())
+            }
+            Entry::Unreadable(reason) => (
+                "unreadable",
+                format!(
+                    "its file in the state directory cannot be read: {reason}; mend or remove it, and restart transhumed"
+                ),
+            ),
         };
+        let autostart = self.table.is_autostarted(&name);
         VmInfo {
             name,
             state: state.to_owned(),
             note: Some(note),
             job: None,
+            autostart,
+            stopped_ms,
             machine: None,
         }
     }
 
-    async fn info(&self, vm: &Vm) -> VmInfo {
+    pub(super) async fn info(&self, vm: &Vm) -> VmInfo {
         let (state, note) = match vm
             .qmp()
             .execute_within("query-status", Value::Null, GLANCE)
@@ -301,6 +294,8 @@ impl Daemon {
             state,
             note,
             job: self.jobs.active(vm.name()).map(|job| job.id()),
+            autostart: self.table.is_autostarted(vm.name()),
+            stopped_ms: None,
             machine: Some(MachineInfo {
                 machine_type: vm.machine_type().to_owned(),
                 accelerator: definition.accelerator.to_string(),
@@ -319,7 +314,7 @@ impl Daemon {
         }
     }
 
-    fn refuse_while_moving(&self, name: &str) -> Result<()> {
+    pub(super) fn refuse_while_moving(&self, name: &str) -> Result<()> {
         self.jobs.refuse_in_doubt(name)?;
         match self.jobs.active(name) {
             None => Ok(()),
@@ -331,47 +326,6 @@ impl Daemon {
                 ),
             )),
         }
-    }
-
-    async fn stop(&self, name: &str, force: bool) -> Result<Response> {
-        // A VM whose memory cannot follow it may be given up.
-        let waits = |job: Arc<Job>| job.progress().waits_for().is_some();
-        let may_be_given_up =
-            self.jobs.active(name).is_some_and(waits) || self.jobs.is_cut_off(name);
-        if !(force && may_be_given_up) {
-            self.refuse_while_moving(name)?;
-        }
-        let entry = self.table.entry(name)?;
-        match &entry {
-            Entry::Here(vm) => vm.stop(force).await?,
-            Entry::Coming => self.table.here(name)?.stop(force).await?,
-            Entry::Lost { record, .. } if force => {
-                let settings = self.launch_settings();
-                match Vm::adopt(&record.definition, &record.qmp, &settings).await {
-                    Ok(vm) => vm.kill().await?,
-                    // Nobody listens there: it is gone.
-                    Err(hypervisor::Error::Connect { .. }) => {}
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            Entry::Lost { reason, .. } => {
-                return Err(Error::refused(
-                    format!("{name}'s QEMU cannot be spoken to: {reason}"),
-                    format!("`transhume vm stop {name} --force` ends it, if it can be found"),
-                ));
-            }
-        }
-        let how = if force {
-            "it was stopped by force"
-        } else {
-            "it was stopped"
-        };
-        let is_it = |now: &Entry| match &entry {
-            Entry::Here(vm) => now.is(vm),
-            _ => matches!(now, Entry::Lost { .. }),
-        };
-        self.table.leave(name, is_it, how);
-        Ok(Response::Done(format!("{name} has stopped.")))
     }
 
     async fn pause(&self, name: &str) -> Result<Response> {
@@ -468,6 +422,8 @@ impl Daemon {
         let request = source::Request {
             vm,
             from: host.clone(),
+            job: job.id(),
+            autostart: self.table.is_autostarted(name),
             destination: source::Destination {
                 host: to.to_owned(),
                 address: peer.address.clone(),
@@ -585,6 +541,7 @@ async fn keep_house(daemon: Weak<Daemon>) {
             return;
         };
         daemon.jobs.save_again();
+        daemon.look_again().await;
     }
 }
 

@@ -1,9 +1,10 @@
 //! What the relay needs of the service when VMs arrive.
 
 use super::daemon::Daemon;
-use crate::hypervisor::{LaunchSettings, Limits, Vm};
+use crate::hypervisor::{Definition, LaunchSettings, Limits, Vm};
 use crate::link::Security;
 use crate::relay::destination;
+use crate::relay::source::Presence;
 use std::sync::Arc;
 
 /// The service, as arriving VMs see it.
@@ -35,10 +36,19 @@ impl destination::Host for Door {
         &self.0.arrivals
     }
 
-    fn reserve(&self, vm: &str) -> Result<(), String> {
-        let free = self.0.jobs.refuse_in_doubt(vm);
-        free.and_then(|()| self.0.table.reserve(vm))
+    fn reserve(&self, vm: &Definition) -> Result<(), String> {
+        let free = self.0.jobs.refuse_in_doubt(&vm.name);
+        free.and_then(|()| self.0.table.reserve_for(vm))
             .map_err(|error| error.to_string())
+    }
+
+    fn expect(&self, vm: &Vm, job: u64, autostart: bool) -> Result<(), String> {
+        let noted = self.0.table.note_arriving(vm, job, autostart);
+        noted.map_err(|error| error.to_string())
+    }
+
+    fn presence(&self, vm: &str) -> Presence {
+        self.0.presence(vm)
     }
 
     fn is_coming(&self, vm: &str) -> bool {
@@ -49,8 +59,8 @@ impl destination::Host for Door {
         self.0.table.release(vm);
     }
 
-    fn arrived(&self, vm: Arc<Vm>) {
-        self.0.arrive(vm);
+    fn arrived(&self, vm: Arc<Vm>, autostart: bool) {
+        self.0.arrive(vm, autostart);
     }
 
     fn vm(&self, name: &str) -> Option<Arc<Vm>> {

@@ -30,6 +30,14 @@ pub enum Error {
         /// What to do.
         cure: String,
     },
+    /// A VM was not started; nothing of it stays.
+    #[error("{name} was not started: {cause}")]
+    NotStarted {
+        /// The VM.
+        name: String,
+        /// Why, with QEMU's own words.
+        cause: String,
+    },
     /// The configuration is wrong.
     #[error("{path}: {cause}")]
     Config {
@@ -88,6 +96,7 @@ impl Error {
             | Self::Identity(_)
             | Self::Pki(pki::Error::Exists { .. } | pki::Error::NoAuthority { .. })
             | Self::Refused { .. }
+            | Self::NotStarted { .. }
             | Self::Hypervisor(
                 hypervisor::Error::Syntax(_)
                 | hypervisor::Error::Field { .. }

@@ -2,7 +2,7 @@
 //! the state directory.
 
 use super::api::{JobInfo, JobState, Offered};
-use super::state::State;
+use super::state::{State, Unreadable};
 use super::{Error, Result};
 use crate::hypervisor::Identity;
 use crate::relay::progress::{Phase, Progress, Summary};
@@ -87,6 +87,38 @@ impl Job {
         }
     }
 
+    /// One whose file cannot be read: its number and its VM's name are held back. It is never written, so the file
+    /// stays as it is.
+    fn unreadable(file: &Unreadable) -> Option<Self> {
+        let (id, path) = (file.job()?, file.path.display());
+        let vm = file.vm.clone();
+        let vm_words = vm.as_deref().unwrap_or("the VM, whose name is not in it");
+        let error = format!(
+            "{path} cannot be read: {}. Look on both hosts which one has {vm_words} (`transhume vm show`). Then move the \
+             file away, and restart transhumed",
+            file.error
+        );
+        let progress = Progress::new();
+        let info = JobInfo {
+            id,
+            vm: vm.unwrap_or_else(|| "?".to_owned()),
+            from: "?".to_owned(),
+            to: "?".to_owned(),
+            dry_run: false,
+            state: JobState::Unresolved,
+            started_ms: 0,
+            progress: progress.snapshot(),
+            qemu: None,
+            offer: None,
+            in_doubt: true,
+            error: Some(error),
+            summary: None,
+            plan: None,
+            plan_text: None,
+        };
+        Some(Self::new(info, progress))
+    }
+
     /// Its number.
     pub fn id(&self) -> u64 {
         self.started.id
@@ -146,7 +178,10 @@ impl Jobs {
     /// The jobs that an earlier process left. What was running then is given to [`Jobs::finish`] by
     /// whoever finds out how it ended.
     pub(super) fn load(state: Arc<State>) -> Result<Self> {
-        let jobs = state.jobs()?.into_iter().map(|mut info| {
+        let found = state.jobs()?;
+        let held = found.unreadable.iter().filter_map(Job::unreadable);
+        let held: Vec<_> = held.map(|job| (job.id(), Arc::new(job))).collect();
+        let jobs = found.read.into_iter().map(|mut info| {
             if let Some(offer) = &mut info.offer {
                 // A version before kept the phase alone.
                 offer.post_copy |= info.progress.phase == Phase::PostCopy;
@@ -155,7 +190,7 @@ impl Jobs {
             progress.enter(info.progress.phase);
             (info.id, Arc::new(Job::new(info, progress)))
         });
-        let table = Mutex::new(jobs.collect());
+        let table = Mutex::new(jobs.chain(held).collect());
         let unsaved = Mutex::default();
         Ok(Self {
             state,
@@ -497,7 +532,7 @@ mod tests {
         jobs.save_again();
         jobs.refuse_in_doubt("web1").expect("on disk");
         let state = State::open(folder.path()).expect("a state");
-        let noted = state.jobs().expect("jobs").remove(0).state;
+        let noted = state.jobs().expect("jobs").read.remove(0).state;
         assert_eq!(noted, JobState::Failed);
     }
 
@@ -522,5 +557,21 @@ mod tests {
             ..info
         };
         assert!(!unknown.moves(Some(&me)));
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_holds_its_number_and_its_name() {
+        let folder = tempfile::tempdir().expect("a folder");
+        jobs(folder.path());
+        let path = folder.path().join("jobs/14.json");
+        let text = r#"{"version":9,"id":14,"vm":"web1","in_doubt":1}"#;
+        std::fs::write(&path, text).expect("written");
+        let jobs = jobs(folder.path());
+        let info = jobs.get(14).expect("a job").info();
+        assert!(info.in_doubt && info.error.is_some_and(|error| error.contains("14.json")));
+        assert!(jobs.begin(begun("web1", "hostb", false)).is_err());
+        let next = jobs.begin(begun("web2", "hostb", false)).expect("a job");
+        assert_eq!(next.id(), 15);
+        assert_eq!(std::fs::read_to_string(&path).expect("a file"), text);
     }
 }

@@ -3,10 +3,12 @@
 pub mod access;
 pub mod api;
 pub mod cli;
+mod cli_vms;
 pub mod client;
 pub mod config;
 pub mod daemon;
 mod door;
+mod elsewhere;
 mod error;
 pub mod jobs;
 mod logs;
@@ -16,6 +18,7 @@ mod show;
 mod socket;
 mod state;
 mod table;
+mod vms;
 mod watch;
 
 pub use error::Error;

@@ -152,7 +152,7 @@ async fn a_qemu_that_cannot_be_spoken_to_is_not_taken_for_one_that_ended() {
     let Ok(Entry::Here(vm)) = scene.daemon.table.entry("web1") else {
         panic!("it is here");
     };
-    let record = crate::control::table::Table::record(&vm);
+    let record = scene.daemon.table.record(&vm);
     scene.daemon.table.lose(record, "it hangs".to_owned());
     scene.falls_into_doubt();
     for runs_at in ["hosta", "hostb"] {
@@ -170,6 +170,7 @@ async fn an_operator_may_give_up_what_is_cut_off() {
     let stop = |force| crate::control::api::Request::VmStop {
         name: "web1".to_owned(),
         force,
+        shutdown_timeout: None,
     };
     let answer = scene.daemon.handle(stop(false)).await;
     assert!(matches!(answer, Response::Error(_)), "{answer:?}");

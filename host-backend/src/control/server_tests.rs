@@ -50,7 +50,10 @@ fn name() -> String {
 async fn begins_with_empty_lists() {
     let service = service().await;
     assert_eq!(
-        service.ask(&Request::VmList).await.expect("a list"),
+        service
+            .ask(&Request::VmList { all: false })
+            .await
+            .expect("a list"),
         Response::Vms(Vec::new())
     );
     assert_eq!(
@@ -64,6 +67,7 @@ async fn refuses_with_cause_and_cure() {
     let service = service().await;
     let definition = |text: &str| Request::VmStart {
         definition: text.to_owned(),
+        anyway: false,
     };
     let said = service.refusal(&definition("nam = \"web1\"")).await;
     assert!(said.contains("unknown field `nam`"), "{said}");
@@ -80,6 +84,7 @@ async fn refuses_with_cause_and_cure() {
         Request::VmStop {
             name: name(),
             force: true,
+            shutdown_timeout: None,
         },
         Request::VmPause { name: name() },
         Request::VmResume { name: name() },
@@ -104,7 +109,10 @@ async fn refuses_with_cause_and_cure() {
     assert!(service.refusal(&adopt).await.contains("absolute"));
     // What was refused left nothing behind.
     assert_eq!(
-        service.ask(&Request::VmList).await.expect("a list"),
+        service
+            .ask(&Request::VmList { all: false })
+            .await
+            .expect("a list"),
         Response::Vms(Vec::new())
     );
     let files = std::fs::read_dir(service.folder.path().join("state/vms")).expect("a folder");
@@ -144,7 +152,7 @@ async fn survives_hostile_clients() {
         let mut client = Client::connect(&service.socket)
             .await
             .expect("a connection");
-        if client.ask(&Request::VmList).await.is_err() {
+        if client.ask(&Request::VmList { all: false }).await.is_err() {
             break;
         }
         held.push(client);

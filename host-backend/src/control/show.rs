@@ -85,6 +85,32 @@ fn duration(ms: f64) -> String {
     }
 }
 
+/// A moment in milliseconds since 1970, in UTC: `2026-11-30 04:20:54 UTC`.
+pub(super) fn date(ms: u64) -> String {
+    let (days, seconds) = (ms / 86_400_000, ms / 1000 % 86_400);
+    // Days to a date: H. Hinnant, "chrono-Compatible Low-Level Date Algorithms".
+    let shifted = days + 719_468;
+    let era = shifted / 146_097;
+    let day_of_era = shifted % 146_097;
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 {
+        shifted_month + 3
+    } else {
+        shifted_month - 9
+    };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    format!(
+        "{year}-{month:02}-{day:02} {:02}:{:02}:{:02} UTC",
+        seconds / 3600,
+        seconds / 60 % 60,
+        seconds % 60
+    )
+}
+
 fn rows(head: &[&str], body: &[Vec<String>]) -> String {
     let width = |column: usize| {
         let cells = body.iter().map(|row| row[column].chars().count());
@@ -104,7 +130,9 @@ fn rows(head: &[&str], body: &[Vec<String>]) -> String {
 
 fn vms(all: &[VmInfo]) -> String {
     if all.is_empty() {
-        return "No VMs here. `transhume vm start DEFINITION.toml` starts one.".to_owned();
+        return "No VMs run here. `transhume vm list --all` shows those that are stopped as well; `transhume vm start \
+                DEFINITION.toml` starts one."
+            .to_owned();
     }
     let body: Vec<Vec<String>> = all
         .iter()
@@ -133,6 +161,10 @@ fn vms(all: &[VmInfo]) -> String {
 fn vm(info: &VmInfo) -> String {
     let mut lines = vec![("name", info.name.clone()), ("state", info.state.clone())];
     lines.extend(info.note.clone().map(|note| ("", note)));
+    lines.extend(info.stopped_ms.map(|at| ("since", date(at))));
+    if info.autostart {
+        lines.push(("starts", "with the host".to_owned()));
+    }
     lines.extend(info.job.map(|job| {
         (
             "moves",

@@ -1,7 +1,6 @@
 //! Sees VMs end by themselves.
 
 use super::daemon::Daemon;
-use super::table::Table;
 use crate::hypervisor::Vm;
 use crate::hypervisor::qmp::Event;
 use std::sync::Arc;
@@ -11,7 +10,7 @@ use tokio::sync::broadcast::error::RecvError;
 /// How long QEMU may take to end after its QMP connection has.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Waits until a VM's QEMU has ended, and takes the VM out of the table.
+/// Waits until a VM's QEMU has ended, and notes that the VM has stopped.
 pub(super) async fn watch(daemon: Arc<Daemon>, vm: Arc<Vm>) {
     let reason = shutdown_reason(&vm).await;
     let ended = tokio::time::timeout(PATIENCE, vm.gone()).await.is_ok();
@@ -23,10 +22,11 @@ pub(super) async fn watch(daemon: Arc<Daemon>, vm: Arc<Vm>) {
         return;
     }
     if ended {
-        daemon.table.leave(vm.name(), |entry| entry.is(&vm), reason);
+        let record = daemon.table.record(&vm);
+        daemon.table.stop(record, |entry| entry.is(&vm), &reason);
     } else {
         let reason = "its QMP connection is lost, and its process lives".to_owned();
-        daemon.table.lose(Table::record(&vm), reason);
+        daemon.table.lose(daemon.table.record(&vm), reason);
     }
 }
 

@@ -1,11 +1,14 @@
 //! Which process a QEMU is, told apart from every other one that this host ever ran.
 
 use super::process::{Process, start_time};
+use super::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, UNIX_EPOCH};
 
 /// Ticks in a second in `/proc/PID/stat`, the same on every Linux (`USER_HZ`).
 const TICKS: u64 = 100;
+/// How long a process may take to end.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A process of this host. Its id comes again, and so may its time of start after the host was restarted; all
 /// three together do not.
@@ -46,6 +49,22 @@ impl Identity {
     /// Whether the host has not been restarted since it was started.
     pub fn is_of_this_boot(&self) -> bool {
         self.boot == boot_id()
+    }
+
+    /// Ends it as if power were cut.
+    ///
+    /// # Errors
+    /// [`Error::Unfit`] if it outlives SIGKILL.
+    pub async fn end(&self) -> Result<()> {
+        let Some(process) = Process::find(self.pid).filter(|_| self.is_alive()) else {
+            return Ok(());
+        };
+        process.kill();
+        let gone = tokio::time::timeout(PATIENCE, process.gone()).await;
+        gone.map_err(|_| Error::Unfit {
+            cause: format!("QEMU (process {}) outlives SIGKILL", self.pid),
+            cure: "it hangs in the kernel, most likely on storage: see `dmesg`".to_owned(),
+        })
     }
 
     /// Whether it was started before a moment, in milliseconds since 1970, as far as the host's clock tells.

@@ -8,6 +8,7 @@ mod error;
 #[cfg(test)]
 pub(crate) mod fake;
 mod files;
+mod holders;
 mod identity;
 mod inspect;
 pub mod layout;
@@ -27,6 +28,7 @@ pub use command_line::Start;
 pub use definition::Definition;
 pub use error::Error;
 pub use files::{LaunchSettings, RunFiles};
+pub use holders::holders;
 pub use identity::{Identity, boot_id};
 pub use layout::Layout;
 pub use limits::Limits;

@@ -14,8 +14,8 @@ use std::time::Duration;
 const START_PATIENCE: Duration = Duration::from_secs(45);
 /// How long a found QEMU may take to greet.
 const GREETING_PATIENCE: Duration = Duration::from_secs(10);
-/// How long a guest may take to shut down.
-const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a QEMU that closed its connection may take to end, and to say why.
+const END_PATIENCE: Duration = Duration::from_secs(2);
 /// How long QEMU may take to end when told so.
 const QUIT_PATIENCE: Duration = Duration::from_secs(10);
 /// How often a migration that ends is looked at.
@@ -69,7 +69,15 @@ impl Vm {
             command_line::arguments(definition, &settings.host, &files, start, is_block_device);
         let binary = settings.binary(definition);
         tracing::debug!(vm = definition.name, qemu = %binary.display(), ?arguments, "starting QEMU");
-        let mut child = Child::spawn(binary, &arguments, logs.open_qemu()?)?;
+        let mut child = match Child::spawn(binary, &arguments, logs.open_qemu()?) {
+            Ok(child) => child,
+            Err(error) => {
+                if let Err(error) = files.remove() {
+                    tracing::warn!(vm = definition.name, %error, "its run directory stays");
+                }
+                return Err(error);
+            }
+        };
         let qmp_path = files.qmp();
         let began = tokio::select! {
             began = tokio::time::timeout(patience, begin(&qmp_path, start)) => began.unwrap_or_else(|_| {
@@ -80,7 +88,24 @@ impl Vm {
         let (qmp, machine) = match began {
             Ok(began) => began,
             Err(error) => {
+                // What it said is worth more than that it went.
+                let error = match error {
+                    Error::Lost(_) => {
+                        match tokio::time::timeout(END_PATIENCE, child.exited()).await {
+                            Ok(status) => Error::Exited {
+                                status,
+                                log: logs.tail(),
+                            },
+                            Err(_) => error,
+                        }
+                    }
+                    error => error,
+                };
+                let error = with_words(error, &files);
                 child.end(QUIT_PATIENCE).await;
+                if let Err(error) = files.remove() {
+                    tracing::warn!(vm = definition.name, %error, "its run directory stays");
+                }
                 return Err(error);
             }
         };
@@ -175,12 +200,12 @@ impl Vm {
         self.process.as_ref().map(Identity::of)
     }
 
-    /// Ends the VM: asks the guest to shut down and waits a minute for it, or, by `force`, ends QEMU as if
+    /// Ends the VM: asks the guest to shut down and waits so long for it, or, by `force`, ends QEMU as if
     /// power were cut.
     ///
     /// # Errors
     /// [`Error::Unfit`] if the guest does not shut down: it then runs on.
-    pub async fn stop(&self, force: bool) -> Result<()> {
+    pub async fn stop(&self, force: bool, patience: Duration) -> Result<()> {
         if force {
             return self.kill().await;
         }
@@ -199,13 +224,13 @@ impl Vm {
             });
         }
         self.qmp.system_powerdown().await?;
-        match tokio::time::timeout(SHUTDOWN_PATIENCE, self.gone()).await {
+        match tokio::time::timeout(patience, self.gone()).await {
             Ok(()) => Ok(()),
             Err(_) => Err(Error::Unfit {
                 cause: format!(
                     "the guest did not shut down within {} s of its power button being pressed (an ACPI-aware \
                      guest would); it runs on",
-                    SHUTDOWN_PATIENCE.as_secs()
+                    patience.as_secs()
                 ),
                 cure: force,
             }),
@@ -373,6 +398,17 @@ impl Vm {
             agent: None,
             process,
         }
+    }
+}
+
+/// An error of a QEMU that was started, with what it said.
+fn with_words(error: Error, files: &RunFiles) -> Error {
+    match (error, files.logs().last_words()) {
+        (error @ Error::Exited { .. }, _) | (error, None) => error,
+        (error, Some(words)) => Error::Unfit {
+            cause: error.to_string(),
+            cure: format!("QEMU said:\n{words}"),
+        },
     }
 }
 

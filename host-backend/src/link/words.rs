@@ -37,7 +37,9 @@ pub(crate) fn decode(payload: &[u8]) -> Result<Control, LinkError> {
         }
         Control::Abort { reason: said } => reason(said),
         Control::Ready { no_post_copy, .. } => no_post_copy.iter_mut().for_each(reason),
-        Control::Query { vm, .. } | Control::Resume { vm, .. } => name(vm),
+        Control::Query { vm, .. } | Control::Resume { vm, .. } | Control::Locate { vm } => {
+            name(vm);
+        }
         Control::Resumed { blocks, .. } => blocks.iter_mut().for_each(|(block, _)| {
             // QEMU's names are at most 255 bytes long.
             *block = line(block, 255);
@@ -51,7 +53,8 @@ pub(crate) fn decode(payload: &[u8]) -> Result<Control, LinkError> {
         | Control::Join { .. }
         | Control::Joined { .. }
         | Control::Endure
-        | Control::Whole => {}
+        | Control::Whole
+        | Control::Located(_) => {}
     }
     Ok(message)
 }

@@ -29,6 +29,10 @@ pub struct Offer {
     pub running: bool,
     /// Only look whether it would work.
     pub dry_run: bool,
+    /// The number of the migration at the source, for people: they find it there by it.
+    pub source_job: u64,
+    /// Whether the VM is started when its host is.
+    pub autostart: bool,
 }
 
 /// A disk of the VM.
@@ -77,6 +81,21 @@ pub struct Waits {
     pub absent: u64,
     /// CPU time of the guest that all of it took, in microseconds.
     pub cpu_us: u64,
+}
+
+/// Whether a host has a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Presence {
+    /// It knows nothing of it.
+    Absent,
+    /// It is defined there, and does not run.
+    Defined,
+    /// It is being started there, or arrives.
+    Coming,
+    /// It runs there, or may.
+    Here,
+    /// A migration of it is in doubt there.
+    InDoubt,
 }
 
 /// Messages that drive a migration.
@@ -187,6 +206,13 @@ pub enum Control {
     Whole,
     /// Destination, when all memory of a VM in post-copy is here: what that cost the guest.
     Stalled(Stalls),
+    /// A host that is about to start a VM, on a new connection: do you have it?
+    Locate {
+        /// The VM.
+        vm: String,
+    },
+    /// The answer to [`Control::Locate`].
+    Located(Presence),
 }
 
 fn configuration() -> impl bincode::config::Config {
@@ -227,6 +253,7 @@ mod tests {
             let disks = disks.into_iter().map(|(id, size)| OfferedDisk { id, size }).collect();
             let message = Control::Offer(Box::new(Offer {
                 from, job, first, attempt, definition, qemu, disks, cpu_flags, digest_key, running, dry_run,
+                source_job: job ^ 1, autostart: running,
             }));
             let bytes = encode_control(&message).unwrap();
             prop_assert_eq!(decode_control(&bytes), Ok(message));

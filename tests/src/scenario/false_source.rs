@@ -110,6 +110,8 @@ pub(super) fn offer(bed: &Bed, job: u64) -> Result<Control> {
         digest_key: [7; 16],
         running: true,
         dry_run: false,
+        source_job: 1,
+        autostart: false,
     })))
 }
 

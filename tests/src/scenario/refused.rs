@@ -188,7 +188,7 @@ fn older_qemu(bed: &Bed) -> Result<()> {
 }
 
 fn names(bed: &Bed) -> Result<()> {
-    let pair = Pair::new(bed, NEWEST, None)?;
+    let mut pair = Pair::new(bed, NEWEST, None)?;
     let mut life = pair.boot(&Micro::new(bed)?)?;
     for (arguments, words) in [
         (
@@ -219,12 +219,23 @@ fn names(bed: &Bed) -> Result<()> {
     let path = pair.hosts.b.folder.join("definition.toml");
     fs::write(&path, namesake.definition(bed)?).map_err(Error::file("write", &path))?;
     let path = path.display().to_string();
-    ask(&pair.b, &["vm", "start", &path])?.expect(0)?;
+    let start = ["vm", "start", &path];
+    ask(&pair.b, &start)?.refused(3, &["hosta says that micro is there"])?;
+    pair.a.kill();
+    ask(&pair.b, &start)?.refused(3, &["hosta", "--anyway"])?;
+    ask(&pair.b, &[&start[..], &["--anyway"]].concat())?.expect(0)?;
+    pair.restart(At::A)?;
     let answer = pair.migrate(At::A, &[])?;
     answer
         .refused(3, &["hostb", "vm show micro", "rename"])
         .map_err(|error| pair.with_logs(error))?;
     ask(&pair.b, &["vm", "stop", NAME, "--force"])?.expect(0)?;
+    // It is another VM, which stays defined.
+    let answer = pair.migrate(At::A, &[])?;
+    answer
+        .refused(3, &["other disks", "vm undefine micro"])
+        .map_err(|error| pair.with_logs(error))?;
+    ask(&pair.b, &["vm", "undefine", NAME])?.expect(0)?;
     life.goes_on()?;
     pair.moves(At::A, &mut life).map(drop)
 }

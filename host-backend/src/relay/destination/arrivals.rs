@@ -137,7 +137,7 @@ impl Arrivals {
     }
 
     /// Whether this host got the VM by that migration; `None` while it cannot be said.
-    pub(super) fn owns(&self, vm: &str, job: u64) -> Option<bool> {
+    pub(crate) fn owns(&self, vm: &str, job: u64) -> Option<bool> {
         let arrival = self.of(job).filter(|arrival| arrival.vm == vm)?;
         match arrival.stage {
             Stage::Committed { .. } | Stage::PostCopy | Stage::Taken | Stage::Lost => Some(true),

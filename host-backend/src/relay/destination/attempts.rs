@@ -177,6 +177,8 @@ mod tests {
             digest_key: [0; 16],
             running: true,
             dry_run: false,
+            source_job: 1,
+            autostart: false,
         }
     }
 

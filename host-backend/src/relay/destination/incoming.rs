@@ -49,11 +49,11 @@ struct Reservation {
 }
 
 impl Reservation {
-    fn make(host: &Arc<dyn Host>, vm: &str) -> Result<Self, String> {
+    fn make(host: &Arc<dyn Host>, vm: &Definition) -> Result<Self, String> {
         host.reserve(vm)?;
         Ok(Self {
             host: Arc::clone(host),
-            vm: vm.to_owned(),
+            vm: vm.name.clone(),
             kept: false,
         })
     }
@@ -201,6 +201,11 @@ pub(super) async fn take(
     };
     let no_post_copy = prepared.no_post_copy;
     let vm = Arc::new(prepared.vm);
+    if let Err(reason) = host.expect(&vm, offer.job, offer.autostart) {
+        tracing::warn!(vm = name, reason, "the VM that arrives cannot be noted");
+        decision.abandon(&vm).await;
+        return send(&mut connection, &Control::Abort { reason });
+    }
     let events = vm.qmp().events();
     let connections = wished.clamp(1, MOST_CONNECTIONS);
     let patience = Duration::from_secs(patience.max(1).into());
@@ -256,7 +261,7 @@ pub(super) async fn take(
         Ok(()) => {
             reservation.kept = true;
             engine.set_link_patience(patience);
-            host.arrived(Arc::clone(&vm));
+            host.arrived(Arc::clone(&vm), offer.autostart);
             engine.send(Control::Running);
             if engine.is_post_copy() {
                 tracing::info!(vm = name, "runs here; part of its memory is still to come");
@@ -316,7 +321,7 @@ async fn admit(
     loop {
         let was_coming = is_coming();
         let refused = match look::at(offer, settings).await {
-            Ok(fit) => match Reservation::make(host, &fit.definition.name) {
+            Ok(fit) => match Reservation::make(host, &fit.definition) {
                 Ok(reservation) => return Ok((fit, reservation)),
                 Err(reason) => vec![reason],
             },

@@ -40,10 +40,10 @@ use sessions::{Open, Sessions};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tracing::Instrument;
-use transhume_protocol::link::Control;
+use transhume_protocol::link::{Control, Presence};
 use waiting::{GREETING, Waiting};
 
-use crate::hypervisor::{LaunchSettings, Limits, Vm};
+use crate::hypervisor::{Definition, LaunchSettings, Limits, Vm};
 use crate::link::{Connection, PATIENCE, Security, sync};
 
 /// Offers and queries served at once.
@@ -74,13 +74,20 @@ pub trait Host: Send + Sync + 'static {
     ///
     /// # Errors
     /// Why the name cannot be had, for people.
-    fn reserve(&self, vm: &str) -> Result<(), String>;
+    fn reserve(&self, vm: &Definition) -> Result<(), String>;
+    /// Notes the VM that arrives by that migration, for when it is committed; `autostart`: it is started with the host.
+    ///
+    /// # Errors
+    /// If it cannot be noted, for people.
+    fn expect(&self, vm: &Vm, job: u64, autostart: bool) -> Result<(), String>;
+    /// Whether this host has a VM, for another one that asks.
+    fn presence(&self, vm: &str) -> Presence;
     /// Whether the name is kept for a VM that has not arrived.
     fn is_coming(&self, vm: &str) -> bool;
     /// Gives the name back: the VM did not come.
     fn release(&self, vm: &str);
     /// The VM belongs to this host now.
-    fn arrived(&self, vm: Arc<Vm>);
+    fn arrived(&self, vm: Arc<Vm>, autostart: bool);
     /// A VM that this host has.
     fn vm(&self, name: &str) -> Option<Arc<Vm>>;
 }
@@ -264,6 +271,11 @@ async fn greet(
                 patience,
             };
             resume::serve(connection, asked, host, outcomes).await
+        }
+        Control::Locate { vm } => {
+            peer.may_ask(&vm, false, &*host)?;
+            let presence = host.presence(&vm);
+            send(&mut connection, &Control::Located(presence))
         }
         Control::Join {
             job,

@@ -225,7 +225,7 @@ async fn find(arrival: &Arrival, host: &Arc<dyn Host>) -> Result<Arc<Vm>, Not> {
         Ok(Some(vm)) => {
             let vm = Arc::new(vm);
             forget_when_gone(host.arrivals(), &vm, arrival.job);
-            host.arrived(Arc::clone(&vm));
+            host.arrived(Arc::clone(&vm), false);
             Ok(vm)
         }
         Ok(None) => Err(Not::Possible),

@@ -5,6 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use transhume_protocol::link::{Offer, OfferedDisk};
 
+use super::request::Request;
 use crate::hypervisor::layout::{Layout, Region};
 use crate::hypervisor::{Vm, preflight};
 use crate::pages::digest;
@@ -64,7 +65,10 @@ pub(super) struct Facts {
 }
 
 /// Looks at the VM.
-pub(super) async fn examine(vm: &Vm, from: &str, dry_run: bool) -> Result<Facts, Error> {
+pub(super) async fn examine(request: &Request) -> Result<Facts, Error> {
+    let Request {
+        vm, from, dry_run, ..
+    } = request;
     let qmp = vm.qmp();
     let status = qmp.status().await.map_err(Error::refused)?;
     if !matches!(status.status.as_str(), "running" | "paused") {
@@ -87,7 +91,7 @@ pub(super) async fn examine(vm: &Vm, from: &str, dry_run: bool) -> Result<Facts,
     };
     let job = random_number()?;
     let offer = Offer {
-        from: from.to_owned(),
+        from: from.clone(),
         job,
         first: job,
         attempt: 0,
@@ -97,7 +101,9 @@ pub(super) async fn examine(vm: &Vm, from: &str, dry_run: bool) -> Result<Facts,
         cpu_flags: vm_offer.cpu_flags,
         digest_key: digest::random_key().map_err(Error::refused)?,
         running: status.running,
-        dry_run,
+        dry_run: *dry_run,
+        source_job: request.job,
+        autostart: request.autostart,
     };
     let layout = layout.regions().to_vec();
     Ok(Facts {

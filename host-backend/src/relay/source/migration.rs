@@ -86,7 +86,7 @@ pub async fn migrate(
     mut cancel: watch::Receiver<bool>,
 ) -> Result<Outcome, Error> {
     progress.enter(Phase::Negotiate);
-    let mut facts = facts::examine(&request.vm, &request.from, request.dry_run).await?;
+    let mut facts = facts::examine(&request).await?;
     let mut agreement = Agreement::new(&request);
     let accepted = agreement.reach(&mut facts, &mut cancel).await;
     let accepted = accepted.map_err(|not| not.untouched(&request.from, facts.running))?;

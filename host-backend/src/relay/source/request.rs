@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use transhume_protocol::link::Control;
+pub use transhume_protocol::link::Presence;
 
 use super::facts::Plan;
 use super::goal::Goal;
@@ -39,6 +40,10 @@ pub struct Request {
     pub vm: Arc<Vm>,
     /// This host.
     pub from: String,
+    /// The migration's number here, for people.
+    pub job: u64,
+    /// Whether the VM is started when its host is.
+    pub autostart: bool,
     /// Where it is to go.
     pub destination: Destination,
     /// How long the link may be away.
@@ -92,4 +97,28 @@ pub async fn ask(
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
     None
+}
+
+/// How long another host may take for each step of an answer on where a VM is.
+const LOCATE_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Asks another host whether it has a VM; an error is why it does not say.
+pub async fn locate(destination: &Destination, vm: &str) -> Result<Presence, String> {
+    let Destination {
+        host,
+        address,
+        security,
+    } = destination.clone();
+    let locate = Control::Locate { vm: vm.to_owned() };
+    let asked = tokio::task::spawn_blocking(move || {
+        let mut connection = Connection::open_within(&address, &host, &security, LOCATE_PATIENCE)?;
+        connection.send(&locate)?;
+        connection.receive(LOCATE_PATIENCE)
+    });
+    match asked.await {
+        Ok(Ok(Control::Located(presence))) => Ok(presence),
+        Ok(Ok(_)) => Err("it answered with something else".to_owned()),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(error) => Err(error.to_string()),
+    }
 }
