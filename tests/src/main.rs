@@ -2,6 +2,7 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde_json::{Value, json};
+use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use testbed::bench::adapt::{Case, Size};
@@ -334,7 +335,7 @@ fn page_cache(
     for &rate in rates {
         setup.rate = rate;
         let comparison = compare(&setup, &choice.sides(&movers), runs)?;
-        tables.push_str(&format!("{rate} Mbit/s\n{}\n", comparison.table()));
+        let _ = writeln!(tables, "{rate} Mbit/s\n{}", comparison.table());
         objects.push(comparison.json(rate));
     }
     Ok((tables, json!({"bench": "page-cache", "rates": objects})))
