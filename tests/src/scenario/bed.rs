@@ -73,6 +73,13 @@ impl Bed {
 
     /// Gets what tests need.
     pub fn get(&self) -> Result<()> {
+        let fetched = build::cargo()
+            .folder(&self.layout.source)
+            .args(["fetch", "--quiet", "--locked"])
+            .args(["--target", "x86_64-unknown-linux-gnu"])
+            .output();
+        let cure = "Check the network, then run again";
+        fetched.map_err(|error| Error::machine(format!("Cannot get crates: {error}"), cure))?;
         self.packages.for_tests()
     }
 

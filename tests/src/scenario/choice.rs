@@ -2,6 +2,7 @@
 
 use super::micro::{Micro, NAME};
 use super::pair::{At, NEWEST, Pair};
+use super::postcopy::followed;
 use super::transhume::{Answer, ask};
 use super::{Bed, Scenario};
 use crate::Result;
@@ -10,8 +11,10 @@ use crate::hosts::Hosts;
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(240);
-/// In Mbit/s: less than the guest writes.
-const SLOW: u32 = 40;
+/// In Mbit/s: far less than the guest writes, also on a machine that has other work.
+const SLOW: u32 = 10;
+/// In Mbit/s: far more than a quiet guest writes.
+const FAST: u32 = 40;
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
@@ -34,7 +37,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 fn busy(bed: &Bed) -> Result<Micro> {
     Ok(Micro {
         memory: 64,
-        parameters: "cache=8M data=32M rate=60M".into(),
+        parameters: "cache=8M data=8M rate=60M".into(),
         ..Micro::new(bed)?
     })
 }
@@ -91,16 +94,12 @@ fn choice(bed: &Bed) -> Result<()> {
     let deadline = ["--deadline", "8"];
     let answer = pair.moves_by(At::B, &deadline, &mut life).map_err(shown)?;
     chosen(&answer, "post", &["one pass over memory", "--deadline"])?;
-    let phases = &answer.value["summary"]["phases"];
-    let until = ["negotiate-ms", "prepare-ms", "pre-copy-ms"].map(|name| phases[name].as_f64());
-    let until: f64 = until.into_iter().flatten().sum();
-    check(until < 8000.0, || {
-        format!("It ran there too late: {answer}")
-    })?;
+    // Not when it ran there, for how late this machine is says nothing: but that it did before one pass was over.
+    followed(&answer)?;
     drop(life);
     ask(&pair.a, &["vm", "stop", NAME, "--force"])?.expect(0)?;
 
-    pair.hosts.shape(Some(SLOW))?;
+    pair.hosts.shape(Some(FAST))?;
     let mut life = pair.boot(&quiet(bed)?)?;
     let answer = pair.moves(At::A, &mut life).map_err(shown)?;
     chosen(&answer, "pre", &["the guest writes"])?;
@@ -110,7 +109,7 @@ fn choice(bed: &Bed) -> Result<()> {
 }
 
 fn without_userfaultfd(bed: &Bed) -> Result<()> {
-    let mut hosts = Hosts::new(Some(10 * SLOW))?;
+    let mut hosts = Hosts::new(Some(10 * FAST))?;
     hosts.b.userfaultfd = false;
     let pair = Pair::on(bed, NEWEST, hosts)?;
     let shown = |error| pair.with_logs(error);

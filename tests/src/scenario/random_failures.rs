@@ -70,8 +70,8 @@ impl Dice {
     }
 }
 
-/// How long what failed stays so, at most, when a migration waits for it.
-const OUTAGE: Duration = Duration::from_secs(6);
+/// How long what failed stays so, at most, when a migration waits for it: for longer than its patience.
+const OUTAGE: Duration = Duration::from_secs(4);
 
 /// How memory moves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -15,6 +15,8 @@ pub(super) struct Check {
     pub(super) name: &'static str,
     /// What must hold.
     pub(super) about: &'static str,
+    /// Whether packages must be there; those that need none are first.
+    pub(super) packages: bool,
     /// The check itself.
     pub(super) run: fn(&Bed) -> Result<()>,
 }
@@ -24,43 +26,54 @@ pub(super) const CHECKS: [Check; 6] = [
     Check {
         name: "format",
         about: "cargo fmt",
-        run: |bed| cargo_says(bed, &["fmt", "--all", "--check"]),
+        packages: false,
+        run: |bed| cargo_says(bed, &["fmt", "--all", "--check"], None),
     },
     Check {
         name: "dependencies",
         about: "their licences and sources, by cargo-deny",
+        packages: false,
         run: dependencies,
     },
     Check {
         name: "lints",
         about: "cargo clippy, of all targets",
+        packages: false,
         run: |bed| {
             let all = ["clippy", "--quiet", "--workspace", "--all-targets"];
-            cargo_says(bed, &[&all[..], &["--", "-D", "warnings"]].concat())
+            cargo_says(bed, &[&all[..], &["--", "-D", "warnings"]].concat(), None)
         },
     },
     Check {
         name: "unit-tests",
         about: "cargo test",
-        run: |bed| cargo_says(bed, &["test", "--quiet", "--workspace", "--no-fail-fast"]),
+        packages: true,
+        run: |bed| {
+            let all = ["test", "--quiet", "--workspace", "--no-fail-fast"];
+            cargo_says(bed, &all, Some(path_with_qemu(bed)?))
+        },
     },
     Check {
         name: "module-6.1",
         about: "the module builds for Linux 6.1",
+        packages: true,
         run: |bed| module(bed, Kernel::V6_1),
     },
     Check {
         name: "module-6.12",
         about: "the module builds for Linux 6.12",
+        packages: true,
         run: |bed| module(bed, Kernel::V6_12),
     },
 ];
 
-/// Runs cargo where unit tests find QEMU and its tools.
-fn cargo_says(bed: &Bed, arguments: &[&str]) -> Result<()> {
-    let path = path_with_qemu(bed)?;
+/// Runs cargo, with a path for programs.
+fn cargo_says(bed: &Bed, arguments: &[&str], path: Option<OsString>) -> Result<()> {
     let what = format!("cargo {}", arguments.join(" "));
-    let cargo = cargo().folder(&bed.layout.source).env("PATH", path);
+    let mut cargo = cargo().folder(&bed.layout.source);
+    if let Some(path) = path {
+        cargo = cargo.env("PATH", path);
+    }
     let passed = step(&what, || cargo.args(arguments).show())?;
     crate::error::check(passed, || format!("`{what}` failed: see its words above"))
 }

@@ -126,37 +126,40 @@ fn parts(
     record: &mut Record,
 ) -> Result<bool> {
     let all = options.only.is_empty();
-    let mut part = |name: &str, work: &dyn Fn() -> Result<()>| -> Result<bool> {
-        let begun = Instant::now();
-        let end = Finished::new(work(), begun);
-        let passed = end.outcome == Outcome::Passed;
-        tell(name, &end);
-        record.add(name, end)?;
-        Ok(passed)
-    };
-    // What else there is can do without, or says the same.
-    if all {
-        part(PACKAGES, &|| bed.get())?;
-    }
-    for check in checks {
-        part(check.name, &|| (check.run)(bed))?;
-    }
-    if scenarios.is_empty() {
-        return Ok(checks.len() > 1);
-    }
-    if all {
-        if !part(BUILD, &|| bed.prepare())? {
-            return Ok(true);
+    let needed = !scenarios.is_empty() || checks.iter().any(|check| check.packages);
+    let (after, before): (Vec<Check>, Vec<Check>) = checks.iter().partition(|check| check.packages);
+    std::thread::scope(|scope| {
+        // Packages come over a network while others compute.
+        let packages = needed.then(|| scope.spawn(|| part(PACKAGES, || bed.get())));
+        for check in before {
+            keep(record, part(check.name, || (check.run)(bed)))?;
         }
-    } else {
-        bed.get()?;
-        bed.prepare()?;
+        if let Some(packages) = packages {
+            let failed = |_| Error::Check("The thread that gets packages failed".into());
+            let (name, end) = packages.join().map_err(failed)?;
+            if all || end.outcome != Outcome::Passed {
+                keep(record, (name, end))?;
+            }
+        }
+        Ok::<_, Error>(())
+    })?;
+    for check in after {
+        keep(record, part(check.name, || (check.run)(bed)))?;
     }
-    if let [scenario] = scenarios {
-        println!("test {}: {}", scenario.name, scenario.about);
-        let end = runner::run(bed, scenario);
-        tell(scenario.name, &end);
-        record.add(scenario.name, end)?;
+    let [first, others @ ..] = scenarios else {
+        return Ok(checks.len() > 1);
+    };
+    let (name, end) = part(BUILD, || bed.prepare());
+    let built = end.outcome == Outcome::Passed;
+    if all || !built {
+        keep(record, (name, end))?;
+    }
+    if !built {
+        return Ok(true);
+    }
+    if others.is_empty() {
+        println!("test {}: {}", first.name, first.about);
+        keep(record, (first.name, runner::run(bed, first)))?;
         return Ok(!checks.is_empty());
     }
     lanes::run(bed, scenarios, |Ended { name, end, printed }| {
@@ -166,10 +169,21 @@ fn parts(
             about.map_or("", |scenario| scenario.about)
         );
         print!("{printed}");
-        tell(name, &end);
-        record.add(name, end)
+        keep(record, (name, end))
     })?;
     Ok(true)
+}
+
+/// Runs a part that is no scenario.
+fn part(name: &'static str, work: impl FnOnce() -> Result<()>) -> (&'static str, Finished) {
+    let begun = Instant::now();
+    (name, Finished::new(work(), begun))
+}
+
+/// Says what came of a part, and keeps it.
+fn keep(record: &mut Record, (name, end): (&str, Finished)) -> Result<()> {
+    tell(name, &end);
+    record.add(name, end)
 }
 
 fn tell(name: &str, end: &Finished) {
