@@ -49,6 +49,19 @@ pub(super) fn once(
     Ok(path)
 }
 
+/// A copy of the program that runs here: cargo may put another one, or none, where it was.
+pub(crate) fn own_program(layout: &Layout) -> Result<PathBuf> {
+    once(layout, "testbed", || {
+        let folder = layout.folder("own")?;
+        let draft = folder.join("draft");
+        fs::copy("/proc/self/exe", &draft).map_err(Error::file("copy to", &draft))?;
+        // Runs are told from others by the program's name.
+        let path = folder.join("testbed");
+        fs::rename(&draft, &path).map_err(Error::file("rename", &draft))?;
+        Ok(path)
+    })
+}
+
 /// The cargo that runs us.
 pub fn cargo() -> Run {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());

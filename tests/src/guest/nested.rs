@@ -82,7 +82,7 @@ pub fn nested_host(layout: &Layout, packages: &Packages, guest_disk: &Path) -> R
     let boot = super::boot(layout, packages, Kernel::V6_12)?;
     let programs = build::host_programs(layout)?;
     packages.qemu(Qemu::V10_0)?;
-    let own = std::env::current_exe().map_err(Error::system("find the test bed's program"))?;
+    let own = build::own_program(layout)?;
     let files = folder.join("files");
     let disk = folder.join("host.raw");
     step("Making the nested host's disk", || {

@@ -11,10 +11,8 @@ use crate::hosts::Hosts;
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(240);
-/// In Mbit/s: far less than the guest writes, also on a machine that has other work.
-const SLOW: u32 = 10;
-/// In Mbit/s: far more than a quiet guest writes.
-const FAST: u32 = 40;
+/// In Mbit/s: less than the guest writes.
+const SLOW: u32 = 40;
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
@@ -37,7 +35,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 fn busy(bed: &Bed) -> Result<Micro> {
     Ok(Micro {
         memory: 64,
-        parameters: "cache=8M data=8M rate=60M".into(),
+        parameters: "cache=8M data=32M rate=60M".into(),
         ..Micro::new(bed)?
     })
 }
@@ -99,7 +97,7 @@ fn choice(bed: &Bed) -> Result<()> {
     drop(life);
     ask(&pair.a, &["vm", "stop", NAME, "--force"])?.expect(0)?;
 
-    pair.hosts.shape(Some(FAST))?;
+    pair.hosts.shape(Some(SLOW))?;
     let mut life = pair.boot(&quiet(bed)?)?;
     let answer = pair.moves(At::A, &mut life).map_err(shown)?;
     chosen(&answer, "pre", &["the guest writes"])?;
@@ -109,7 +107,7 @@ fn choice(bed: &Bed) -> Result<()> {
 }
 
 fn without_userfaultfd(bed: &Bed) -> Result<()> {
-    let mut hosts = Hosts::new(Some(10 * FAST))?;
+    let mut hosts = Hosts::new(Some(10 * SLOW))?;
     hosts.b.userfaultfd = false;
     let pair = Pair::on(bed, NEWEST, hosts)?;
     let shown = |error| pair.with_logs(error);

@@ -23,7 +23,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 fn converge(bed: &Bed) -> Result<()> {
     let micro = Micro {
         memory: 96,
-        parameters: "cache=16M data=16M zero=8M rate=60M".into(),
+        parameters: "cache=16M data=32M zero=8M rate=60M".into(),
         ..Micro::new(bed)?
     };
     let pair = Pair::new(bed, NEWEST, Some(SLOW))?;

@@ -100,7 +100,7 @@ fn one(bed: &Bed, lane: usize, name: &'static str) -> Ended {
     let end = files
         .as_ref()
         .map_err(|error| Error::Check(error.to_string()))
-        .and_then(|files| start(bed.draw, lane, name, files))
+        .and_then(|files| start(bed, lane, name, files))
         .unwrap_or_else(|error| Finished::new(Err(error), begun));
     let printed = files.map_or_else(
         |_| String::new(),
@@ -129,14 +129,14 @@ impl Files {
     }
 }
 
-fn start(draw: Draw, lane: usize, name: &str, files: &Files) -> Result<Finished> {
+fn start(bed: &Bed, lane: usize, name: &str, files: &Files) -> Result<Finished> {
     let begun = Instant::now();
-    let own = std::env::current_exe().map_err(Error::system("find the test bed's program"))?;
+    let draw = bed.draw;
     let out = File::create(&files.printed).map_err(Error::file("create", &files.printed))?;
     let errors = out
         .try_clone()
         .map_err(Error::file("open", &files.printed))?;
-    let mut run = Run::new(own)
+    let mut run = Run::new(build::own_program(&bed.layout)?)
         .gently()
         .args(["scenario", name, "--result"])
         .arg(&files.result)
