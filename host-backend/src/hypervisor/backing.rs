@@ -95,7 +95,20 @@ fn next(image: &Path) -> io::Result<Option<(PathBuf, bool)>> {
             "{shown} is based on {name:?}, which is no path"
         )));
     }
-    let is_image = match backing_format(&header, length as usize, short)? {
+    let end = usize::try_from(at).ok().filter(|end| *end <= header.len());
+    let Some(end) = end else {
+        return Err(wrong(format!(
+            "{shown} names its backing file beyond the first {} KiB",
+            MAX_HEADER >> 10
+        )));
+    };
+    let format = backing_format(&header[..end], length as usize).map_err(|cause| {
+        wrong(format!(
+            "{shown} {cause}, which can be read in two ways; write its header anew: qemu-img rebase -u -b {name:?} -F \
+             raw|qcow2 {shown}"
+        ))
+    })?;
+    let is_image = match format {
         Some(format) if format == b"qcow2" => true,
         Some(format) if format == b"raw" => false,
         // QEMU would guess, also formats whose files name files.
@@ -127,27 +140,29 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_be_bytes(bytes.try_into().ok()?))
 }
 
-/// What the header's extensions, from `at` on, say of the backing file's format.
-fn backing_format(
-    header: &[u8],
-    mut at: usize,
-    short: impl Fn() -> io::Error,
-) -> io::Result<Option<&[u8]>> {
-    let number = |at: usize| word(header, at).ok_or_else(&short);
-    loop {
-        let (kind, length) = (number(at)?, number(at.saturating_add(4))? as usize);
+/// What the header's extensions, from `at` to its end, say of the backing file's format; or why QEMU might read them
+/// otherwise: of several it takes the last, and it stops where the backing file's name begins.
+fn backing_format(header: &[u8], mut at: usize) -> Result<Option<&[u8]>, &'static str> {
+    const LONG: &str = "has header extensions that reach into its backing file's name";
+    let mut found = None;
+    while at < header.len() {
+        let (Some(kind), Some(length)) = (word(header, at), word(header, at.saturating_add(4)))
+        else {
+            return Err(LONG);
+        };
         if kind == EXTENSION_END {
-            return Ok(None);
+            break;
         }
         let start = at.saturating_add(8);
-        let end = start.saturating_add(length);
-        let content = header.get(start..end).ok_or_else(&short)?;
-        if kind == EXTENSION_BACKING_FORMAT {
-            return Ok(Some(content));
+        let content = header.get(start..start.saturating_add(length as usize));
+        let content = content.ok_or(LONG)?;
+        if kind == EXTENSION_BACKING_FORMAT && found.replace(content).is_some() {
+            return Err("names the format of its backing file twice");
         }
         // It was within the header: no overflow.
-        at = start + length.next_multiple_of(8);
+        at = start + (length as usize).next_multiple_of(8);
     }
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -238,7 +253,26 @@ pub(super) mod tests {
         folder.refused(&header("base", Some("raw"), 0)[..90], "ends within");
         let mut endless = header("base", Some("raw"), 0);
         endless[108..112].copy_from_slice(&u32::MAX.to_be_bytes());
-        folder.refused(&endless, "ends within");
+        folder.refused(&endless, "reach into");
+        // QEMU takes the last of two, and reads nothing from the backing file's name on.
+        let twice = |first: &str, second: &str| {
+            let mut image = header("base", Some(first), 0);
+            let second = header("base", Some(second), 0)[120..136].to_vec();
+            image[136..152].copy_from_slice(&second);
+            image
+        };
+        folder.refused(&twice("raw", "qcow2"), "twice");
+        folder.refused(&twice("qcow2", "qcow2"), "twice");
+        let mut beyond = header("base", None, 0);
+        let format = header("base", Some("qcow2"), 0)[120..144].to_vec();
+        // An extension over all of the rest; behind the name another one.
+        beyond[108..112].copy_from_slice(&(512_u32 + 8 - 112).to_be_bytes());
+        beyond[520..544].copy_from_slice(&format);
+        folder.refused(&beyond, "reach into");
+        let mut far = header("base", Some("raw"), 0);
+        far[8..16].copy_from_slice(&(1_u64 << 20).to_be_bytes());
+        far.resize((1 << 20) + 4, b'x');
+        folder.refused(&far, "beyond the first 64 KiB");
         let mut future = header("", None, 0);
         future[7] = 9;
         folder.refused(&future, "unknown version 9");

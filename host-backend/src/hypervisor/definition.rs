@@ -375,6 +375,17 @@ impl Boot {
         check_path("boot.kernel", &self.kernel)?;
         if let Some(initrd) = &self.initrd {
             check_path("boot.initrd", initrd)?;
+            // QEMU's multiboot loader takes what follows for another file.
+            if initrd.as_os_str().as_encoded_bytes().contains(&b',') {
+                return Err(Error::field(
+                    "boot.initrd",
+                    format!(
+                        "is {}, and QEMU splits this path at its comma",
+                        initrd.display()
+                    ),
+                    "rename the file or its folder",
+                ));
+            }
         }
         if let Some(append) = &self.append
             && (append.len() > 2048 || append.chars().any(char::is_control))

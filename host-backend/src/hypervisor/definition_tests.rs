@@ -131,6 +131,11 @@ fn names_field_cause_and_cure() {
         (minimal("cpu = \"host -append\""), "cpu", "letters"),
         (minimal("qemu = \"qemu-system-x86_64\""), "qemu", "absolute"),
         (
+            minimal("[boot]\nkernel = \"/k\"\ninitrd = \"/srv/a,/etc/shadow\""),
+            "boot.initrd",
+            "comma",
+        ),
+        (
             minimal("[boot]\nkernel = \"vmlinuz\""),
             "boot.kernel",
             "absolute",
