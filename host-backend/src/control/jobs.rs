@@ -338,6 +338,8 @@ impl Jobs {
     /// A VM whose job on disk says something else than what became of it must not come here again: a restarted
     /// service would take it for the one that left.
     fn refuse_unsaved(&self, vm: &str) -> Result<()> {
+        // There may be room since.
+        self.save_again();
         let unsaved = self.lock_unsaved().clone();
         let table = self.lock();
         let mut ended = unsaved.iter().filter_map(|id| table.get(id));

@@ -73,7 +73,7 @@ struct Proxy {
 }
 
 impl Proxy {
-    fn start(from: &Host, target: &'static str, planned: &[Cut]) -> Result<Self> {
+    fn start(from: &Host, target: &'static str) -> Result<Self> {
         let listener = from
             .inside(|| TcpListener::bind((Ipv4Addr::LOCALHOST, PROXY_PORT)))?
             .map_err(Error::system("listen"))?;
@@ -81,7 +81,7 @@ impl Proxy {
             .set_nonblocking(true)
             .map_err(Error::system("listen"))?;
         let cuts = Arc::new(Cuts {
-            planned: Mutex::new(planned.iter().copied().collect()),
+            planned: Mutex::default(),
             made: AtomicUsize::new(0),
             over: AtomicBool::new(false),
         });
@@ -203,10 +203,10 @@ fn word(message: &Control) -> Option<Word> {
     }
 }
 
-/// Two hosts whose link is cut so, from the first one's side.
-fn begin<'a>(bed: &'a Bed, cuts: &[Cut]) -> Result<(Pair<'a>, Proxy)> {
+/// Two hosts whose link can be cut, from the first one's side.
+fn begin(bed: &Bed) -> Result<(Pair<'_>, Proxy)> {
     let mut pair = Pair::plain(bed, NEWEST, Some(1000))?;
-    let proxy = Proxy::start(&pair.hosts.a, pair.hosts.b.address, cuts)?;
+    let proxy = Proxy::start(&pair.hosts.a, pair.hosts.b.address)?;
     let rules = format!("[hosts.{HOST_B}]\naddress = \"127.0.0.1:{PROXY_PORT}\"\n");
     pair.with_rules(At::A, Some(rules))?;
     Ok((pair, proxy))
@@ -229,8 +229,10 @@ fn each_message(bed: &Bed) -> Result<()> {
         Cut::After(Word::Prepare),
         Cut::Before(Word::Ready),
     ];
-    let (pair, proxy) = begin(bed, &cuts)?;
+    let (pair, proxy) = begin(bed)?;
+    // It asks the other host whether it has the VM, over the same proxy.
     let mut life = pair.boot(&Micro::new(bed)?)?;
+    cuts.into_iter().for_each(|cut| proxy.plan(cut));
     let answer = pair.moves(At::A, &mut life)?;
     check(proxy.cuts() == cuts.len(), || {
         format!("{} cuts were made", proxy.cuts())
@@ -244,7 +246,7 @@ fn each_message(bed: &Bed) -> Result<()> {
 }
 
 fn cable(bed: &Bed) -> Result<()> {
-    let (pair, proxy) = begin(bed, &[])?;
+    let (pair, proxy) = begin(bed)?;
     let mut life = pair.boot(&Micro::new(bed)?)?;
     let shown = |error| pair.with_logs(error);
     let pulled = |patience: &str| {
