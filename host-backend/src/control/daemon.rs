@@ -16,6 +16,7 @@ use crate::relay::progress::Phase;
 use crate::relay::{self, ErrorKind, destination, source};
 use serde_json::Value;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tracing::Instrument;
@@ -37,6 +38,8 @@ pub struct Daemon {
     pub(super) arrivals: destination::Arrivals,
     /// Held while a job that was in doubt is settled.
     pub(super) settling: tokio::sync::Mutex<()>,
+    /// It is about to end, and begins nothing new.
+    closing: AtomicBool,
 }
 
 impl Daemon {
@@ -57,13 +60,18 @@ impl Daemon {
             jobs,
             arrivals,
             settling: tokio::sync::Mutex::default(),
+            closing: AtomicBool::new(false),
         });
         let owns = |vm: &str, job| daemon.arrivals.owns(vm, job) == Some(true);
-        daemon.table.settle_arriving(owns)?;
+        let owned = daemon.table.settle_arriving(owns)?;
         let settings = daemon.launch_settings();
         // First those that were about to arrive: their QEMUs serve one QMP client at a time.
-        for vm in destination::recover(&settings, &daemon.arrivals).await {
+        let recovered = destination::recover(&settings, &daemon.arrivals).await;
+        for vm in recovered.arrived {
             daemon.arrive(vm, false);
+        }
+        for left in recovered.left {
+            daemon.recover_later(left, &owned);
         }
         daemon.find_again(state.vms()?).await;
         daemon.finish_interrupted();
@@ -78,7 +86,10 @@ impl Daemon {
     /// Speaks to a noted VM again.
     async fn readopt(self: &Arc<Self>, record: Record) {
         let name = record.definition.name.clone();
-        if matches!(self.table.entry(&name), Ok(Entry::Here(_))) {
+        if matches!(
+            self.table.entry(&name),
+            Ok(Entry::Here(_) | Entry::Coming(_))
+        ) {
             return;
         }
         // Whatever came meanwhile is not it.
@@ -138,6 +149,44 @@ impl Daemon {
                 self.readopt(*record).await;
             }
         }
+    }
+
+    /// Keeps the name of a VM whose arrival could not be finished or undone yet, until it is.
+    fn recover_later(self: &Arc<Self>, left: destination::Left, owned: &[Record]) {
+        let name = left.vm().to_owned();
+        if let Some(record) = owned.iter().find(|one| one.definition.name == name) {
+            // What it is if its QEMU has ended.
+            let ended = record.clone().stopped("its QEMU ended before it ran here");
+            self.table.keep(ended);
+        }
+        if let Err(error) = self.table.reserve(&name) {
+            tracing::error!(vm = name, %error, "an arrival that was not finished is left alone");
+            return;
+        }
+        let daemon = Arc::clone(self);
+        tokio::spawn(async move {
+            let settings = daemon.launch_settings();
+            match left.recover(&settings, &daemon.arrivals).await {
+                Some(vm) => daemon.arrive(vm, false),
+                None => daemon.table.release(&name),
+            }
+        });
+    }
+
+    /// Whether it is about to end.
+    pub(super) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Relaxed)
+    }
+
+    /// Refuses to begin what it would not see to its end.
+    pub(super) fn refuse_when_closing(&self) -> Result<()> {
+        if !self.is_closing() {
+            return Ok(());
+        }
+        Err(Error::refused(
+            "transhumed is about to end",
+            "try again when it runs again",
+        ))
     }
 
     /// Its configuration.
@@ -397,6 +446,7 @@ impl Daemon {
         goal: source::Goal,
         dry_run: bool,
     ) -> Result<Response> {
+        self.refuse_when_closing()?;
         let vm = self.table.here(name)?;
         let host = &self.config.host;
         if to == host {
@@ -486,8 +536,22 @@ impl Daemon {
         self.ask_on(&job);
     }
 
-    /// Ends what is under way: running migrations are cancelled, so that their VMs run on here.
+    /// Ends what is under way: running migrations are cancelled, so that their VMs run on here. What has been handed
+    /// over is waited for, as long as it goes on: VMs from here whose memory follows them, and VMs that come here.
     pub async fn close(&self) {
+        self.closing.store(true, Ordering::Relaxed);
+        self.close_jobs().await;
+        while tokio::time::timeout(FAREWELL, self.arrivals.idle())
+            .await
+            .is_err()
+        {
+            tracing::warn!(
+                "memory follows a VM that came here: transhumed ends when all of it has, or the link has broken"
+            );
+        }
+    }
+
+    async fn close_jobs(&self) {
         let running: Vec<Arc<Job>> = self
             .jobs
             .all()

@@ -55,6 +55,10 @@ impl destination::Host for Door {
         self.0.table.is_coming(vm)
     }
 
+    fn is_closing(&self) -> bool {
+        self.0.is_closing()
+    }
+
     fn release(&self, vm: &str) {
         self.0.table.release(vm);
     }

@@ -57,15 +57,26 @@ pub async fn run(config: Config) -> Result<()> {
     let daemon = Daemon::open(config).await?;
     let host = &daemon.config().host;
     tracing::info!(host, control = %path.display(), %listen, "transhumed is ready");
-    tokio::select! {
-        () = serve(&control, &daemon) => {}
-        () = destination::serve(link, Arc::new(Door(daemon.clone()))) => {
-            tracing::error!("the host link cannot be served any more");
+    let serving = async {
+        tokio::select! {
+            () = serve(&control, &daemon) => {}
+            () = destination::serve(link, Arc::new(Door(daemon.clone()))) => {
+                tracing::error!("the host link cannot be served any more");
+            }
         }
+    };
+    tokio::pin!(serving);
+    let mut serves = true;
+    tokio::select! {
+        () = &mut serving => serves = false,
         _ = terminate.recv() => tracing::info!("SIGTERM: transhumed ends, its VMs go on"),
         _ = interrupt.recv() => tracing::info!("SIGINT: transhumed ends, its VMs go on"),
     }
-    daemon.close().await;
+    // Connections of what is under way may break, and are to find us.
+    tokio::select! {
+        () = daemon.close() => {}
+        () = &mut serving, if serves => {}
+    }
     // Whoever follows a job is told how it ended.
     tokio::time::sleep(BEAT).await;
     // The next one replaces what stays.

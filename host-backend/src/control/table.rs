@@ -210,8 +210,9 @@ impl Table {
     }
 
     /// The notes of VMs that were about to arrive when an earlier process ended: those that `owns` says belong to
-    /// this host become VMs of it, the others are forgotten.
-    pub(super) fn settle_arriving(&self, owns: impl Fn(&str, u64) -> bool) -> Result<()> {
+    /// this host become VMs of it, which are returned, the others are forgotten.
+    pub(super) fn settle_arriving(&self, owns: impl Fn(&str, u64) -> bool) -> Result<Vec<Record>> {
+        let mut owned = Vec::new();
         for mut record in self.state.arrivals()? {
             let name = record.definition.name.clone();
             let job = record.arrival.take();
@@ -219,10 +220,11 @@ impl Table {
             if job.is_some_and(|job| owns(&name, job)) {
                 self.know(&record);
                 self.state.save_vm(&record)?;
+                owned.push(record);
             }
             self.state.forget_arriving(&name)?;
         }
-        Ok(())
+        Ok(owned)
     }
 
     /// Takes the file of a VM away.

@@ -44,6 +44,7 @@ impl Daemon {
 
     /// Nothing stays of a VM that does not start, but for what was defined before.
     async fn start(self: &Arc<Self>, definition: Definition, anyway: bool) -> Result<Response> {
+        self.refuse_when_closing()?;
         let name = definition.name.clone();
         self.jobs.refuse_in_doubt(&name)?;
         let settings = self.launch_settings();

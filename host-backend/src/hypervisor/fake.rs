@@ -19,6 +19,8 @@ struct State {
     status: String,
     /// What `query-migrate` says.
     migration: String,
+    /// How many times yet `cont` is refused.
+    refusals: u32,
     commands: Vec<String>,
 }
 
@@ -58,13 +60,17 @@ impl State {
         let _ = self.process.wait();
     }
 
-    /// What it returns; `None` if it ends instead.
+    /// What it returns, null if it refuses; `None` if it ends instead.
     fn answer(&mut self, command: &str) -> Option<Value> {
         self.commands.push(command.to_owned());
         Some(match command {
             "quit" => {
                 self.end();
                 return None;
+            }
+            "cont" if self.refusals > 0 => {
+                self.refusals -= 1;
+                Value::Null
             }
             "cont" => {
                 self.status = "running".to_owned();
@@ -92,6 +98,7 @@ impl FakeQemu {
                 process,
                 status: "paused".to_owned(),
                 migration: String::new(),
+                refusals: 0,
                 commands: Vec::new(),
             })),
         };
@@ -119,6 +126,11 @@ impl FakeQemu {
     /// What `query-migrate` says from now on.
     pub(crate) fn set_migration(&self, status: &str) {
         status.clone_into(&mut self.lock().migration);
+    }
+
+    /// `cont` is refused so many times.
+    pub(crate) fn refuse(&self, times: u32) {
+        self.lock().refusals = times;
     }
 
     /// The commands that it was given.
@@ -169,7 +181,12 @@ async fn serve(stream: UnixStream, qemu: FakeQemu) {
             return;
         };
         let id = &request["id"];
-        let answer = json!({ "id": id, "return": answer });
+        let answer = if answer.is_null() {
+            let error = json!({ "class": "GenericError", "desc": "Failed to get \"write\" lock" });
+            json!({ "id": id, "error": error })
+        } else {
+            json!({ "id": id, "return": answer })
+        };
         text = format!("{answer}\r\n");
     }
 }

@@ -169,6 +169,7 @@ pub struct Frame {
 
 /// A connection whose versions are agreed.
 pub struct Connection {
+    version: u16,
     sender: Sender,
     receiver: Receiver,
 }
@@ -221,6 +222,7 @@ impl Connection {
         let channel = Arc::new(channel);
         let heard = Arc::new(Heard(Mutex::new(Instant::now())));
         let connection = Self {
+            version: 0,
             sender: Sender {
                 channel: Arc::clone(&channel),
                 heard: Arc::clone(&heard),
@@ -242,8 +244,13 @@ impl Connection {
         self.sender.channel.write_all(&mut [IoSlice::new(&ours)])?;
         let mut preamble = [0; PREAMBLE_LEN];
         self.receiver.fill(&mut preamble)?;
-        Preamble::OURS.agree(Preamble::decode(&preamble)?)?;
+        self.version = Preamble::OURS.agree(Preamble::decode(&preamble)?)?;
         Ok(self)
+    }
+
+    /// The version of the protocol that both sides speak here.
+    pub fn version(&self) -> u16 {
+        self.version
     }
 
     /// Whether the peer proved to be that host.

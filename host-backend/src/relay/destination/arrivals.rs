@@ -1,16 +1,23 @@
 //! The journal of VMs that arrive: how far each migration is, on disk before that is acted on.
 //!
-//! One file a migration, named after the number of its offer: `STAGE VM`. Whether this host took a VM is
+//! One file a migration, named after the number of its offer: `VERSION STAGE VM`, of version 0 `STAGE VM`. Whether this host took a VM is
 //! told from here, also after a power cut: without that a source that asks could run a VM again whose
 //! disks were written to here.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::watch;
 
 use crate::{bounded, durable};
 
+/// The version of the notes that are written.
+const VERSION: u32 = 1;
+/// Between two tries to write a note.
+const AGAIN: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 2000 });
 /// Ended migrations that are remembered.
 const KEPT: usize = 256;
 /// A file's length, at most.
@@ -48,6 +55,18 @@ pub(super) struct Arrival {
 #[derive(Debug, Clone)]
 pub struct Arrivals {
     folder: PathBuf,
+    /// How many are between the commit and their end.
+    under_way: Arc<watch::Sender<usize>>,
+}
+
+/// A migration that must not be left half done, until this is dropped.
+#[derive(Debug)]
+pub(super) struct UnderWay(Arc<watch::Sender<usize>>);
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count -= 1);
+    }
 }
 
 impl Stage {
@@ -86,7 +105,20 @@ impl Arrivals {
     pub fn open(state_directory: &Path) -> io::Result<Self> {
         let folder = state_directory.join("arrivals");
         fs::create_dir_all(&folder)?;
-        Ok(Self { folder })
+        let arrivals = Self {
+            folder,
+            under_way: Arc::default(),
+        };
+        for path in arrivals.files() {
+            if path.extension().is_none() && Self::read(&path).is_none() {
+                tracing::error!(
+                    path = %path.display(),
+                    "what was noted of a migration cannot be read, or is of a newer version: its source is told nothing, \
+                     and goes on asking; mend it, or say at the source where the VM runs (`transhume job resolve`)"
+                );
+            }
+        }
+        Ok(arrivals)
     }
 
     fn path(&self, job: u64) -> PathBuf {
@@ -95,7 +127,7 @@ impl Arrivals {
 
     /// Notes how far a migration is. It is on disk when this returns.
     pub(super) fn note(&self, job: u64, vm: &str, stage: Stage) -> io::Result<()> {
-        let text = format!("{} {vm}\n", stage.word());
+        let text = format!("{VERSION} {} {vm}\n", stage.word());
         durable::replace(&self.path(job), text.as_bytes())?;
         if stage.is_final() {
             self.forget_oldest();
@@ -103,10 +135,57 @@ impl Arrivals {
         Ok(())
     }
 
+    /// Notes how far a migration is; again and again if it cannot be written, until something later is noted.
+    pub(super) fn note_surely(&self, job: u64, vm: &str, stage: Stage) {
+        let Err(error) = self.note(job, vm, stage) else {
+            return;
+        };
+        tracing::error!(
+            vm, %error,
+            "the journal of arriving VMs cannot be written: it is tried again; is the `state-directory` full?"
+        );
+        let (arrivals, vm) = (self.clone(), vm.to_owned());
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(AGAIN).await;
+                let noted = arrivals.of(job);
+                if noted.is_some_and(|noted| noted.stage.is_final()) {
+                    return;
+                }
+                if arrivals.note(job, &vm, stage).is_ok() {
+                    tracing::info!(vm, "the journal of arriving VMs is written now");
+                    return;
+                }
+            }
+        });
+    }
+
+    /// A migration begins that this process must see to its end.
+    pub(super) fn under_way(&self) -> UnderWay {
+        self.under_way.send_modify(|count| *count += 1);
+        UnderWay(Arc::clone(&self.under_way))
+    }
+
+    /// Waits until there is none of these.
+    pub(crate) async fn idle(&self) {
+        // An error would mean that the sender is gone, which we hold.
+        let _ = self
+            .under_way
+            .subscribe()
+            .wait_for(|count| *count == 0)
+            .await;
+    }
+
     fn read(path: &Path) -> Option<Arrival> {
         let job = u64::from_str_radix(path.file_name()?.to_str()?, 16).ok()?;
         let text = bounded::read_text(path, LENGTH).ok()?;
-        let (word, vm) = text.strip_suffix('\n')?.split_once(' ')?;
+        let text = text.strip_suffix('\n')?;
+        let text = match text.split_once(' ')? {
+            (version, rest) if version.parse() == Ok(VERSION) => rest,
+            // Of version 0, or of one that is not known.
+            _ => text,
+        };
+        let (word, vm) = text.split_once(' ')?;
         let stage = Stage::ALL.into_iter().find(|stage| stage.word() == word)?;
         crate::hypervisor::definition::is_name(vm).then(|| Arrival {
             job,
@@ -210,5 +289,60 @@ mod tests {
         let unfinished = arrivals.unfinished();
         assert_eq!(unfinished.len(), 1);
         assert_eq!(unfinished[0].job, 0);
+    }
+
+    #[test]
+    fn notes_of_other_versions() {
+        let folder = tempfile::tempdir().unwrap();
+        let arrivals = Arrivals::open(folder.path()).unwrap();
+        fs::write(arrivals.path(1), "committed web1\n").unwrap();
+        fs::write(arrivals.path(2), "2 committed web2\n").unwrap();
+        let again = Arrivals::open(folder.path()).unwrap();
+        assert_eq!(again.owns("web1", 1), Some(true));
+        // Nothing is said of it, and nothing done.
+        assert_eq!(again.owns("web2", 2), None);
+        assert_eq!(again.unfinished().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_note_that_cannot_be_written_is_made_up_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let arrivals = Arrivals::open(folder.path()).unwrap();
+        let twin = arrivals.path(1).with_extension("new");
+        fs::create_dir(&twin).unwrap();
+        arrivals.note_surely(1, "web1", Stage::PostCopy);
+        tokio::time::sleep(3 * AGAIN).await;
+        assert_eq!(arrivals.of(1), None);
+        fs::remove_dir(&twin).unwrap();
+        tokio::time::sleep(2 * AGAIN).await;
+        assert_eq!(arrivals.of(1).unwrap().stage, Stage::PostCopy);
+
+        fs::create_dir(&twin).unwrap();
+        arrivals.note_surely(2, "web2", Stage::Taken);
+        fs::remove_dir(&twin).unwrap();
+        let twin = arrivals.path(3).with_extension("new");
+        fs::create_dir(&twin).unwrap();
+        arrivals.note_surely(3, "web3", Stage::PostCopy);
+        fs::remove_dir(&twin).unwrap();
+        arrivals.note(3, "web3", Stage::Taken).unwrap();
+        tokio::time::sleep(2 * AGAIN).await;
+        // What came later stays.
+        assert_eq!(arrivals.of(3).unwrap().stage, Stage::Taken);
+    }
+
+    #[tokio::test]
+    async fn what_is_under_way_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let arrivals = Arrivals::open(folder.path()).unwrap();
+        arrivals.idle().await;
+        let under_way = arrivals.under_way();
+        let waiting = tokio::spawn({
+            let arrivals = arrivals.clone();
+            async move { arrivals.idle().await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished());
+        drop(under_way);
+        waiting.await.unwrap();
     }
 }

@@ -20,6 +20,8 @@ use crate::pages::bitmap::Bitmap;
 use crate::{bounded, durable};
 
 const NAME: &str = "post-copy";
+/// The version of the file that is written.
+const VERSION: u32 = 1;
 /// The file's length, at most: pages of 64 TiB of memory.
 const LENGTH: u64 = (2 << 30) + (1 << 20);
 
@@ -35,6 +37,8 @@ pub(super) struct Forgotten {
 
 #[derive(Serialize, Deserialize)]
 struct Head {
+    #[serde(default)]
+    version: u32,
     job: u64,
     from: String,
     section: u32,
@@ -54,6 +58,7 @@ impl Forgotten {
     /// Writes the file for a migration from the host `from`. It is on disk when this returns.
     pub(super) fn write(&self, folder: &Path, job: u64, from: &str) -> io::Result<()> {
         let head = Head {
+            version: VERSION,
             job,
             from: from.to_owned(),
             section: self.section,
@@ -77,7 +82,7 @@ impl Forgotten {
         Self::decode(&bytes, job).ok_or_else(|| {
             io::Error::new(
                 io::ErrorKind::InvalidData,
-                "it is damaged or another migration's",
+                "it is damaged, another migration's, or of a newer version",
             )
         })
     }
@@ -86,7 +91,7 @@ impl Forgotten {
         let end = bytes.iter().position(|byte| *byte == b'\n')?;
         let (head, mut rest) = bytes.split_at_checked(end + 1)?;
         let head: Head = serde_json::from_slice(head).ok()?;
-        if head.job != job || head.blocks.len() > MAX_BLOCKS {
+        if head.version > VERSION || head.job != job || head.blocks.len() > MAX_BLOCKS {
             return None;
         }
         let mut pages = Vec::new();

@@ -88,17 +88,15 @@ impl Decision {
 
     /// The VM runs here, and part of its memory is still to come.
     fn follows(&self) {
-        if let Err(error) = self.note(Stage::PostCopy) {
-            tracing::error!(vm = self.vm, error);
-        }
+        let arrivals = self.host.arrivals();
+        arrivals.note_surely(self.job, &self.vm, Stage::PostCopy);
         let _ = self.outcome.send(Some(true));
     }
 
-    /// It is decided. A note that cannot be written is made up for after a restart.
+    /// It is decided. A note that cannot be written is made up for later, or after a restart.
     fn end(&self, stage: Stage) {
-        if let Err(error) = self.note(stage) {
-            tracing::error!(vm = self.vm, error);
-        }
+        let arrivals = self.host.arrivals();
+        arrivals.note_surely(self.job, &self.vm, stage);
         let _ = self.outcome.send(Some(stage == Stage::Taken));
     }
 
@@ -115,6 +113,11 @@ impl Decision {
             Err(error) => tracing::error!(vm = vm.name(), %error, "QEMU cannot be ended"),
         }
     }
+}
+
+/// A migration as people know it: its number at its source, by which they find it there.
+pub(super) fn label(offer: &Offer) -> String {
+    format!("{}/{}", offer.from, offer.source_job)
 }
 
 /// Answers an offer, and takes the VM if it comes.
@@ -257,6 +260,7 @@ pub(super) async fn take(
     let events = vm.qmp().events();
     let gated = offer.running && engine.is_post_copy();
     let gate = gated.then(|| engine.gate(&vm));
+    let _under_way = host.arrivals().under_way();
     match run(&vm, &decision, &offer, &engine).await {
         Ok(()) => {
             reservation.kept = true;
@@ -436,7 +440,7 @@ impl Prepared {
             .definition
             .to_toml()
             .map_err(|error| error.to_string())?;
-        recovery::begin(folder, &text, offer.job)
+        recovery::begin(folder, &text, offer.job, &label(offer))
             .map_err(|error| format!("{}: {error}", folder.display()))?;
         let logs = files.logs();
         logs.note(&format!("the VM comes from {}", offer.from))

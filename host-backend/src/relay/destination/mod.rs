@@ -29,7 +29,7 @@ mod sessions;
 mod waiting;
 
 pub use arrivals::Arrivals;
-pub use recovery::recover;
+pub use recovery::{Left, Recovered, recover};
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -84,6 +84,8 @@ pub trait Host: Send + Sync + 'static {
     fn presence(&self, vm: &str) -> Presence;
     /// Whether the name is kept for a VM that has not arrived.
     fn is_coming(&self, vm: &str) -> bool;
+    /// Whether this host's daemon is about to end, and begins nothing new.
+    fn is_closing(&self) -> bool;
     /// Gives the name back: the VM did not come.
     fn release(&self, vm: &str);
     /// The VM belongs to this host now.
@@ -234,13 +236,25 @@ async fn greet(
             )];
             send(&mut connection, &Control::Refused { reasons })
         }
+        Control::Offer(_) | Control::Resume { .. } if host.is_closing() => {
+            let reasons = vec![format!(
+                "{}'s transhumed is about to end; try again",
+                host.name()
+            )];
+            send(&mut connection, &Control::Refused { reasons })
+        }
         Control::Query { .. } | Control::Resume { .. } if served.is_err() => {
             Err("too many are served at once".to_owned())
         }
         Control::Offer(offer) => {
             let is_from = connection.peer_is(&offer.from);
             match peer.admit(is_from, &offer, &*host).await {
-                Ok(()) => incoming::take(connection, *offer, host, outcomes).await,
+                Ok(()) => {
+                    let job = incoming::label(&offer);
+                    let span = tracing::info_span!("arrival", job);
+                    let taken = incoming::take(connection, *offer, host, outcomes);
+                    taken.instrument(span).await
+                }
                 Err(reasons) => send(&mut connection, &Control::Refused { reasons }),
             }
         }

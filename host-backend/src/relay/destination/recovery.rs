@@ -6,23 +6,37 @@ use std::time::Duration;
 
 use super::arrivals::{Arrival, Arrivals, Stage};
 use super::{forgotten, resume};
-use crate::durable;
 use crate::hypervisor::{Definition, Error, LaunchSettings, Vm};
+use crate::{bounded, durable};
 
 const DEFINITION: &str = "definition.toml";
 const ARRIVAL: &str = "arrival";
 /// How often, and after which time each, a QEMU that answers wrongly is looked at again.
 const ENDING_LOOKS: u32 = 20;
 const ENDING_GLANCE: Duration = Duration::from_millis(100);
+/// The version of the note in a run directory, and its bytes at most.
+const VERSION: u32 = 1;
+const MOST_TEXT: u64 = 256;
+/// Between two tries of what could not be done when this process began.
+const AGAIN: Duration = Duration::from_secs(2);
+/// How long a QEMU may take to answer before others are looked at, and the hosts served that ask for them.
+const PATIENCE: Duration = Duration::from_secs(12);
 /// How long a QEMU in post-copy may take to answer.
 const WAITING_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Says, in the run directory of a VM that is about to arrive, by which migration it does, and what it is.
-/// The journal says before that it waits. The directory is made.
-pub(super) fn begin(folder: &Path, definition: &str, job: u64) -> std::io::Result<()> {
+/// The journal says before that it waits. The directory is made. `label`: the migration for people.
+pub(super) fn begin(folder: &Path, definition: &str, job: u64, label: &str) -> std::io::Result<()> {
     std::fs::create_dir_all(folder)?;
-    durable::replace(&folder.join(ARRIVAL), format!("{job:016x}").as_bytes())?;
+    let text = format!("{VERSION} {job:016x} {label}");
+    durable::replace(&folder.join(ARRIVAL), text.as_bytes())?;
     durable::replace(&folder.join(DEFINITION), definition.as_bytes())
+}
+
+/// The migration by which a VM arrives that has that run directory, for people.
+pub(super) fn label(folder: &Path) -> Option<String> {
+    let text = bounded::read_text(&folder.join(ARRIVAL), MOST_TEXT).ok()?;
+    text.splitn(3, ' ').nth(2).map(str::to_owned)
 }
 
 /// The VM is no longer about to arrive: what the journal says of that migration is not about its QEMU any more.
@@ -32,39 +46,140 @@ pub(super) fn settle(folder: &Path) -> std::io::Result<()> {
 }
 
 /// Whether a run directory is that of a VM that is about to arrive by that migration.
-fn is_by(folder: &Path, job: u64) -> bool {
-    let text = std::fs::read_to_string(folder.join(ARRIVAL));
-    text.is_ok_and(|text| text == format!("{job:016x}"))
+///
+/// # Errors
+/// If what it says cannot be read.
+fn is_by(folder: &Path, job: u64) -> Result<bool, Error> {
+    let path = folder.join(ARRIVAL);
+    let text = match bounded::read_text(&path, MOST_TEXT) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(Error::file("read", path, error)),
+    };
+    let this = format!("{job:016x}");
+    let mut words = text.split(' ');
+    match (words.next(), words.next()) {
+        // Of version 0.
+        (Some(by), None) => Ok(by == this),
+        (Some(version), Some(by)) if version.parse() == Ok(VERSION) => Ok(by == this),
+        _ => Err(Error::Unfit {
+            cause: format!("{} is of a version that is not known", path.display()),
+            cure: "bring transhumed to the release that wrote it".to_owned(),
+        }),
+    }
 }
+
+/// What became of the migrations that an earlier daemon of this host was in.
+#[derive(Debug)]
+pub struct Recovered {
+    /// VMs that belong to this host.
+    pub arrived: Vec<Arc<Vm>>,
+    /// Migrations whose QEMU could not be spoken to.
+    pub left: Vec<Left>,
+}
+
+/// A migration whose QEMU could not be spoken to; its VM's name is to be kept.
+#[derive(Debug)]
+pub struct Left(Arrival);
 
 /// Finishes or undoes what an earlier daemon of this host had begun. Call it before serving peers. A VM
 /// that was committed is returned, running unless it was paused; one that was not has its QEMU killed.
-pub async fn recover(settings: &LaunchSettings, arrivals: &Arrivals) -> Vec<Arc<Vm>> {
-    let mut arrived = Vec::new();
+pub async fn recover(settings: &LaunchSettings, arrivals: &Arrivals) -> Recovered {
+    let mut recovered = Recovered {
+        arrived: Vec::new(),
+        left: Vec::new(),
+    };
     for arrival in arrivals.unfinished() {
-        let Arrival { job, vm, stage } = &arrival;
-        let ended = match recover_one(settings, &arrival).await {
-            Ok((ended, found)) => {
-                let found = found.map(Arc::new);
-                if let (Stage::PostCopy, Some(vm)) = (ended, &found) {
-                    resume::forget_when_gone(arrivals, vm, *job);
-                }
-                arrived.extend(found);
-                ended
-            }
+        match finish(settings, arrivals, &arrival).await {
+            Ok(found) => recovered.arrived.extend(found),
             Err(error) => {
+                let Arrival { vm, stage, .. } = &arrival;
                 tracing::error!(
                     vm, ?stage, %error,
-                    "the QEMU of an unfinished migration could not be recovered: look at it"
+                    "the QEMU of an unfinished migration could not be recovered: it is tried again; look at it"
                 );
-                continue;
+                // In post-copy the source asks for it, again and again.
+                if arrival.stage != Stage::PostCopy {
+                    recovered.left.push(Left(arrival));
+                }
             }
-        };
-        if let Err(error) = arrivals.note(*job, vm, ended) {
-            tracing::warn!(vm, %error, "journal of arriving VMs");
         }
     }
-    arrived
+    recovered
+}
+
+impl Left {
+    /// The VM.
+    pub fn vm(&self) -> &str {
+        &self.0.vm
+    }
+
+    /// Tries until it is known what becomes of it: the VM, if it belongs to this host and its QEMU is there.
+    pub async fn recover(self, settings: &LaunchSettings, arrivals: &Arrivals) -> Option<Arc<Vm>> {
+        loop {
+            tokio::time::sleep(AGAIN).await;
+            match finish(settings, arrivals, &self.0).await {
+                Ok(found) => return found,
+                Err(error) => tracing::debug!(vm = self.0.vm, %error, "not recovered yet"),
+            }
+        }
+    }
+}
+
+/// Finishes or undoes one, which is noted.
+async fn finish(
+    settings: &LaunchSettings,
+    arrivals: &Arrivals,
+    arrival: &Arrival,
+) -> Result<Option<Arc<Vm>>, Error> {
+    let Arrival { job, vm, .. } = arrival;
+    let (stage, found) = recover_one(settings, arrival).await?;
+    let found = found.map(Arc::new);
+    match (stage, &found) {
+        (Stage::PostCopy, Some(vm)) => resume::forget_when_gone(arrivals, vm, *job),
+        (Stage::Committed { .. }, Some(vm)) => run_later(arrivals, vm, *job),
+        _ => {}
+    }
+    arrivals.note_surely(*job, vm, stage);
+    Ok(found)
+}
+
+/// Tells a VM to run that belongs here and could not be told so at once, until it does or its QEMU has ended.
+fn run_later(arrivals: &Arrivals, vm: &Arc<Vm>, job: u64) {
+    let (arrivals, vm) = (arrivals.clone(), Arc::clone(vm));
+    tokio::spawn(async move {
+        let mut told = String::new();
+        while !vm.qmp().is_closed() {
+            tokio::time::sleep(AGAIN).await;
+            match run(&vm).await {
+                Ok(()) => break,
+                Err(error) => {
+                    let error = error.to_string();
+                    if error != told {
+                        tracing::error!(
+                            vm = vm.name(),
+                            error,
+                            "it belongs here, and does not run yet"
+                        );
+                        told = error;
+                    }
+                }
+            }
+        }
+        arrivals.note_surely(job, vm.name(), Stage::Taken);
+        if let Err(error) = settle(vm.files().folder()) {
+            tracing::warn!(vm = vm.name(), %error, "run directory of the VM that arrived");
+        }
+        tracing::info!(vm = vm.name(), "it belongs here, and was told to run");
+    });
+}
+
+async fn run(vm: &Vm) -> Result<(), Error> {
+    // An operator may have told it to already.
+    if vm.qmp().status().await?.running {
+        return Ok(());
+    }
+    vm.qmp().cont().await
 }
 
 /// How a migration ends, and the VM if it arrived.
@@ -76,7 +191,7 @@ async fn recover_one(
     let files = settings.files(vm);
     let folder = files.folder();
     let path = folder.join(DEFINITION);
-    if !is_by(folder, *job) {
+    if !is_by(folder, *job)? {
         // It is another one's by now, or was begun and no more; or the host has been restarted since.
         let _ = std::fs::remove_file(folder.join(ARRIVAL).with_extension("new"));
         let _ = std::fs::remove_dir(folder);
@@ -97,8 +212,9 @@ async fn recover_one(
         (Stage::Committed { .. } | Stage::PostCopy, Some(adopted)) => {
             if let Stage::Committed { runs } = stage {
                 tracing::info!(vm, "it had been handed over: it belongs here");
-                if *runs {
-                    adopted.qmp().cont().await?;
+                if *runs && let Err(error) = run(&adopted).await {
+                    tracing::error!(vm, %error, "it cannot be told to run: it is tried again");
+                    return Ok((*stage, Some(adopted)));
                 }
             }
             let said = adopted.qmp().query_migrate().await?;
@@ -156,15 +272,15 @@ async fn adopt_in_time(
     settings: &LaunchSettings,
     stage: Stage,
 ) -> Result<Option<Vm>, Error> {
-    let adopted = adopt(definition, settings);
-    if stage != Stage::PostCopy {
-        return adopted.await;
-    }
-    match tokio::time::timeout(WAITING_PATIENCE, adopted).await {
+    let patience = match stage {
+        Stage::PostCopy => WAITING_PATIENCE,
+        _ => PATIENCE,
+    };
+    match tokio::time::timeout(patience, adopt(definition, settings)).await {
         Ok(adopted) => adopted,
         Err(_) => Err(Error::Timeout {
             command: "qmp_capabilities".to_owned(),
-            waited: WAITING_PATIENCE,
+            waited: patience,
         }),
     }
 }
@@ -175,7 +291,7 @@ async fn adopt(definition: &Definition, settings: &LaunchSettings) -> Result<Opt
     loop {
         match Vm::adopt(definition, &qmp, settings).await {
             Ok(vm) => return Ok(Some(vm)),
-            Err(Error::Connect { .. }) => return Ok(None),
+            Err(Error::Connect { source, .. }) if is_nobody(&source) => return Ok(None),
             // Its stream has just ended, and it may be about to end itself.
             Err(_) if looks < ENDING_LOOKS => {}
             Err(error) => return Err(error),
@@ -185,9 +301,16 @@ async fn adopt(definition: &Definition, settings: &LaunchSettings) -> Result<Opt
     }
 }
 
+/// Whether a connection failed because nobody listens.
+fn is_nobody(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{ConnectionRefused, NotFound};
+    matches!(error.kind(), NotFound | ConnectionRefused)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hypervisor::fake;
 
     #[tokio::test]
     async fn whatever_was_made_for_an_arrival_goes() {
@@ -205,15 +328,18 @@ mod tests {
         }
         std::fs::create_dir_all(folder("begun")).unwrap();
         std::fs::write(folder("begun").join("arrival.new"), "").unwrap();
-        begin(&folder("defined"), "name = \"", 3).unwrap();
+        begin(&folder("defined"), "name = \"", 3, "hosta/1").unwrap();
         // Its note could not be changed, and another one came by that name.
         arrivals.note(5, "again", Stage::Waiting).unwrap();
-        begin(&folder("again"), "name = \"", 6).unwrap();
+        begin(&folder("again"), "name = \"", 6, "hosta/2").unwrap();
         std::fs::create_dir_all(folder("in-use")).unwrap();
         arrivals
             .note(4, "rebooted", Stage::Committed { runs: true })
             .unwrap();
-        assert!(recover(&settings, &arrivals).await.is_empty());
+        let recovered = recover(&settings, &arrivals).await;
+        assert!(recovered.arrived.is_empty());
+        let left: Vec<&str> = recovered.left.iter().map(Left::vm).collect();
+        assert_eq!(left, ["defined"]);
         let stage = |job| arrivals.of(job).unwrap().stage;
         assert_eq!([stage(1), stage(2)], [Stage::Refused; 2]);
         assert_eq!((stage(4), stage(5)), (Stage::Taken, Stage::Refused));
@@ -224,5 +350,41 @@ mod tests {
         assert!(!folder("begun").exists());
         // Whoever asks must not run it again.
         assert_eq!(arrivals.owns("rebooted", 4), Some(true));
+    }
+
+    #[tokio::test]
+    async fn a_vm_that_cannot_be_told_to_run_is_told_again() {
+        let run = tempfile::tempdir().unwrap();
+        let settings = fake::settings(run.path());
+        let arrivals = Arrivals::open(run.path()).unwrap();
+        let qemu = fake::FakeQemu::start(run.path(), "web1");
+        let vm = Arc::new(qemu.vm(&fake::definition("web1"), &settings).await);
+        let folder = vm.files().folder().to_owned();
+        begin(&folder, "", 7, "hosta/14").unwrap();
+        assert_eq!(label(&folder).as_deref(), Some("hosta/14"));
+        let committed = Stage::Committed { runs: true };
+        arrivals.note(7, "web1", committed).unwrap();
+        qemu.refuse(2);
+        run_later(&arrivals, &vm, 7);
+        while arrivals.of(7).unwrap().stage == committed {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        assert_eq!(arrivals.of(7).unwrap().stage, Stage::Taken);
+        let told = qemu.commands().iter().filter(|one| *one == "cont").count();
+        assert_eq!(told, 3);
+    }
+
+    #[test]
+    fn whose_run_directory_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let by = |text: &str| {
+            std::fs::write(folder.path().join(ARRIVAL), text).unwrap();
+            is_by(folder.path(), 7)
+        };
+        assert!(!is_by(folder.path(), 7).unwrap());
+        assert!(by("0000000000000007").unwrap());
+        assert!(by("1 0000000000000007 hosta/14").unwrap());
+        assert!(!by("1 0000000000000008 hosta/14").unwrap());
+        assert!(by("2 0000000000000007 x y").is_err());
     }
 }

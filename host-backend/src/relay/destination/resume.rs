@@ -87,7 +87,9 @@ pub(super) async fn serve(
         socket,
     } = begun;
     let name = vm.name().to_owned();
-    tracing::info!(vm = name, job = asked.job, from, "post-copy goes on");
+    let label = recovery::label(vm.files().folder()).unwrap_or_else(|| from.clone());
+    tracing::info!(vm = name, job = label, "post-copy goes on");
+    let _under_way = host.arrivals().under_way();
     let events = vm.qmp().events();
     let text = |error: &dyn std::fmt::Display| error.to_string();
     let mut token = [0; 16];
@@ -142,9 +144,7 @@ pub(super) async fn serve(
 /// All memory of a VM in post-copy is here: that is noted.
 pub(super) fn whole(host: &dyn Host, vm: &Vm, job: u64) {
     let name = vm.name();
-    if let Err(error) = host.arrivals().note(job, name, Stage::Taken) {
-        tracing::error!(vm = name, %error, "journal of arriving VMs");
-    }
+    host.arrivals().note_surely(job, name, Stage::Taken);
     if let Err(error) = recovery::settle(vm.files().folder()) {
         tracing::warn!(vm = name, %error, "run directory of the VM that arrived");
     }
@@ -157,10 +157,8 @@ pub(super) fn forget_when_gone(arrivals: &Arrivals, vm: &Arc<Vm>, job: u64) {
     tokio::spawn(async move {
         vm.gone().await;
         let stage = arrivals.of(job).map(|arrival| arrival.stage);
-        if stage == Some(Stage::PostCopy)
-            && let Err(error) = arrivals.note(job, vm.name(), Stage::Lost)
-        {
-            tracing::warn!(vm = vm.name(), %error, "journal of arriving VMs");
+        if stage == Some(Stage::PostCopy) {
+            arrivals.note_surely(job, vm.name(), Stage::Lost);
         }
     });
 }
@@ -187,6 +185,8 @@ async fn begin(
     };
     match arrival.stage {
         Stage::PostCopy => {}
+        // Its note could not be written: it was told to run, and QEMU knows the rest.
+        Stage::Committed { .. } if host.vm(name).is_some() => {}
         Stage::Taken => return Err(Not::Needed),
         Stage::Lost => return Err(Not::Possible),
         _ => return Err(format!("{here} does not run {name} yet").into()),
