@@ -332,9 +332,10 @@ impl Table {
         } else {
             inner.autostart.remove(name);
         }
-        match inner.entries.get_mut(name) {
-            Some(Entry::Stopped(kept) | Entry::Lost { record: kept, .. }) => kept.autostart = on,
-            _ => {}
+        if let Some(Entry::Stopped(kept) | Entry::Lost { record: kept, .. }) =
+            inner.entries.get_mut(name)
+        {
+            kept.autostart = on;
         }
         Ok(())
     }
