@@ -1,6 +1,7 @@
 //! What a QEMU binary tells of itself. Each is asked once: a start takes some 30 ms, which a migration need
 //! not wait for.
 
+use super::Build;
 use super::qmp::Version;
 use std::collections::HashMap;
 use std::io;
@@ -47,8 +48,16 @@ fn state(binary: &Path) -> io::Result<State> {
 /// # Errors
 /// When the binary cannot be run.
 pub(super) async fn version(binary: &Path) -> io::Result<Option<Version>> {
+    Ok(build(binary).await?.map(|build| build.version))
+}
+
+/// The version, and what its distribution says of it; `None` if it tells none.
+///
+/// # Errors
+/// When the binary cannot be run.
+pub(super) async fn build(binary: &Path) -> io::Result<Option<Build>> {
     let text = ask(binary, "version", &["--version"]).await?;
-    Ok(parse_version(&text))
+    Ok(parse_build(&text))
 }
 
 /// The table of machine types, as QEMU prints it: a line each, the name first.
@@ -93,14 +102,20 @@ async fn run(binary: &Path, arguments: &[&str]) -> io::Result<String> {
     tokio::time::timeout(PATIENCE, read).await.map_err(late)?
 }
 
-fn parse_version(text: &str) -> Option<Version> {
-    let rest = text.strip_prefix("QEMU emulator version ")?;
-    let word = rest.split([' ', '\n']).next()?;
+fn parse_build(text: &str) -> Option<Build> {
+    let line = text.lines().next()?;
+    let rest = line.strip_prefix("QEMU emulator version ")?;
+    let (word, package) = rest.split_once(' ').unwrap_or((rest, ""));
     let mut numbers = word.split('.').map(|number| number.parse().ok());
-    Some(Version {
-        major: numbers.next()??,
-        minor: numbers.next()??,
-        micro: numbers.next()??,
+    let package = package.strip_prefix('(').unwrap_or(package);
+    let package = package.strip_suffix(')').unwrap_or(package);
+    Some(Build {
+        version: Version {
+            major: numbers.next()??,
+            minor: numbers.next()??,
+            micro: numbers.next()??,
+        },
+        package: package.to_owned(),
     })
 }
 
@@ -128,8 +143,8 @@ mod tests {
         for told in ["7.2.22", "10.0.8"] {
             install(told);
             for _ in 0..3 {
-                let version = version(&path).await.expect("it runs").expect("a version");
-                assert_eq!(version.to_string(), told);
+                let build = build(&path).await.expect("it runs").expect("a version");
+                assert_eq!(build.to_string(), format!("{told} (Debian)"));
             }
         }
         let asked = std::fs::read_to_string(&count).expect("counted");

@@ -2,6 +2,7 @@
 
 mod backing;
 mod binary;
+mod build;
 pub mod command_line;
 pub mod definition;
 mod error;
@@ -24,6 +25,7 @@ mod size;
 pub mod stream;
 mod vm;
 
+pub use build::Build;
 pub use command_line::Start;
 pub use definition::Definition;
 pub use error::Error;

@@ -4,7 +4,7 @@
 use super::definition::{Accelerator, Backend, Disk, Format};
 use super::files::LaunchSettings;
 use super::qmp::Version;
-use super::{Definition, Error, Result, Size, Vm, binary};
+use super::{Build, Definition, Error, Result, Size, Vm, binary};
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -185,9 +185,9 @@ impl Offer {
     }
 }
 
-/// Version of the QEMU that would run the VM here; `None` if it tells none.
-pub async fn version_here(definition: &Definition, settings: &LaunchSettings) -> Option<Version> {
-    binary::version(settings.binary(definition))
+/// The build of the QEMU that would run the VM here; `None` if it tells none.
+pub async fn build_here(definition: &Definition, settings: &LaunchSettings) -> Option<Build> {
+    binary::build(settings.binary(definition))
         .await
         .ok()
         .flatten()

@@ -41,6 +41,7 @@ struct Shared {
     events: broadcast::Sender<Event>,
     closed: watch::Receiver<Option<String>>,
     version: Version,
+    package: String,
     out_of_band: bool,
     peer: Option<u32>,
     tasks: [tokio::task::AbortHandle; 2],
@@ -116,6 +117,8 @@ struct GreetingBody {
 #[derive(Deserialize)]
 struct GreetingVersion {
     qemu: Version,
+    #[serde(default)]
+    package: String,
 }
 
 impl Qmp {
@@ -156,7 +159,7 @@ impl Qmp {
             ))
         })?;
         let out_of_band = greeting.qmp.capabilities.contains(&json!("oob"));
-        let qmp = Self::start(lines, writer, greeting.qmp.version.qemu, out_of_band, peer);
+        let qmp = Self::start(lines, writer, greeting.qmp.version, out_of_band, peer);
         let enable: &[&str] = if out_of_band { &["oob"] } else { &[] };
         qmp.execute("qmp_capabilities", json!({ "enable": enable }))
             .await?;
@@ -166,7 +169,7 @@ impl Qmp {
     fn start(
         lines: Lines<OwnedReadHalf>,
         writer: OwnedWriteHalf,
-        version: Version,
+        version: GreetingVersion,
         out_of_band: bool,
         peer: Option<u32>,
     ) -> Self {
@@ -183,7 +186,8 @@ impl Qmp {
                 next_id: AtomicU64::new(1),
                 events,
                 closed,
-                version,
+                version: version.qemu,
+                package: version.package,
                 out_of_band,
                 peer,
                 tasks: [reader.abort_handle(), writer.abort_handle()],
@@ -194,6 +198,11 @@ impl Qmp {
     /// QEMU's version, from its greeting.
     pub fn version(&self) -> Version {
         self.shared.version
+    }
+
+    /// What its distribution says of this build, from its greeting, as in `Debian 1:10.0.2+ds-2`; may be empty.
+    pub fn package(&self) -> &str {
+        &self.shared.package
     }
 
     /// The process that listens on the socket.

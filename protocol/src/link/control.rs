@@ -19,6 +19,8 @@ pub struct Offer {
     pub definition: String,
     /// The source's QEMU version: major, minor, micro.
     pub qemu: [u32; 3],
+    /// What its distribution says of that build, as in `Debian 1:10.0.2+ds-2`; empty if it says nothing.
+    pub qemu_package: String,
     /// Size of each disk, as the guest sees it.
     pub disks: Vec<OfferedDisk>,
     /// The processor's features, if the guest sees those of its host.
@@ -109,6 +111,8 @@ pub enum Control {
         qemu: [u32; 3],
         /// Whether its QEMU can hold the switchover back (`switchover-ack`).
         switchover_ack: bool,
+        /// For people: why the VM must not come in post-copy from the source's QEMU to this one.
+        no_post_copy: Option<String>,
     },
     /// Destination: no, with a reason and its cure for each thing that is missing.
     Refused {
@@ -213,6 +217,13 @@ pub enum Control {
     },
     /// The answer to [`Control::Locate`].
     Located(Presence),
+    /// Destination, in post-copy from a QEMU that can take the VM back until then: mine has loaded the devices. I
+    /// neither run the VM nor drop it before you have said [`Control::Commit`] or [`Control::Abort`].
+    Loaded,
+    /// Destination, in answer to [`Control::Query`]: I have said [`Control::Loaded`] and heard nothing since. Answered by
+    /// [`Control::Commit`] if the source's QEMU cannot run the VM any more, and by [`Control::Abort`] if it keeps it;
+    /// then comes [`Control::Outcome`].
+    Held,
 }
 
 fn configuration() -> impl bincode::config::Config {
@@ -246,13 +257,13 @@ mod tests {
     proptest! {
         #[test]
         fn offers_round_trip(
-            from in ".{0,40}", job: u64, first: u64, attempt: u16, definition in ".{0,200}", cpu_flags in prop::collection::vec("[a-z0-9_]{1,9}", 0..4),
+            from in ".{0,40}", qemu_package in ".{0,40}", job: u64, first: u64, attempt: u16, definition in ".{0,200}", cpu_flags in prop::collection::vec("[a-z0-9_]{1,9}", 0..4),
             disks in prop::collection::vec(("[a-z]{1,9}", any::<u64>()), 0..4), qemu: [u32; 3],
             digest_key: [u8; 16], running: bool, dry_run: bool,
         ) {
             let disks = disks.into_iter().map(|(id, size)| OfferedDisk { id, size }).collect();
             let message = Control::Offer(Box::new(Offer {
-                from, job, first, attempt, definition, qemu, disks, cpu_flags, digest_key, running, dry_run,
+                from, job, first, attempt, definition, qemu, qemu_package, disks, cpu_flags, digest_key, running, dry_run,
                 source_job: job ^ 1, autostart: running,
             }));
             let bytes = encode_control(&message).unwrap();

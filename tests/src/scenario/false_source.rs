@@ -106,6 +106,7 @@ pub(super) fn offer(bed: &Bed, job: u64) -> Result<Control> {
         disks: disks.collect(),
         definition: micro.definition(bed)?,
         qemu: [10, 0, 2],
+        qemu_package: String::new(),
         cpu_flags: Vec::new(),
         digest_key: [7; 16],
         running: true,

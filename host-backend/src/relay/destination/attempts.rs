@@ -172,6 +172,7 @@ mod tests {
             attempt,
             definition: String::new(),
             qemu: [10, 0, 0],
+            qemu_package: String::new(),
             disks: Vec::new(),
             cpu_flags: Vec::new(),
             digest_key: [0; 16],

@@ -158,6 +158,7 @@ pub(super) async fn take(
     let accepted = Control::Accepted {
         qemu: fit.qemu,
         switchover_ack: fit.switchover_ack,
+        no_post_copy: fit.no_post_copy.clone(),
     };
     send(&mut connection, &accepted)?;
     if offer.dry_run {

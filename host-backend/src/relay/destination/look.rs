@@ -3,7 +3,7 @@
 use transhume_protocol::link::Offer;
 
 use crate::hypervisor::qmp::Version;
-use crate::hypervisor::{Definition, LaunchSettings, preflight};
+use crate::hypervisor::{Build, Definition, LaunchSettings, preflight};
 
 /// What was found to fit.
 pub(super) struct Fit {
@@ -13,6 +13,8 @@ pub(super) struct Fit {
     pub(super) qemu: [u32; 3],
     /// Whether QEMU here can hold the switch-over back.
     pub(super) switchover_ack: bool,
+    /// Why the VM must not come in post-copy.
+    pub(super) no_post_copy: Option<String>,
 }
 
 /// QEMU has `switchover-ack` from this version on.
@@ -21,13 +23,17 @@ const SWITCHOVER_ACK_SINCE: (u32, u32) = (8, 1);
 /// Looks whether the VM could run here; every reason against it is named.
 pub(super) async fn at(offer: &Offer, settings: &LaunchSettings) -> Result<Fit, Vec<String>> {
     let [major, minor, micro] = offer.qemu;
-    let judged = preflight::Offer {
-        definition: offer.definition.clone(),
+    let there = Build {
         version: Version {
             major,
             minor,
             micro,
         },
+        package: offer.qemu_package.clone(),
+    };
+    let judged = preflight::Offer {
+        definition: offer.definition.clone(),
+        version: there.version,
         disks: offer
             .disks
             .iter()
@@ -42,13 +48,15 @@ pub(super) async fn at(offer: &Offer, settings: &LaunchSettings) -> Result<Fit, 
         .check(settings)
         .await
         .map_err(|refusals| refusals.iter().map(ToString::to_string).collect::<Vec<_>>())?;
-    let Some(version) = preflight::version_here(&definition, settings).await else {
+    let Some(here) = preflight::build_here(&definition, settings).await else {
         return Err(vec![format!(
             "QEMU on {} does not tell its version",
             settings.host
         )]);
     };
+    let version = here.version;
     Ok(Fit {
+        no_post_copy: there.no_post_copy_to(&here, &settings.host),
         definition,
         qemu: [version.major, version.minor, version.micro],
         switchover_ack: (version.major, version.minor) >= SWITCHOVER_ACK_SINCE,

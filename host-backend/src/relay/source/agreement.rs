@@ -28,6 +28,8 @@ pub(super) struct Accepted {
     pub(super) qemu: [u32; 3],
     /// Both QEMUs have `switchover-ack`.
     pub(super) switchover_ack: bool,
+    /// Why the VM must not go in post-copy.
+    pub(super) no_post_copy: Option<String>,
 }
 
 /// Why there is no agreement.
@@ -247,9 +249,11 @@ fn negotiate(
         Control::Accepted {
             qemu,
             switchover_ack,
+            no_post_copy,
         } => Ok(Accepted {
             connection,
             qemu,
+            no_post_copy,
             switchover_ack: switchover_ack && has_ack,
         }),
         Control::Refused { reasons } => Err(Failure::Refused(reasons)),

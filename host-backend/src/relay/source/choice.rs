@@ -24,8 +24,9 @@ const LAST_MOMENT: Duration = Duration::from_secs(1);
 /// Ways over the link and back in post-copy's pause.
 const ROUND_TRIPS: f64 = 4.0;
 
-/// What the destination is to be ready for, and why no post-copy if that is said already.
-pub(super) fn wish(goal: &Goal, running: bool, known: bool, channels: bool) -> (PostCopy, Chosen) {
+/// What the destination is to be ready for, and why no post-copy if that is said already. `against`: what there is
+/// against it beside the goal.
+pub(super) fn wish(goal: &Goal, running: bool, against: Option<&str>) -> (PostCopy, Chosen) {
     let pre = |why: &str| {
         let why = why.to_owned();
         (
@@ -45,9 +46,10 @@ pub(super) fn wish(goal: &Goal, running: bool, known: bool, channels: bool) -> (
             let mode = Mode::Post;
             (PostCopy::Yes, Chosen { mode, why })
         }
-        Mode::Auto if !known => pre("QEMU has no post-copy here"),
-        Mode::Auto if channels => pre("QEMU uses several channels here, and post-copy needs one"),
-        Mode::Auto => (PostCopy::Perhaps, pre("memory was copied in one pass").1),
+        Mode::Auto => match against {
+            Some(why) => pre(why),
+            None => (PostCopy::Perhaps, pre("memory was copied in one pass").1),
+        },
     }
 }
 
@@ -238,31 +240,23 @@ mod tests {
 
     #[test]
     fn what_is_asked_for_is_done() {
-        let ask = |mode, running, known, channels| {
+        let ask = |mode, running, against| {
             let goal = Goal {
                 mode,
                 ..Goal::default()
             };
-            let (wish, chosen) = wish(&goal, running, known, channels);
+            let (wish, chosen) = wish(&goal, running, against);
             (wish, chosen.mode)
         };
         let no = (PostCopy::No, Mode::Pre);
-        assert_eq!(ask(Mode::Pre, true, true, false), no);
+        assert_eq!(ask(Mode::Pre, true, None), no);
         assert_eq!(
-            ask(Mode::Post, true, true, true),
+            ask(Mode::Post, true, Some("channels")),
             (PostCopy::Yes, Mode::Post)
         );
-        assert_eq!(
-            ask(Mode::Auto, true, true, false),
-            (PostCopy::Perhaps, Mode::Pre)
-        );
-        for (running, known, channels) in [
-            (false, true, false),
-            (true, false, false),
-            (true, true, true),
-        ] {
-            assert_eq!(ask(Mode::Auto, running, known, channels), no);
-        }
+        assert_eq!(ask(Mode::Auto, true, None), (PostCopy::Perhaps, Mode::Pre));
+        assert_eq!(ask(Mode::Auto, false, None), no);
+        assert_eq!(ask(Mode::Auto, true, Some("channels")), no);
     }
 
     #[test]

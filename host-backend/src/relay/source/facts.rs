@@ -31,6 +31,9 @@ pub struct Plan {
     pub memory_bytes: u64,
     /// Whether the destination can hold the switch-over back until every page is in place.
     pub switchover_ack: bool,
+    /// For people: why the VM must not move in post-copy between these two QEMUs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_post_copy: Option<String>,
 }
 
 impl fmt::Display for Plan {
@@ -50,7 +53,11 @@ impl fmt::Display for Plan {
             out,
             "  QEMU     {} here, {} there",
             self.qemu_from, self.qemu_to
-        )
+        )?;
+        if let Some(why) = &self.no_post_copy {
+            write!(out, "\n  It moves by pre-copy alone: {why}.")?;
+        }
+        Ok(())
     }
 }
 
@@ -81,6 +88,9 @@ pub(super) async fn examine(request: &Request) -> Result<Facts, Error> {
         )));
     }
     refuse_virtio_mem(vm).await?;
+    if status.running {
+        refuse_missed_writes(vm).await?;
+    }
     let layout = Layout::read(qmp).await.map_err(Error::refused)?;
     let capabilities = qmp.migrate_capabilities().await.map_err(Error::refused)?;
     let vm_offer = preflight::Offer::of(vm).await.map_err(Error::refused)?;
@@ -97,6 +107,7 @@ pub(super) async fn examine(request: &Request) -> Result<Facts, Error> {
         attempt: 0,
         definition: vm_offer.definition,
         qemu: [version.major, version.minor, version.micro],
+        qemu_package: qmp.package().to_owned(),
         disks: vm_offer.disks.into_iter().map(disk).collect(),
         cpu_flags: vm_offer.cpu_flags,
         digest_key: digest::random_key().map_err(Error::refused)?,
@@ -135,6 +146,30 @@ async fn refuse_virtio_mem(vm: &Vm) -> Result<(), Error> {
         )));
     }
     Ok(())
+}
+
+/// A QEMU before 9.0 that runs a VM by its translator does not see all that the guest writes while it migrates:
+/// pages arrive as they once were.
+async fn refuse_missed_writes(vm: &Vm) -> Result<(), Error> {
+    #[derive(Deserialize)]
+    struct Kvm {
+        enabled: bool,
+    }
+    let (qmp, name) = (vm.qmp(), vm.name());
+    let version = qmp.version();
+    if version.translator_notes_writes(vm.definition().memory.bytes()) {
+        return Ok(());
+    }
+    let asked = qmp.query("query-kvm", serde_json::Value::Null).await;
+    let kvm: Kvm = asked.map_err(Error::refused)?;
+    if kvm.enabled {
+        return Ok(());
+    }
+    Err(Error::refused(format!(
+        "{name} runs without KVM, by the translator of QEMU {version}, which misses pages that a guest writes while it \
+         moves: it would arrive damaged. Pause it (`transhume vm pause {name}`), move it, and let it run again there \
+         (`transhume vm resume {name}`); QEMU 9.0 and newer, and KVM, do not have this fault"
+    )))
 }
 
 fn random_number() -> Result<u64, Error> {

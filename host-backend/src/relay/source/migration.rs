@@ -90,10 +90,18 @@ pub async fn migrate(
     let mut agreement = Agreement::new(&request);
     let accepted = agreement.reach(&mut facts, &mut cancel).await;
     let accepted = accepted.map_err(|not| not.untouched(&request.from, facts.running))?;
+    if let (Mode::Post, Some(why)) = (request.goal.mode, &accepted.no_post_copy) {
+        return Err(Error::refused(format!(
+            "{} cannot move to {} in post-copy: {why}. Without `--mode post` it moves by pre-copy",
+            request.vm.name(),
+            request.destination.host
+        )));
+    }
     if request.dry_run {
         return Ok(Outcome::Planned(plan(&request, &facts, &accepted)));
     }
-    let mut migration = Migration::new(request, facts, progress, journal);
+    let no_post_copy = accepted.no_post_copy.as_deref();
+    let mut migration = Migration::new(request, facts, progress, journal, no_post_copy);
     let summary = match migration.copy(accepted, agreement, &mut cancel).await {
         Ok(copied) if copied.post_copy => migration.follow_up(copied).await?,
         Ok(copied) => migration.hand_over(copied).await?,
@@ -113,6 +121,7 @@ fn plan(request: &Request, facts: &Facts, accepted: &Accepted) -> Plan {
         qemu_to: version(accepted.qemu),
         memory_bytes: request.vm.definition().memory.bytes(),
         switchover_ack: accepted.switchover_ack,
+        no_post_copy: accepted.no_post_copy.clone(),
     }
 }
 
@@ -149,16 +158,15 @@ impl Migration {
         facts: Facts,
         progress: Arc<Progress>,
         journal: Arc<dyn Journal>,
+        no_post_copy: Option<&str>,
     ) -> Self {
         let known = |wanted: &str| facts.capabilities.iter().any(|(name, _)| name == wanted);
         let channels =
             request.qemu_channels > 1 && known("multifd") && tells_order(facts.offer.qemu);
-        let (post_copy, chosen) = choice::wish(
-            &request.goal,
-            facts.running,
-            known("postcopy-ram"),
-            channels,
-        );
+        let against = no_post_copy
+            .or((!known("postcopy-ram")).then_some("QEMU has no post-copy here"))
+            .or(channels.then_some("QEMU uses several channels here, and post-copy needs one"));
+        let (post_copy, chosen) = choice::wish(&request.goal, facts.running, against);
         progress.choose(chosen);
         Self {
             request,

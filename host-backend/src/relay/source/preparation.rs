@@ -19,6 +19,7 @@ use super::shared::Sockets;
 use super::transmit::Packer;
 use crate::guest::DiskName;
 use crate::hypervisor;
+use crate::hypervisor::qmp::Version;
 use crate::hypervisor::stream::Door;
 use crate::link::session::{Rejoin, Session};
 use crate::link::{self, Connection, START_PATIENCE};
@@ -83,7 +84,13 @@ pub(super) fn connections() -> u8 {
 /// Whether the channels of a QEMU of that version are known to be in an order that can be told; see
 /// `docs/decisions/0013-multifd.md`.
 pub(super) fn tells_order(version: [u32; 3]) -> bool {
-    !([8, 1, 0]..[10, 0, 0]).contains(&version)
+    let [major, minor, micro] = version;
+    let untried = Version {
+        major,
+        minor,
+        micro,
+    };
+    !untried.is_untried() && !([8, 1, 0]..[10, 0, 0]).contains(&version)
 }
 
 impl Migration {
