@@ -9,7 +9,7 @@ use super::table::Entry;
 use super::{Error, Result};
 use crate::hypervisor::{self, Identity, Vm};
 use crate::relay::progress::Phase;
-use crate::relay::source::{Destination, Journal, Rest, ask};
+use crate::relay::source::{Destination, Journal, Keeper, Rest, ask};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -176,7 +176,9 @@ impl Daemon {
     fn withdraw(self: &Arc<Self>, info: &JobInfo, offered: &Offered) {
         if let (Some(destination), Some(number)) = (self.destination(info), offered.number()) {
             let vm = info.vm.clone();
-            tokio::spawn(async move { ask(&destination, &vm, number, WITHDRAWAL).await });
+            tokio::spawn(async move {
+                ask(&destination, &vm, number, &Keeper::Source, WITHDRAWAL).await
+            });
         }
     }
 
@@ -200,7 +202,14 @@ impl Daemon {
         let (daemon, job) = (Arc::clone(self), Arc::clone(job));
         let asking = async move {
             while job.info().in_doubt {
-                if let Some(taken) = ask(&destination, job.vm(), number, ROUND).await {
+                let keeper = match daemon.moved(&job.info()) {
+                    Moved::Here(vm) => Some(Keeper::Qemu(vm)),
+                    Moved::Gone | Moved::Another => Some(Keeper::Source),
+                    Moved::Silent(_) => None,
+                };
+                if let Some(keeper) = keeper
+                    && let Some(taken) = ask(&destination, job.vm(), number, &keeper, ROUND).await
+                {
                     let says = format!("{} answered", destination.host);
                     match daemon.settle(&job, taken, Word::Of(&says)).await {
                         Ok(()) => return,

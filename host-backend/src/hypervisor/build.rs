@@ -55,7 +55,7 @@ impl Version {
 
     /// Whether a VM that runs by the translator, with so many bytes of memory, moves with all that it writes.
     pub fn translator_notes_writes(self, memory: u64) -> bool {
-        self.release() >= TRANSLATOR_NOTES_WRITES || memory % WORD_OF_BITMAP != 0
+        self.release() >= TRANSLATOR_NOTES_WRITES || !memory.is_multiple_of(WORD_OF_BITMAP)
     }
 }
 

@@ -21,6 +21,7 @@ pub(crate) fn decode(payload: &[u8]) -> Result<Control, LinkError> {
     match &mut message {
         Control::Offer(offer) => {
             name(&mut offer.from);
+            name(&mut offer.qemu_package);
             if offer.disks.len() > MOST_NAMES || offer.cpu_flags.len() > MOST_NAMES {
                 return Err(LinkError::OutOfBounds("number of names in an offer"));
             }
@@ -45,14 +46,16 @@ pub(crate) fn decode(payload: &[u8]) -> Result<Control, LinkError> {
             *block = line(block, 255);
         }),
         Control::Stalled(stalls) => stalls.cpus_ms.truncate(MOST_CPUS),
-        Control::Accepted { .. }
-        | Control::Prepare { .. }
+        Control::Accepted { no_post_copy, .. } => no_post_copy.iter_mut().for_each(reason),
+        Control::Prepare { .. }
         | Control::Commit
         | Control::Running
         | Control::Outcome { .. }
         | Control::Join { .. }
         | Control::Joined { .. }
         | Control::Endure
+        | Control::Loaded
+        | Control::Held
         | Control::Whole
         | Control::Located(_) => {}
     }

@@ -19,6 +19,10 @@ mod kind {
 /// What follows the bits of a bitmap: `RAMBLOCK_RECV_BITMAP_ENDING` in QEMU's `migration/ram.c`.
 const BITMAP_END: u64 = 0x0123_4567_89ab_cdef;
 
+/// The number of the ping at the end of post-copy's package of devices, from QEMU 10.2 on:
+/// `QEMU_VM_PING_PACKAGED_LOADED` in its `migration/savevm.h`. Its answer says that they are loaded.
+pub const PACKAGE_LOADED: u32 = 0x42;
+
 /// Longest message without its bitmap, in bytes.
 pub const MAX_MESSAGE_LEN: usize = 4 + 8 + 8 + 1 + MAX_NAME_LEN;
 

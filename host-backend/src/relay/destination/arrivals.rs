@@ -28,6 +28,9 @@ const LENGTH: u64 = 256;
 pub(super) enum Stage {
     /// The VM belongs to the source. A QEMU that waits for it may be here.
     Waiting,
+    /// Its devices are loaded in a QEMU here, which does not run it. Whether it stays at the source is the source's to
+    /// say, which may have given it up already.
+    Loaded,
     /// The source gave it up: it belongs to this host, which has not taken note of it yet.
     Committed {
         /// Whether it is to run, or stays paused as it was.
@@ -70,8 +73,9 @@ impl Drop for UnderWay {
 }
 
 impl Stage {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Waiting,
+        Self::Loaded,
         Self::Committed { runs: true },
         Self::Committed { runs: false },
         Self::PostCopy,
@@ -83,6 +87,7 @@ impl Stage {
     fn word(self) -> &'static str {
         match self {
             Self::Waiting => "waiting",
+            Self::Loaded => "loaded",
             Self::Committed { runs: true } => "committed",
             Self::Committed { runs: false } => "committed-paused",
             Self::PostCopy => "post-copy",
@@ -221,8 +226,8 @@ impl Arrivals {
         match arrival.stage {
             Stage::Committed { .. } | Stage::PostCopy | Stage::Taken | Stage::Lost => Some(true),
             Stage::Refused => Some(false),
-            // Its QEMU may still be there: not before it is killed.
-            Stage::Waiting => None,
+            // Its QEMU may still be there: not before it is killed. Of one that is loaded the source has to say.
+            Stage::Waiting | Stage::Loaded => None,
         }
     }
 
@@ -262,7 +267,7 @@ mod tests {
             let found = Arrivals::open(folder.path()).unwrap().of(7).unwrap();
             assert_eq!((found.vm.as_str(), found.stage), ("web1", stage));
             let owned = match stage {
-                Stage::Waiting => None,
+                Stage::Waiting | Stage::Loaded => None,
                 Stage::Refused => Some(false),
                 _ => Some(true),
             };

@@ -38,6 +38,8 @@ const GLANCE: Duration = Duration::from_millis(10);
 struct State {
     failure: Option<RelayError>,
     committed: bool,
+    /// QEMU has loaded the devices.
+    loaded: bool,
     /// QEMU has closed its socket, and all that it said is on its way.
     closed: bool,
 }
@@ -60,7 +62,10 @@ pub(super) enum Way {
     /// It runs here when all of it is here.
     PreCopy,
     /// It may run here before.
-    PostCopy,
+    PostCopy {
+        /// The source can take it back until its devices are loaded: they need not wait for the commit.
+        loads_first: bool,
+    },
     /// It does, and its stream broke.
     Resumed(Forgotten),
 }
@@ -91,6 +96,7 @@ impl Engine {
             way,
         } = target;
         let post_copy = !matches!(way, Way::PreCopy);
+        let loads_first = matches!(way, Way::PostCopy { loads_first: true });
         let replies = Arc::<Replies>::default();
         let output = Arc::new(Output::new());
         let placement = Arc::new(Placement::new(
@@ -100,6 +106,9 @@ impl Engine {
             memory,
             post_copy,
         ));
+        if loads_first {
+            output.release();
+        }
         let (mut answers, resumed) = (Answers::default(), matches!(way, Way::Resumed(_)));
         if let Way::Resumed(forgotten) = way {
             let longest = forgotten.pages.iter().map(Bitmap::len).max();
@@ -244,7 +253,7 @@ impl Engine {
         }
     }
 
-    /// Carries what QEMU says to the link, but for the answer to our own ping.
+    /// Carries what QEMU says to the link, but for answers to pings that are not for the source.
     fn answers(
         &self,
         qemu: UnixStream,
@@ -253,9 +262,13 @@ impl Engine {
     ) -> Result<(), RelayError> {
         let received = |block: &str, bitmap: &[u8]| self.placement.received(block, bitmap);
         return_path(qemu, |bytes| {
-            let (passed, answered) = answers.filter(bytes, received)?;
-            if answered {
+            let (passed, kept) = answers.filter(bytes, received)?;
+            if kept.ping {
                 self.placement.may_write();
+            }
+            if kept.loaded {
+                self.lock().loaded = true;
+                self.changed.notify_waiters();
             }
             for piece in passed.chunks(RETURN_PATH_MOST) {
                 if !pass(replies, piece.to_vec())? {
@@ -269,6 +282,17 @@ impl Engine {
     fn commit(&self) {
         self.lock().committed = true;
         self.changed.notify_waiters();
+    }
+
+    /// Waits until QEMU has loaded the devices of a VM that the source can still take back.
+    pub(super) async fn loaded(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if self.lock().loaded {
+                return;
+            }
+            changed.await;
+        }
     }
 
     /// Waits for the source's commit, or for the first error.

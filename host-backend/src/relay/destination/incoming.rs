@@ -16,11 +16,11 @@ use super::postcopy;
 use super::recovery;
 use super::resume;
 use super::sessions::Open;
-use super::{Host, Outcomes, send};
+use super::{Host, Outcomes, held, send};
 use crate::hypervisor::command_line::Start;
 use crate::hypervisor::definition::Definition;
 use crate::hypervisor::memory::GuestMemory;
-use crate::hypervisor::qmp::Event;
+use crate::hypervisor::qmp::{Event, Version};
 use crate::hypervisor::{self, LaunchSettings, Vm, stream};
 use crate::link::session::{Ready, Session};
 use crate::link::{Connection, PATIENCE};
@@ -149,6 +149,7 @@ pub(super) async fn take(
     };
     if let Ok(definition) = Definition::parse(&offer.definition) {
         outcomes.sessions.end_earlier(&definition.name, &offer.from);
+        held::end_earlier(&definition.name, &offer.from, &host).await;
     }
     let (fit, mut reservation) = match admit(&offer, &host, &settings).await {
         Ok(admitted) => admitted,
@@ -246,7 +247,21 @@ pub(super) async fn take(
             return Err(reason);
         }
     };
-    if let Err(reason) = receive(&engine, &vm, events, host.name()).await {
+    let mut loaded = false;
+    if let Err(reason) = receive(&engine, &vm, events, &decision, &offer, &mut loaded).await {
+        if loaded && timeout(END_PATIENCE, vm.gone()).await.is_err() {
+            tracing::warn!(
+                vm = name,
+                reason,
+                from = offer.from,
+                pid = vm.pid(),
+                "the link broke after its devices were loaded: it is kept, without running, until its source says whether \
+                 it runs here"
+            );
+            reservation.kept = true;
+            engine.finish(FAREWELL).await;
+            return Ok(());
+        }
         tracing::warn!(
             vm = name,
             reason,
@@ -339,13 +354,28 @@ async fn admit(
     }
 }
 
-/// Waits for the source's commit, and for QEMU's or the relay's failure.
+/// Whether the source's QEMU keeps the VM until its devices are loaded here.
+fn loads_first(offer: &Offer) -> bool {
+    let [major, minor, micro] = offer.qemu;
+    let version = Version {
+        major,
+        minor,
+        micro,
+    };
+    version.keeps_until_loaded()
+}
+
+/// Waits for the source's commit, and for QEMU's or the relay's failure. `loaded` tells whether the source may have
+/// given the VM up when this returns.
 async fn receive(
     engine: &Engine,
     vm: &Vm,
     mut events: broadcast::Receiver<Event>,
-    host: &str,
+    decision: &Decision,
+    offer: &Offer,
+    loaded: &mut bool,
 ) -> Result<(), String> {
+    let host = decision.host.name();
     let ended = || match vm.files().logs().last_words() {
         Some(words) => format!("QEMU on {host} ended: {words}"),
         None => format!(
@@ -373,19 +403,31 @@ async fn receive(
                 }
             },
             () = vm.gone() => return Err(ended()),
+            () = engine.loaded(), if !*loaded => {
+                note_forgotten(engine, vm, offer)?;
+                decision.note(Stage::Loaded)?;
+                *loaded = true;
+                engine.send(Control::Loaded);
+            }
         }
     }
+}
+
+/// Writes down what QEMU forgot at the switch to post-copy, which must be known to resume it.
+fn note_forgotten(engine: &Engine, vm: &Vm, offer: &Offer) -> Result<(), String> {
+    let Some(forgotten) = engine.take_forgotten() else {
+        return Ok(());
+    };
+    let folder = vm.files().folder();
+    let written = forgotten.write(folder, offer.job, &offer.from);
+    written.map_err(|error| format!("{}: {error}", folder.display()))
 }
 
 /// The source gave the VM up: it runs here from now on, or stays paused as it was there. An error means
 /// that it never ran here, and goes back; a QEMU that ends when it is told to run it has lost it.
 async fn run(vm: &Vm, decision: &Decision, offer: &Offer, engine: &Engine) -> Result<(), String> {
     let runs = offer.running;
-    if let Some(forgotten) = engine.take_forgotten() {
-        let folder = vm.files().folder();
-        let written = forgotten.write(folder, offer.job, &offer.from);
-        written.map_err(|error| format!("{}: {error}", folder.display()))?;
-    }
+    note_forgotten(engine, vm, offer)?;
     decision.note(Stage::Committed { runs })?;
     engine.release();
     if !runs {
@@ -474,7 +516,9 @@ impl Prepared {
                     memory: reach_memory(&vm).await,
                     memory_bytes: fit.definition.memory.bytes(),
                     way: match taken {
-                        Ok(true) => Way::PostCopy,
+                        Ok(true) => Way::PostCopy {
+                            loads_first: loads_first(offer),
+                        },
                         _ => Way::PreCopy,
                     },
                 },

@@ -11,6 +11,7 @@ mod disks;
 mod engine;
 mod forgotten;
 mod gate;
+mod held;
 mod incoming;
 mod look;
 #[cfg(test)]
@@ -267,7 +268,13 @@ async fn greet(
                 None => host.arrivals().owns(&vm, job),
                 known => known,
             };
-            let Some(taken) = taken else { return Ok(()) };
+            let Some(taken) = taken else {
+                let arrival = host.arrivals().of(job).filter(|one| one.vm == vm);
+                let Some(held) = arrival.filter(|one| one.stage == arrivals::Stage::Loaded) else {
+                    return Ok(());
+                };
+                return held::serve(connection, held, &host, outcomes).await;
+            };
             send(&mut connection, &Control::Outcome { taken })
         }
         Control::Resume {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::broadcast;
 use transhume_protocol::link::{Stalls, Waits};
-use transhume_protocol::qemu::return_path::Message;
+use transhume_protocol::qemu::return_path::{Message, PACKAGE_LOADED};
 use transhume_protocol::qemu::{Command, CommandKind};
 
 use super::engine::Engine;
@@ -102,7 +102,16 @@ pub(super) fn ping() -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// Takes the answer to our own ping out of what QEMU says, has each request for pages name its block, since
+/// What QEMU said that is not passed on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct KeptBack {
+    /// It answered our own ping.
+    pub(super) ping: bool,
+    /// It has loaded the package of devices.
+    pub(super) loaded: bool,
+}
+
+/// Takes the answer to our own ping, and that to the package's, out of what QEMU says, has each request for pages name its block, since
 /// between two of QEMU's there may be one of ours (see `gate`), and has the source told what is here.
 #[derive(Default)]
 pub(super) struct Answers {
@@ -122,21 +131,24 @@ impl Answers {
         }
     }
 
-    /// What is to be passed on of the whole messages so far, and whether our ping's answer was among them.
+    /// What is to be passed on of the whole messages so far, and what was kept back of them.
     /// `received` makes of QEMU's word on a block's pages what the source is told.
     pub(super) fn filter(
         &mut self,
         bytes: &[u8],
         mut received: impl FnMut(&str, &[u8]) -> Result<Vec<u8>, RelayError>,
-    ) -> Result<(Vec<u8>, bool), RelayError> {
+    ) -> Result<(Vec<u8>, KeptBack), RelayError> {
         self.partial.extend_from_slice(bytes);
-        let (mut used, mut answered) = (0, false);
+        let (mut used, mut kept) = (0, KeptBack::default());
         let mut passed = Vec::with_capacity(self.partial.len());
         while let Some((message, length)) =
             Message::decode_resumed(&self.partial[used..], self.longest_bitmap)?
         {
             match message {
-                Message::Pong { number: PING } => answered = true,
+                Message::Pong { number: PING } => kept.ping = true,
+                Message::Pong {
+                    number: PACKAGE_LOADED,
+                } => kept.loaded = true,
                 Message::Received { block, bitmap } => {
                     let bitmap = &received(block, bitmap)?;
                     Message::Received { block, bitmap }.encode(&mut passed);
@@ -160,7 +172,7 @@ impl Answers {
             used += length;
         }
         self.partial.drain(..used);
-        Ok((passed, answered))
+        Ok((passed, kept))
     }
 }
 
@@ -260,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_answer_to_our_ping_is_kept_back() {
+    fn only_answers_that_are_ours_to_take_are_kept_back() {
         let request = Message::RequestPagesOf {
             block: "pc.ram",
             offset: 4096,
@@ -274,6 +286,9 @@ mod tests {
         let said = [
             Message::Pong { number: 1 },
             Message::Pong { number: PING },
+            Message::Pong {
+                number: PACKAGE_LOADED,
+            },
             request,
             received(&theirs),
         ];
@@ -287,7 +302,7 @@ mod tests {
         }
         for step in [1, 3, all.len()] {
             let mut answers = Answers::resumed(64);
-            let (mut passed, mut answered) = (Vec::new(), 0);
+            let (mut passed, mut answered, mut loaded) = (Vec::new(), 0, 0);
             for piece in all.chunks(step) {
                 let told = answers.filter(piece, |block, bitmap| {
                     assert_eq!((block, bitmap), ("pc.ram", &theirs[..]));
@@ -295,9 +310,10 @@ mod tests {
                 });
                 let (some, ours) = told.unwrap();
                 passed.extend(some);
-                answered += u32::from(ours);
+                answered += u32::from(ours.ping);
+                loaded += u32::from(ours.loaded);
             }
-            assert_eq!((passed, answered), (expected.clone(), 1));
+            assert_eq!((passed, answered, loaded), (expected.clone(), 1, 1));
         }
         let none = |_: &str, _: &[u8]| unreachable!("no bitmap may come");
         for wrong in [&[0xff; 8][..], &all] {

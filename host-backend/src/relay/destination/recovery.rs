@@ -127,7 +127,7 @@ impl Left {
 }
 
 /// Finishes or undoes one, which is noted.
-async fn finish(
+pub(super) async fn finish(
     settings: &LaunchSettings,
     arrivals: &Arrivals,
     arrival: &Arrival,
@@ -228,6 +228,14 @@ async fn recover_one(
             }
             settle(folder).map_err(|error| Error::file("remove", folder, error))?;
             Ok((Stage::Taken, Some(adopted)))
+        }
+        (Stage::Loaded, Some(adopted)) => {
+            tracing::warn!(
+                vm,
+                pid = adopted.pid(),
+                "its devices are loaded here: it is kept, without running, until its source says whether it runs here"
+            );
+            Ok((Stage::Loaded, None))
         }
         (Stage::Committed { .. } | Stage::PostCopy, None) => {
             tracing::error!(

@@ -72,6 +72,7 @@ impl Answers {
                         // In post-copy the guest goes on asking for pages.
                     }
                     Control::Endure => self.shared.set_endures(),
+                    Control::Loaded if self.shared.keeps_until_loaded() => self.shared.set_loaded(),
                     Control::Stalled(stalls) => self.shared.set_stalls(stalls),
                     Control::Abort { reason } => {
                         self.shared.answer(Err(reason.clone()));

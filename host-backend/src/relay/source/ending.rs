@@ -1,20 +1,25 @@
 //! How a migration ends: the hand-over, or all undone.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 use transhume_protocol::link::{Control, encode_control};
 
 use super::migration::{Copied, Migration, Stop};
-use super::request::{Request, ask};
+use super::postcopy::keeps;
+use super::request::{Keeper, Request, ask};
+use super::shared::Shared;
 use crate::hypervisor;
 use crate::link::PATIENCE;
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Downtime, Phase, Summary};
-use crate::relay::{Choice, Error, Mode, Stays};
+use crate::relay::{Choice, Error, IN_BETWEEN, Mode, Stays};
 
 /// How long QEMU may take to run a VM again after a failure.
 const QEMU_PATIENCE: Duration = Duration::from_secs(15);
+
+const TAKE_BACK_GLANCE: Duration = Duration::from_millis(50);
 
 /// How long a silent destination is asked what became of the VM.
 const QUERY_PATIENCE: Duration = Duration::from_secs(30);
@@ -121,21 +126,26 @@ impl Migration {
         let Request {
             vm, destination, ..
         } = &self.request;
-        ask(destination, vm.name(), self.facts.offer.job, QUERY_PATIENCE).await
+        let keeper = Keeper::Qemu(Arc::clone(vm));
+        ask(
+            destination,
+            vm.name(),
+            self.facts.offer.job,
+            &keeper,
+            QUERY_PATIENCE,
+        )
+        .await
     }
 
     /// Lets a destination that does not hear of the end on the session end its QEMU as soon as it can be
     /// reached: a source that asks has given its session up. Without that it would wait for the link as long as it was told to.
-    fn withdraw(&self) {
+    fn withdraw(&self, patience: Duration) {
         let (request, job) = (self.request.clone(), self.facts.offer.job);
         tokio::spawn(async move {
             let Request {
-                vm,
-                destination,
-                link_patience,
-                ..
+                vm, destination, ..
             } = &request;
-            ask(destination, vm.name(), job, *link_patience).await
+            ask(destination, vm.name(), job, &Keeper::Source, patience).await
         });
     }
 
@@ -155,6 +165,14 @@ impl Migration {
     pub(super) async fn undo(&mut self, stop: Stop) -> Error {
         let qmp = self.request.vm.qmp();
         let lost = qmp.is_closed();
+        let held = match self.shared.clone().filter(|shared| shared.may_be_held()) {
+            Some(shared) => {
+                shared.stop(RelayError::Stopped);
+                self.take_back(&shared).await;
+                true
+            }
+            None => false,
+        };
         if let Some(shared) = &self.shared {
             shared.withdraw();
         }
@@ -165,11 +183,13 @@ impl Migration {
             shared.stop(RelayError::Stopped);
         }
         if self.session.is_none() && self.may_wait_for_us {
-            self.withdraw();
+            self.withdraw(self.request.link_patience);
         }
         if let Some(session) = &self.session {
-            if session.away().is_some() {
-                self.withdraw();
+            if held {
+                self.withdraw(IN_BETWEEN);
+            } else if session.away().is_some() {
+                self.withdraw(self.request.link_patience);
             }
             session.close();
             let session = session.clone();
@@ -217,6 +237,32 @@ impl Migration {
                 }
             }
         }
+    }
+
+    /// Has a QEMU that keeps the VM until its devices are loaded run it again. When all memory was sent before
+    /// that, it waits for the word that they are (QEMU 11.1), whatever becomes of its socket; if it is said on a stream
+    /// that has broken, the migration fails, as it should.
+    async fn take_back(&self, shared: &Shared) {
+        let qmp = self.request.vm.qmp();
+        let deadline = Instant::now() + QEMU_PATIENCE;
+        let mut told = false;
+        while Instant::now() < deadline {
+            let Ok(said) = qmp.query_migrate().await else {
+                break;
+            };
+            if keeps(said.status.as_deref()).is_some() {
+                break;
+            }
+            let waits = said.status.as_deref() == Some("postcopy-device")
+                && said.ram.is_some_and(|ram| ram.remaining == 0);
+            if waits && !std::mem::replace(&mut told, true) {
+                tracing::warn!("QEMU waits for a destination that has gone: it is woken");
+                let _ = shared.pong();
+                shared.hang_up();
+            }
+            tokio::time::sleep(TAKE_BACK_GLANCE).await;
+        }
+        shared.hang_up();
     }
 
     fn not_running(&self, cause: String) -> Error {

@@ -36,7 +36,7 @@ use crate::relay::{Choice as Chosen, Error, Mode};
 /// How long the first report of the page cache is waited for, once the destination is ready.
 const REPORT_PATIENCE: Duration = Duration::from_secs(3);
 /// How long the link may be away while nobody runs the VM.
-const PAUSED_PATIENCE: Duration = Duration::from_secs(3);
+pub(super) const PAUSED_PATIENCE: Duration = Duration::from_secs(3);
 /// How often QEMU is asked how far it is.
 const POLL: Duration = Duration::from_millis(25);
 
@@ -241,6 +241,7 @@ impl Migration {
             qemu,
             session,
             rate,
+            self.request.vm.qmp().version().keeps_until_loaded(),
         ));
         self.shared = Some(Arc::clone(&shared));
         match theirs {
@@ -343,10 +344,7 @@ impl Migration {
                     let away_ms = away.map_or(0, |away| away.as_millis());
                     self.progress.set(Counter::LinkAwayMs, u64::try_from(away_ms).unwrap_or(u64::MAX));
                     if let (Some(away), Some(_)) = (away, paused) && away > PAUSED_PATIENCE {
-                        return Err(Stop::Failed(format!(
-                            "the link went away while the VM was paused, and did not come back for {} seconds",
-                            PAUSED_PATIENCE.as_secs()
-                        )));
+                        return Err(link_away_while_paused());
                     }
                     if paused.is_none() && self.request.goal.is_over(self.progress.elapsed()) {
                         return Err(self.too_late());
@@ -418,6 +416,13 @@ impl Migration {
             }
         }
     }
+}
+
+pub(super) fn link_away_while_paused() -> Stop {
+    Stop::Failed(format!(
+        "the link went away while the VM was paused, and did not come back for {} seconds",
+        PAUSED_PATIENCE.as_secs()
+    ))
 }
 
 pub(super) async fn cancelled(cancel: &mut watch::Receiver<bool>) {

@@ -44,5 +44,5 @@ use crate::link::{sync, window};
 pub use facts::Plan;
 pub use goal::Goal;
 pub use migration::migrate;
-pub use request::{Destination, Journal, Outcome, Presence, Request, ask, locate};
+pub use request::{Destination, Journal, Keeper, Outcome, Presence, Request, ask, locate};
 pub use resume::Rest;

@@ -2,10 +2,13 @@
 //! follows.
 //!
 //! QEMU pauses the VM and waits (`pause-before-switchover`). Up to there it can go back. Then the hand-over is
-//! noted, and QEMU goes on: pages to forget, the package of devices, a ping, and pages. When the ping has
-//! come, QEMU has written all of the package and can no longer run the VM by itself, as it would if its socket
-//! broke before; so that is when the destination is told that the VM is its own. It holds the package back
-//! until it has noted that.
+//! noted, and QEMU goes on: pages to forget, the package of devices, a ping, and pages. The destination is told that
+//! the VM is its own when QEMU cannot run it by itself any more, as it would if its socket broke before:
+//!
+//! - Until 10.1 that is when the ping has come, behind all of the package. The destination holds the package back
+//!   until it has noted that.
+//! - From 10.2 on it is when QEMU was told that the destination has loaded the package, and says `postcopy-active`. A
+//!   package that does not load costs nothing there.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,7 +21,7 @@ use transhume_protocol::qemu::{Command, CommandKind, Discard};
 use super::buffers::Buffer;
 use super::choice::Choice;
 use super::goal::Seen;
-use super::migration::{Copied, Migration, Stop};
+use super::migration::{Copied, Migration, PAUSED_PATIENCE, Stop, link_away_while_paused};
 use super::resume::Rest;
 use super::shared::Shared;
 use super::stream::StreamReader;
@@ -92,7 +95,7 @@ impl StreamReader {
             }
             (CommandKind::Ping, Switch::Package(0)) => {
                 self.collector.records().raw(bytes);
-                self.hand_over(buffer)?;
+                self.end_package(buffer)?;
             }
             _ => self.collector.records().raw(bytes),
         }
@@ -134,14 +137,15 @@ impl StreamReader {
         Ok(())
     }
 
-    /// QEMU has written the whole package and cannot run the VM any more.
-    fn hand_over(&mut self, buffer: &Buffer) -> Result<(), RelayError> {
+    /// QEMU has written the whole package; until 10.1 it cannot run the VM any more.
+    fn end_package(&mut self, buffer: &Buffer) -> Result<(), RelayError> {
         self.collector.dispatch_copy(buffer)?;
-        // The commit overtakes what waits.
-        self.collector.shared().flow.drain()?;
-        let commit = encode_control(&Control::Commit)?;
-        self.collector.shared().hand_over()?;
-        self.collector.shared().flow.push_control(commit);
+        let shared = self.collector.shared();
+        if !shared.keeps_until_loaded() {
+            // The commit overtakes what waits.
+            shared.flow.drain()?;
+            shared.hand_over()?;
+        }
         self.collector.switch = Switch::Done;
         Ok(())
     }
@@ -245,6 +249,7 @@ impl Migration {
             tokio::select! {
                 biased;
                 at = shared.handed_over() => return Ok(copied(at, true)),
+                () = shared.loaded() => return self.tell_loaded(shared, events, &copied).await,
                 event = events.recv() => match event {
                     Ok(event) => match status(&event) {
                         Some("completed") => return Ok(copied(Instant::now(), false)),
@@ -257,12 +262,49 @@ impl Migration {
                     }
                 },
                 () = shared.failure() => break self.why_failed(shared).await,
-                () = tokio::time::sleep(POLL) => show(shared, None, &self.progress),
+                () = tokio::time::sleep(POLL) => {
+                    show(shared, None, &self.progress);
+                    if shared.keeps_until_loaded() && shared.link_away() > Some(PAUSED_PATIENCE) {
+                        break link_away_while_paused();
+                    }
+                }
             }
         };
         match shared.withdraw() {
             Some(at) => Ok(copied(at, true)),
             None => Err(failed),
+        }
+    }
+
+    /// The destination has loaded the devices, and waits: tells QEMU so. From then on QEMU alone says whether it can
+    /// still run the VM.
+    async fn tell_loaded(
+        &self,
+        shared: &Arc<Shared>,
+        mut events: broadcast::Receiver<Event>,
+        copied: &impl Fn(Instant, bool) -> Copied,
+    ) -> Result<Copied, Stop> {
+        let qmp = self.request.vm.qmp();
+        shared.tell_loaded()?;
+        loop {
+            let said = qmp.query_migrate().await?;
+            match keeps(said.status.as_deref()) {
+                Some(false) => {
+                    shared.hand_over()?;
+                    return Ok(copied(Instant::now(), true));
+                }
+                Some(true) => {
+                    shared.withdraw();
+                    return Err(self.why_failed(shared).await);
+                }
+                None => {}
+            }
+            tokio::select! {
+                event = events.recv() => if matches!(event, Err(broadcast::error::RecvError::Closed)) {
+                    return Err(Stop::Failed(qmp.closed().await));
+                },
+                () = tokio::time::sleep(POLL) => {}
+            }
         }
     }
 
@@ -340,6 +382,19 @@ impl Migration {
             number: self.facts.offer.job,
             link_patience: request.link_patience,
         }
+    }
+}
+
+/// Whether a QEMU whose migration went over to post-copy can still run the VM, by what it says of it; `None` as long as
+/// it may be either.
+pub(super) fn keeps(status: Option<&str>) -> Option<bool> {
+    match status {
+        None | Some("none" | "failed" | "cancelled") => Some(true),
+        Some("completed") => Some(false),
+        Some(status) if status.starts_with("postcopy-") && status != "postcopy-device" => {
+            Some(false)
+        }
+        Some(_) => None,
     }
 }
 

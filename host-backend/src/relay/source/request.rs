@@ -8,6 +8,7 @@ pub use transhume_protocol::link::Presence;
 
 use super::facts::Plan;
 use super::goal::Goal;
+use super::postcopy::keeps;
 use crate::hypervisor::Vm;
 use crate::link::{Connection, PATIENCE, Security};
 use crate::relay::progress::Summary;
@@ -65,12 +66,41 @@ pub enum Outcome {
     Planned(Plan),
 }
 
+/// Who keeps a VM that the destination holds: loaded, and not running before it hears this.
+#[derive(Clone)]
+pub enum Keeper {
+    /// The source, or nobody: it has ended there.
+    Source,
+    /// The source as long as this QEMU can run it.
+    Qemu(Arc<Vm>),
+}
+
+impl Keeper {
+    /// The message; `None` as long as QEMU does not know yet.
+    async fn message(&self) -> Option<Control> {
+        let stays = match self {
+            Self::Source => true,
+            Self::Qemu(vm) => {
+                let said = vm.qmp().query_migrate().await.ok()?;
+                keeps(said.status.as_deref())?
+            }
+        };
+        let reason = || "the VM stays at its source".to_owned();
+        Some(if stays {
+            Control::Abort { reason: reason() }
+        } else {
+            Control::Commit
+        })
+    }
+}
+
 /// Asks a destination whether it took a VM, until it answers or patience ends. A source that asks has given
-/// the migration's session up: the destination ends it.
+/// the migration's session up: the destination ends it. If it holds the VM, it is told what becomes of it.
 pub async fn ask(
     destination: &Destination,
     vm: &str,
     number: u64,
+    keeper: &Keeper,
     patience: Duration,
 ) -> Option<bool> {
     let deadline = Instant::now() + patience;
@@ -87,11 +117,20 @@ pub async fn ask(
         let asked = tokio::task::spawn_blocking(move || {
             let mut connection = Connection::open(&address, &host, &security)?;
             connection.send(&query)?;
-            connection.receive(PATIENCE)
+            let answer = connection.receive(PATIENCE)?;
+            Ok((connection, answer))
         });
-        match asked.await {
-            Ok(Ok(Control::Outcome { taken })) => return Some(taken),
-            Ok(Err(error)) => tracing::debug!(%error, "no answer from the destination"),
+        let mut answer = asked.await.ok();
+        if let Some(Ok((_, Control::Held))) = &answer {
+            // Without a word nothing changes there.
+            answer = match (answer, keeper.message().await) {
+                (Some(Ok((connection, _))), Some(message)) => say(connection, message).await,
+                _ => None,
+            };
+        }
+        match answer {
+            Some(Ok((_, Control::Outcome { taken }))) => return Some(taken),
+            Some(Err(error)) => tracing::debug!(%error, "no answer from the destination"),
             _ => {}
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
@@ -121,4 +160,17 @@ pub async fn locate(destination: &Destination, vm: &str) -> Result<Presence, Str
         Ok(Err(error)) => Err(error.to_string()),
         Err(error) => Err(error.to_string()),
     }
+}
+
+/// Says what becomes of a VM that is held, and hears the answer; `None` if it could not be tried.
+async fn say(
+    mut connection: Connection,
+    message: Control,
+) -> Option<Result<(Connection, Control), crate::link::Error>> {
+    let said = tokio::task::spawn_blocking(move || {
+        connection.send(&message)?;
+        let answer = connection.receive(PATIENCE)?;
+        Ok((connection, answer))
+    });
+    said.await.ok()
 }

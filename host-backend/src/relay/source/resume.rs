@@ -196,6 +196,7 @@ impl Rest {
             qemu,
             session,
             rate,
+            false,
         );
         let shared = Arc::new(shared);
         let begun = shared.resume(section, blocks);

@@ -8,8 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
-use transhume_protocol::link::Stalls;
+use transhume_protocol::link::{Control, Stalls, encode_control};
 use transhume_protocol::qemu::Block;
+use transhume_protocol::qemu::return_path::{Message, PACKAGE_LOADED};
 
 use super::answers::Answers;
 use super::channel::ChannelReader;
@@ -38,6 +39,8 @@ enum Hand {
     Here,
     /// The stream may hand it over.
     Open,
+    /// QEMU was told that the devices are loaded at the destination: whether it can still run the VM, it says.
+    Told,
     /// It was handed over.
     Over(Instant),
     /// It stays here, for good.
@@ -47,6 +50,10 @@ enum Hand {
 #[derive(Default)]
 struct State {
     hand: Hand,
+    /// The stream could hand it over at one time.
+    opened: bool,
+    /// The destination has loaded the devices.
+    loaded: bool,
     /// The destination waits for the link however long it is away.
     endures: bool,
     /// The VM goes over to post-copy as soon as it can.
@@ -81,6 +88,8 @@ pub(super) struct Shared {
     /// What the guest waits for, in post-copy.
     pub(super) requests: Requests,
     qemu: Sockets,
+    /// QEMU keeps the VM until it is told that its devices are loaded at the destination.
+    keeps_until_loaded: bool,
     /// Where the readers of stream and channels meet.
     rendezvous: Option<Arc<Rendezvous>>,
     /// Held while a message is written: messages must not mix.
@@ -92,6 +101,7 @@ pub(super) struct Shared {
 }
 
 impl Shared {
+    #[expect(clippy::too_many_arguments, reason = "they are its fields")]
     pub(super) fn new(
         flow: Arc<Flow>,
         hints: Arc<Hints>,
@@ -100,6 +110,7 @@ impl Shared {
         qemu: Sockets,
         session: Session<Packer>,
         rate: Arc<LinkRate>,
+        keeps_until_loaded: bool,
     ) -> Self {
         let channels = qemu.channels.len();
         Self {
@@ -109,6 +120,7 @@ impl Shared {
             progress,
             requests: Requests::default(),
             qemu,
+            keeps_until_loaded,
             rendezvous: (channels > 0).then(|| Arc::new(Rendezvous::new(channels))),
             telling: Mutex::new(()),
             session,
@@ -198,11 +210,77 @@ impl Shared {
         if let Some(rendezvous) = &self.rendezvous {
             rendezvous.close();
         }
+        // QEMU may have to be told something before it can take the VM back: see `take_back`.
+        let waits = {
+            let state = self.lock();
+            let told = matches!(state.hand, Hand::Told | Hand::Over(_));
+            self.keeps_until_loaded && state.opened && !told
+        };
+        self.shut(if waits {
+            Shutdown::Read
+        } else {
+            Shutdown::Both
+        });
+        self.changed.notify_waiters();
+    }
+
+    fn shut(&self, how: Shutdown) {
         for socket in self.qemu.channels.iter().chain([&self.qemu.stream]) {
             // Fails only when QEMU has closed it already.
-            let _ = socket.shutdown(Shutdown::Both);
+            let _ = socket.shutdown(how);
         }
+    }
+
+    /// Tells QEMU nothing more.
+    pub(super) fn hang_up(&self) {
+        self.shut(Shutdown::Both);
+    }
+
+    /// Whether QEMU keeps the VM until it is told that its devices are loaded at the destination.
+    pub(super) fn keeps_until_loaded(&self) -> bool {
+        self.keeps_until_loaded
+    }
+
+    /// Whether the destination may hold the VM, loaded, and the VM may still stay here.
+    pub(super) fn may_be_held(&self) -> bool {
+        let state = self.lock();
+        self.keeps_until_loaded && state.opened && !matches!(state.hand, Hand::Over(_))
+    }
+
+    pub(super) fn set_loaded(&self) {
+        self.lock().loaded = true;
         self.changed.notify_waiters();
+    }
+
+    /// Waits until the destination has loaded the devices.
+    pub(super) async fn loaded(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if self.lock().loaded {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Tells QEMU that the devices are loaded at the destination: from then on it may be unable to run the VM. The
+    /// journal says so.
+    pub(super) fn tell_loaded(&self) -> Result<(), RelayError> {
+        let mut state = self.lock();
+        if state.hand != Hand::Open {
+            return Err(RelayError::Stopped);
+        }
+        state.hand = Hand::Told;
+        drop(state);
+        self.pong()
+    }
+
+    /// The destination's answer to the ping at the package's end.
+    pub(super) fn pong(&self) -> Result<(), RelayError> {
+        let mut message = Vec::new();
+        let number = PACKAGE_LOADED;
+        Message::Pong { number }.encode(&mut message);
+        self.tell_qemu(&message)
     }
 
     /// Takes the first error.
@@ -262,6 +340,7 @@ impl Shared {
     pub(super) fn open_hand(&self) {
         let mut state = self.lock();
         state.hand = Hand::Open;
+        state.opened = true;
         self.session.set_patience(IN_BETWEEN);
         if let Some(theirs) = state.theirs.take() {
             stream::narrow(&theirs);
@@ -312,14 +391,21 @@ impl Shared {
         self.lock().hand == Hand::Open
     }
 
-    /// Hands the VM over, unless it was decided that it stays.
+    /// Hands the VM over, unless it was decided that it stays, and tells the destination.
     pub(super) fn hand_over(&self) -> Result<(), RelayError> {
         let mut state = self.lock();
-        if state.hand != Hand::Open {
+        let ready = match state.hand {
+            Hand::Open => !self.keeps_until_loaded,
+            Hand::Told => true,
+            _ => false,
+        };
+        if !ready {
             return Err(RelayError::Stopped);
         }
+        let commit = encode_control(&Control::Commit)?;
         state.hand = Hand::Over(Instant::now());
         drop(state);
+        self.flow.push_control(commit);
         self.changed.notify_waiters();
         Ok(())
     }
