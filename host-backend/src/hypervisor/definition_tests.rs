@@ -254,7 +254,7 @@ mod worst {
     #[test]
     fn the_worst_texts_take_little_memory() {
         let full = |piece: &str| piece.repeat(MAX_TEXT / piece.len());
-        let keys: String = (0..30_000).map(|n| format!("k{n}=1\n")).collect();
+        let keys = (0..30_000).fold(String::new(), |keys, n| keys + &format!("k{n}=1\n"));
         let texts = [
             full("[[disk]]\n"),
             full("["),

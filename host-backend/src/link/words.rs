@@ -37,7 +37,9 @@ pub(crate) fn decode(payload: &[u8]) -> Result<Control, LinkError> {
             }
         }
         Control::Abort { reason: said } => reason(said),
-        Control::Ready { no_post_copy, .. } => no_post_copy.iter_mut().for_each(reason),
+        Control::Ready { no_post_copy, .. } | Control::Accepted { no_post_copy, .. } => {
+            no_post_copy.iter_mut().for_each(reason);
+        }
         Control::Query { vm, .. } | Control::Resume { vm, .. } | Control::Locate { vm } => {
             name(vm);
         }
@@ -46,7 +48,6 @@ pub(crate) fn decode(payload: &[u8]) -> Result<Control, LinkError> {
             *block = line(block, 255);
         }),
         Control::Stalled(stalls) => stalls.cpus_ms.truncate(MOST_CPUS),
-        Control::Accepted { no_post_copy, .. } => no_post_copy.iter_mut().for_each(reason),
         Control::Prepare { .. }
         | Control::Commit
         | Control::Running

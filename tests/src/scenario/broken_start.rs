@@ -232,7 +232,9 @@ fn each_message(bed: &Bed) -> Result<()> {
     let (pair, proxy) = begin(bed)?;
     // It asks the other host whether it has the VM, over the same proxy.
     let mut life = pair.boot(&Micro::new(bed)?)?;
-    cuts.into_iter().for_each(|cut| proxy.plan(cut));
+    for cut in cuts {
+        proxy.plan(cut);
+    }
     let answer = pair.moves(At::A, &mut life)?;
     check(proxy.cuts() == cuts.len(), || {
         format!("{} cuts were made", proxy.cuts())

@@ -288,7 +288,7 @@ fn a_gate_that_was_only_prepared_outlives_no_host() {
         assert_eq!(bench.heard(), [""; 0]);
         let woken = bench.now + PREPARED_PATIENCE;
         assert_eq!(bench.rest(), Action::Wait(PREPARED_PATIENCE));
-        bench.now = woken - Duration::from_millis(1);
+        bench.now = woken.saturating_sub(Duration::from_millis(1));
         assert_eq!(bench.heard(), [""; 0]);
         assert!(bench.gate.is_open);
         bench.now = woken;
