@@ -52,7 +52,15 @@ pub fn arguments(
     line.add("-machine", &definition.machine);
     line.add("-accel", definition.accelerator.to_string());
     line.add("-cpu", definition.cpu_model());
-    line.add("-m", format!("size={}M", definition.memory.bytes() >> 20));
+    let memory = definition.memory.bytes();
+    line.add(
+        "-m",
+        if memory.is_multiple_of(1 << 20) {
+            format!("size={}M", memory >> 20)
+        } else {
+            format!("size={}K", memory >> 10)
+        },
+    );
     let vcpus = definition.vcpus;
     line.add(
         "-smp",

@@ -308,10 +308,11 @@ impl Definition {
                 format!("write a size from {MIN_MEMORY} to {MAX_MEMORY}"),
             ));
         }
-        if !memory.bytes().is_multiple_of(1 << 20) {
+        // QEMU rounds to this (`set_memory_options` in its system/vl.c).
+        if !memory.bytes().is_multiple_of(8 << 10) {
             return Err(Error::field(
                 "memory",
-                format!("is {memory}, which is no multiple of 1MiB"),
+                format!("is {memory}, which is no multiple of 8KiB"),
                 "round it to whole MiB",
             ));
         }

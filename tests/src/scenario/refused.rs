@@ -40,9 +40,9 @@ fn definition(bed: &Bed) -> Result<()> {
         ("vcpus = ", "colour = \"red\"\nvcpus = ", &["colour"][..]),
         ("id = \"root\"", "id = \"root\"\nsize = 3", &["size"]),
         ("port = \"console\"", "prot = \"console\"", &["prot"]),
-        ("memory = \"128MiB\"", "memory = \"128\"", &["memory"]),
+        ("memory = \"131080KiB\"", "memory = \"128\"", &["memory"]),
         (
-            "memory = \"128MiB\"",
+            "memory = \"131080KiB\"",
             "memory = \"900TiB\"",
             &["memory", "16TiB"],
         ),
