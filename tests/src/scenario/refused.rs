@@ -36,6 +36,8 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 fn definition(bed: &Bed) -> Result<()> {
     let pair = Pair::new(bed, NEWEST, None)?;
     let right = Micro::new(bed)?.definition(bed)?;
+    let disk = raw_disk(bed)?;
+    let disk = disk.file_name().unwrap_or_default().to_string_lossy();
     for (from, to, words) in [
         ("vcpus = ", "colour = \"red\"\nvcpus = ", &["colour"][..]),
         ("id = \"root\"", "id = \"root\"\nsize = 3", &["size"]),
@@ -62,7 +64,7 @@ fn definition(bed: &Bed) -> Result<()> {
             "machine = \"pc-q35-99.0\"",
             &["pc-q35-99.0", "-machine help"],
         ),
-        ("micro.raw", "none.raw", &["none.raw", "[disk.on]"]),
+        (&*disk, "none.raw", &["none.raw", "[disk.on]"]),
     ] {
         let wrong = right.replace(from, to);
         check(wrong != right, || {
