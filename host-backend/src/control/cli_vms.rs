@@ -68,6 +68,8 @@ pub(super) enum VmCommand {
         qmp: PathBuf,
     },
     /// Show QEMU's command line for a definition, without starting it
+    ///
+    /// Before you run it, make the folders of its sockets and its logs, which it names.
     #[command(after_help = "Example:\n  transhume vm arguments web1.toml")]
     Arguments {
         /// The definition (TOML); - reads it from standard input

@@ -105,9 +105,10 @@ impl Daemon {
         let errors = output.try_clone().map_err(Error::file("copy", &log))?;
         let program = programs.join("transhumed");
         let run = if host.userfaultfd {
-            // As the unit does.
-            host.run("prlimit")?
-                .arg(format!("--data={}:unlimited", 2_u64 << 30))
+            // As the unit does, by what hosts that run as guests have too; in KiB.
+            host.run("sh")?
+                .args(["-c", "ulimit -S -d \"$0\" && exec \"$@\""])
+                .arg((2 << 20).to_string())
                 .arg(program)
         } else {
             // In a mount namespace of its own.
@@ -248,6 +249,11 @@ impl Daemon {
     /// The run folder of a VM on this host.
     pub fn vm_folder(&self, vm: &str) -> PathBuf {
         self.host.folder.join("run/vms").join(vm)
+    }
+
+    /// A VM's folder of logs.
+    pub fn vm_logs(&self, vm: &str) -> PathBuf {
+        self.host.folder.join("log").join(vm)
     }
 
     /// A `transhume` that talks to this daemon.

@@ -351,7 +351,11 @@ fn doubt(pair: &mut Pair<'_>, by_operator: bool) -> Result<()> {
 pub(super) fn state(pair: &Pair<'_>, at: At) -> Result<Option<String>> {
     let answer = ask(pair.daemon(at), &["vm", "show", NAME])?;
     match answer.code {
-        0 => answer.word("/state").map(|word| Some(word.to_owned())),
+        // A VM whose QEMU ended stays defined.
+        0 => {
+            let state = answer.word("/state")?;
+            Ok((state != "stopped").then(|| state.to_owned()))
+        }
         3 => Ok(None),
         _ => Err(Error::Check(format!("Odd: {answer}"))),
     }

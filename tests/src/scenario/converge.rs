@@ -32,6 +32,7 @@ fn converge(bed: &Bed) -> Result<()> {
 
     let command = pair.begin_migration(At::A, &["--mode", "pre", "--deadline", "25"])?;
     let job = pair.in_pre_copy(At::A).map_err(shown)?;
+    // Which of its reasons it says first depends on how fast this machine is.
     pair.wait("the word that it does not come to an end", || {
         let job = ask(&pair.a, &["job", "show", &job])?.expect(0)?;
         let advice = &job.value["progress"]["forecast"]["advice"];
@@ -40,13 +41,13 @@ fn converge(bed: &Bed) -> Result<()> {
         })?;
         Ok(advice
             .as_str()
-            .is_some_and(|advice| advice.contains("--max-downtime")))
+            .is_some_and(|advice| advice.contains("What would do")))
     })?;
     let answer = command.end()?.refused(
         4,
         &[
             "deadline has passed",
-            "--max-downtime",
+            "What would do",
             "--mode auto",
             "runs on at hosta",
         ],

@@ -162,7 +162,11 @@ fn source_qemu(bed: &Bed) -> Result<()> {
         "A QEMU runs at the source".into()
     })?;
     pair.nothing_left(At::B)?;
-    ask(&pair.a, &["vm", "show", NAME])?.refused(3, &["ended"])?;
+    let shown = ask(&pair.a, &["vm", "show", NAME])?.expect(0)?;
+    check(
+        shown.word("/state")? == "stopped" && shown.word("/note")?.contains("ended"),
+        || format!("It is not said that it ended: {shown}"),
+    )?;
     // It starts again as after a power cut, and is the same VM as before.
     pair.hosts.shape(Some(1000))?;
     let mut life = pair.boot(&Micro::new(bed)?)?;

@@ -368,7 +368,7 @@ fn unused(bed: &Bed) -> Result<()> {
         scene.run(IS_CLOSED)?;
     }
     scene.run(&format!(
-        "while :; do {is_open} > /dev/null && touch /tmp/was-open; sleep 0.05; done & echo $! > /tmp/look.pid"
+        "while :; do {is_open} && touch /tmp/was-open; sleep 0.05; done > /dev/null 2>&1 & echo $! > /tmp/look.pid"
     ))?;
     for _ in 0..2 {
         let answer = scene.may_move_by_post_copy()?;

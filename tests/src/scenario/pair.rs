@@ -184,7 +184,9 @@ impl<'a> Pair<'a> {
             .flatten()
             .filter_map(|argument| argument.as_str());
         let folder = self.folder(At::A);
-        fs::create_dir_all(&folder).map_err(Error::file("create", &folder))?;
+        for folder in [&folder, &self.a.vm_logs(NAME)] {
+            fs::create_dir_all(folder).map_err(Error::file("create", folder))?;
+        }
         let mut run = self.hosts.a.run(arguments.next().unwrap_or_default())?;
         run.command().stdout(Stdio::null());
         let qemu = run.args(arguments).spawn()?;

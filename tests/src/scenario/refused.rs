@@ -1,6 +1,6 @@
 //! What cannot work is refused before the guest is touched, with its cause and its cure.
 
-use super::micro::{Micro, NAME, Qemus, raw_disk};
+use super::micro::{Micro, NAME, Qemus, UNALIGNED_KIB, raw_disk};
 use super::pair::{At, NEWEST, Pair};
 use super::transhume::ask;
 use super::{Bed, Scenario};
@@ -275,7 +275,7 @@ fn dry_run(bed: &Bed) -> Result<()> {
     let plan = &answer.value["plan"];
     check(
         plan["to"] == HOST_B
-            && plan["memory-bytes"] == 128 << 20
+            && plan["memory-bytes"] == (128_u64 << 20) + (UNALIGNED_KIB << 10)
             && plan["machine"] == "pc-q35-10.0",
         || format!("The plan is wrong: {plan}"),
     )?;
