@@ -22,6 +22,8 @@ struct State {
     /// How many times yet `cont` is refused.
     refusals: u32,
     commands: Vec<String>,
+    /// Its monitor closes at the next command.
+    hangs_up: bool,
 }
 
 /// See the module. Its process ends when this is dropped.
@@ -68,6 +70,7 @@ impl State {
                 self.end();
                 return None;
             }
+            _ if self.hangs_up => return None,
             "cont" if self.refusals > 0 => {
                 self.refusals -= 1;
                 Value::Null
@@ -100,6 +103,7 @@ impl FakeQemu {
                 migration: String::new(),
                 refusals: 0,
                 commands: Vec::new(),
+                hangs_up: false,
             })),
         };
         let listener = UnixListener::bind(&fake.qmp).expect("a socket");
@@ -126,6 +130,11 @@ impl FakeQemu {
     /// What `query-migrate` says from now on.
     pub(crate) fn set_migration(&self, status: &str) {
         status.clone_into(&mut self.lock().migration);
+    }
+
+    /// Its monitor closes at the next command, and its process is there.
+    pub(crate) fn hang_up(&self) {
+        self.lock().hangs_up = true;
     }
 
     /// `cont` is refused so many times.

@@ -10,14 +10,17 @@ use super::migration::{Copied, Migration, Stop};
 use super::postcopy::keeps;
 use super::request::{Keeper, Request, ask};
 use super::shared::Shared;
-use crate::hypervisor;
+use crate::hypervisor::{self, Vm};
 use crate::link::PATIENCE;
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Downtime, Phase, Summary};
 use crate::relay::{Choice, Error, IN_BETWEEN, Mode, Stays};
 
 /// How long QEMU may take to run a VM again after a failure.
-const QEMU_PATIENCE: Duration = Duration::from_secs(15);
+const QEMU_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 15 });
+
+/// How long a QEMU that cannot be asked any more may take to end.
+const END_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
 
 const TAKE_BACK_GLANCE: Duration = Duration::from_millis(50);
 
@@ -55,7 +58,7 @@ impl Migration {
             Ok(None) | Err(_) => match self.ask_what_became().await {
                 Some(true) => Ok(()),
                 Some(false) => Err("the other host did not take the VM over".to_owned()),
-                None => return Err(self.give_up(&copied)),
+                None => return Err(self.give_up(&copied.shared, None)),
             },
         };
         let running = Instant::now();
@@ -149,14 +152,19 @@ impl Migration {
         });
     }
 
-    pub(super) fn give_up(&mut self, copied: &Copied) -> Error {
-        let cause = copied.shared.take_failure();
-        copied.shared.stop(RelayError::Stopped);
+    pub(super) fn give_up(&mut self, shared: &Shared, stop: Option<Stop>) -> Error {
+        let failure = shared.take_failure().map(|error| error.to_string());
+        let cause = match stop {
+            Some(Stop::Failed(cause)) => Some(cause),
+            Some(Stop::Cancelled) => Some("it was cancelled".to_owned()),
+            None => failure,
+        };
+        shared.stop(RelayError::Stopped);
         self.progress.enter(Phase::Unresolved);
         Error::Unresolved {
             vm: self.request.vm.name().to_owned(),
             to: self.request.destination.host.clone(),
-            cause: cause.map_or_else(|| "no answer".to_owned(), |cause| cause.to_string()),
+            cause: cause.unwrap_or_else(|| "no answer".to_owned()),
         }
     }
 
@@ -165,14 +173,19 @@ impl Migration {
     pub(super) async fn undo(&mut self, stop: Stop) -> Error {
         let qmp = self.request.vm.qmp();
         let lost = qmp.is_closed();
-        let held = match self.shared.clone().filter(|shared| shared.may_be_held()) {
-            Some(shared) => {
-                shared.stop(RelayError::Stopped);
-                self.take_back(&shared).await;
-                true
+        let held = self.shared.clone().filter(|shared| shared.may_be_held());
+        if let Some(shared) = &held {
+            shared.stop(RelayError::Stopped);
+            let wake = || {
+                let _ = shared.pong();
+                shared.hang_up();
+            };
+            let stays = stays_here(&self.request.vm, wake).await;
+            shared.hang_up();
+            if !stays {
+                return self.give_up(shared, Some(stop));
             }
-            None => false,
-        };
+        }
         if let Some(shared) = &self.shared {
             shared.withdraw();
         }
@@ -186,7 +199,7 @@ impl Migration {
             self.withdraw(self.request.link_patience);
         }
         if let Some(session) = &self.session {
-            if held {
+            if held.is_some() {
                 self.withdraw(IN_BETWEEN);
             } else if session.away().is_some() {
                 self.withdraw(self.request.link_patience);
@@ -239,32 +252,6 @@ impl Migration {
         }
     }
 
-    /// Has a QEMU that keeps the VM until its devices are loaded run it again. When all memory was sent before
-    /// that, it waits for the word that they are (QEMU 11.1), whatever becomes of its socket; if it is said on a stream
-    /// that has broken, the migration fails, as it should.
-    async fn take_back(&self, shared: &Shared) {
-        let qmp = self.request.vm.qmp();
-        let deadline = Instant::now() + QEMU_PATIENCE;
-        let mut told = false;
-        while Instant::now() < deadline {
-            let Ok(said) = qmp.query_migrate().await else {
-                break;
-            };
-            if keeps(said.status.as_deref()).is_some() {
-                break;
-            }
-            let waits = said.status.as_deref() == Some("postcopy-device")
-                && said.ram.is_some_and(|ram| ram.remaining == 0);
-            if waits && !std::mem::replace(&mut told, true) {
-                tracing::warn!("QEMU waits for a destination that has gone: it is woken");
-                let _ = shared.pong();
-                shared.hang_up();
-            }
-            tokio::time::sleep(TAKE_BACK_GLANCE).await;
-        }
-        shared.hang_up();
-    }
-
     fn not_running(&self, cause: String) -> Error {
         let vm = self.request.vm.name();
         Error::Lost {
@@ -287,5 +274,63 @@ impl Migration {
         };
         let result: Result<(), hypervisor::Error> = run_again.await;
         result.map_err(|error| error.to_string())
+    }
+}
+
+/// Whether the VM stays here: its QEMU runs it again, or has ended, so that nobody can. False if QEMU gave it up, or does
+/// not say: then it is not for this daemon to say either.
+///
+/// `wake` is called once if QEMU, which keeps the VM until its devices are loaded, has sent all memory before that: it waits
+/// for the word that they are (QEMU 11.1), whatever becomes of its socket. Said on a stream that has broken, it makes the
+/// migration fail, as it should.
+async fn stays_here(vm: &Vm, wake: impl Fn()) -> bool {
+    let deadline = Instant::now() + QEMU_PATIENCE;
+    let mut woken = false;
+    while Instant::now() < deadline {
+        let Ok(said) = vm.qmp().query_migrate().await else {
+            break;
+        };
+        if let Some(keeps) = keeps(said.status.as_deref()) {
+            return keeps;
+        }
+        let waits = said.status.as_deref() == Some("postcopy-device")
+            && said.ram.is_some_and(|ram| ram.remaining == 0);
+        if waits && !std::mem::replace(&mut woken, true) {
+            tracing::warn!("QEMU waits for a destination that has gone: it is woken");
+            wake();
+        }
+        tokio::time::sleep(TAKE_BACK_GLANCE).await;
+    }
+    timeout(END_PATIENCE, vm.gone()).await.is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hypervisor::fake::{FakeQemu, definition, settings};
+
+    #[tokio::test]
+    async fn a_vm_stays_only_if_its_qemu_says_so_or_has_ended() {
+        let run = tempfile::tempdir().expect("a folder");
+        let settings = settings(run.path());
+        let qemu = FakeQemu::start(run.path(), "web1");
+        let vm = qemu.vm(&definition("web1"), &settings).await;
+        let stays = async || stays_here(&vm, || {}).await;
+        for (status, expected) in [
+            ("failed", true),
+            ("postcopy-active", false),
+            ("postcopy-paused", false),
+            ("completed", false),
+            // It does not say in time.
+            ("postcopy-device", false),
+        ] {
+            qemu.set_migration(status);
+            assert_eq!(stays().await, expected, "{status}");
+        }
+        // Its process is there, and it cannot be asked.
+        qemu.hang_up();
+        assert!(!stays().await);
+        qemu.end(true);
+        assert!(stays().await);
     }
 }

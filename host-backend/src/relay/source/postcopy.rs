@@ -328,7 +328,7 @@ impl Migration {
                     let reason = "the other host did not take the VM over".to_owned();
                     return Err(self.undo(Stop::Failed(reason)).await);
                 }
-                Ok(None) | Err(_) => return Err(self.give_up(&copied)),
+                Ok(None) | Err(_) => return Err(self.give_up(&copied.shared, None)),
             },
         };
         tracing::info!("the VM runs at its destination; the rest of its memory follows");
