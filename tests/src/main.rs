@@ -250,7 +250,11 @@ fn run(task: Task) -> Result<Outcome> {
     if let Task::NestedHost { case } = &task {
         return scenario::inside_nested_host(case).map(|()| Outcome::Passed);
     }
-    let layout = Layout::find(true)?;
+    let released = match &task {
+        Task::Test { all, .. } | Task::Scenario { all, .. } => *all,
+        _ => true,
+    };
+    let layout = Layout::find(released)?;
     tools::ensure()?;
     let packages = Packages::new(&layout);
     match task {
