@@ -21,7 +21,7 @@ const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 ///
 /// # Errors
 /// Of files; [`io::ErrorKind::InvalidData`] with the cause for images that leave to QEMU what to open.
-pub(super) fn below(image: &Path) -> io::Result<Vec<PathBuf>> {
+pub fn below(image: &Path) -> io::Result<Vec<PathBuf>> {
     let mut found: Vec<PathBuf> = Vec::new();
     while let Some(next) = next(found.last().map_or(image, PathBuf::as_path))? {
         let (path, is_image) = next;

@@ -103,9 +103,30 @@ pub struct Disk {
     /// Whether the guest may not write to it.
     #[serde(default)]
     pub read_only: bool,
+    /// Whether it takes a proof that hosts have the same storage for it.
+    #[serde(default, skip_serializing_if = "Shared::is_proven")]
+    pub shared: Shared,
     /// Where it is, by the host's name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub on: BTreeMap<String, PathBuf>,
+}
+
+/// What it takes to believe that a disk is the same on two hosts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Shared {
+    /// A proof; see `docs/storage.md`.
+    #[default]
+    Proven,
+    /// The operator's word, where nothing can be proved. What both hosts read is compared all the same.
+    Trust,
+}
+
+impl Shared {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes it so")]
+    fn is_proven(&self) -> bool {
+        *self == Self::Proven
+    }
 }
 
 /// How a disk's file is laid out.

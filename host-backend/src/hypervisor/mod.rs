@@ -1,6 +1,6 @@
 //! Drivers of hypervisors: start, find, watch and stop virtual machines. They know nothing of pages.
 
-mod backing;
+pub mod backing;
 mod binary;
 mod build;
 pub mod command_line;

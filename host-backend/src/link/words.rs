@@ -37,9 +37,7 @@ pub(crate) fn decode(payload: &[u8]) -> Result<Control, LinkError> {
             }
         }
         Control::Abort { reason: said } => reason(said),
-        Control::Ready { no_post_copy, .. } | Control::Accepted { no_post_copy, .. } => {
-            no_post_copy.iter_mut().for_each(reason);
-        }
+        Control::Ready { no_post_copy, .. } => no_post_copy.iter_mut().for_each(reason),
         Control::Query { vm, .. } | Control::Resume { vm, .. } | Control::Locate { vm } => {
             name(vm);
         }
@@ -48,6 +46,18 @@ pub(crate) fn decode(payload: &[u8]) -> Result<Control, LinkError> {
             *block = line(block, 255);
         }),
         Control::Stalled(stalls) => stalls.cpus_ms.truncate(MOST_CPUS),
+        Control::Accepted {
+            no_post_copy,
+            storage,
+            ..
+        } => {
+            no_post_copy.iter_mut().for_each(reason);
+            for node in storage.disks.iter_mut().flatten() {
+                reason(&mut node.path);
+                reason(&mut node.mounted);
+                node.identifiers.iter_mut().for_each(reason);
+            }
+        }
         Control::Prepare { .. }
         | Control::Commit
         | Control::Running
@@ -58,7 +68,9 @@ pub(crate) fn decode(payload: &[u8]) -> Result<Control, LinkError> {
         | Control::Loaded
         | Control::Held
         | Control::Whole
-        | Control::Located(_) => {}
+        | Control::Located(_)
+        | Control::Compare(_)
+        | Control::Compared(_) => {}
     }
     Ok(message)
 }

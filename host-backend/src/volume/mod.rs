@@ -15,6 +15,7 @@ mod export;
 mod nbd;
 mod qcow2;
 mod raw;
+pub mod same;
 
 pub use crate::hypervisor::definition::Format;
 pub use buffer::AlignedBuffer;

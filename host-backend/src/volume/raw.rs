@@ -20,7 +20,7 @@ const BOUNCE_LEN: usize = 1024 * 1024;
 
 pub(super) struct RawReader {
     path: PathBuf,
-    file: File,
+    pub(super) file: File,
     /// Length of the file in bytes; the disk's size is this, rounded up to whole sectors.
     length: u64,
 }

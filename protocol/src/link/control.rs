@@ -1,6 +1,6 @@
 //! Control messages: rare, so serde and bincode encode them. This is the only file that uses bincode.
 
-use super::{LinkError, MAX_SMALL_PAYLOAD};
+use super::{Compared, Comparison, LinkError, MAX_SMALL_PAYLOAD, Signs, StorageHere};
 use serde::{Deserialize, Serialize};
 
 /// What the source wants to move.
@@ -35,6 +35,8 @@ pub struct Offer {
     pub source_job: u64,
     /// Whether the VM is started when its host is.
     pub autostart: bool,
+    /// What the source's signs on its storage are known by.
+    pub signs: Signs,
 }
 
 /// A disk of the VM.
@@ -113,6 +115,8 @@ pub enum Control {
         switchover_ack: bool,
         /// For people: why the VM must not come in post-copy from the source's QEMU to this one.
         no_post_copy: Option<String>,
+        /// What it has for the VM's disks.
+        storage: Box<StorageHere>,
     },
     /// Destination: no, with a reason and its cure for each thing that is missing.
     Refused {
@@ -224,6 +228,11 @@ pub enum Control {
     /// [`Control::Commit`] if the source's QEMU cannot run the VM any more, and by [`Control::Abort`] if it keeps it;
     /// then comes [`Control::Outcome`].
     Held,
+    /// Source, between `Accepted` and `Prepare`, or in the session: read these blocks. Some of each session, see
+    /// the destination's bound.
+    Compare(Comparison),
+    /// Destination: so they are here.
+    Compared(Compared),
 }
 
 fn configuration() -> impl bincode::config::Config {
@@ -260,11 +269,13 @@ mod tests {
             from in ".{0,40}", qemu_package in ".{0,40}", job: u64, first: u64, attempt: u16, definition in ".{0,200}", cpu_flags in prop::collection::vec("[a-z0-9_]{1,9}", 0..4),
             disks in prop::collection::vec(("[a-z]{1,9}", any::<u64>()), 0..4), qemu: [u32; 3],
             digest_key: [u8; 16], running: bool, dry_run: bool,
+            nonce: [u8; 16], made: u64,
         ) {
+            let signs = Signs { nonce, made };
             let disks = disks.into_iter().map(|(id, size)| OfferedDisk { id, size }).collect();
             let message = Control::Offer(Box::new(Offer {
                 from, job, first, attempt, definition, qemu, qemu_package, disks, cpu_flags, digest_key, running, dry_run,
-                source_job: job ^ 1, autostart: running,
+                source_job: job ^ 1, autostart: running, signs,
             }));
             let bytes = encode_control(&message).unwrap();
             prop_assert_eq!(decode_control(&bytes), Ok(message));

@@ -9,6 +9,10 @@
 //!  |---------------------------------------->|  looks at machine, disks, memory
 //!  |                     Control: Accepted   |
 //!  |<----------------------------------------|
+//!  | Control: Compare..                      |  reads blocks of its disks
+//!  |---------------------------------------->|
+//!  |                     Control: Compared.. |  is it the same storage?
+//!  |<----------------------------------------|
 //!  | Control: Prepare                        |  starts its QEMU
 //!  | Hints..                                 |  reads ahead
 //!  |                     Control: Ready      |
@@ -34,6 +38,7 @@ mod batch;
 mod control;
 mod frame;
 mod small;
+mod storage;
 
 pub use batch::{
     BATCH_HEADER_LEN, BatchBuilder, BatchEncoding, BatchHeader, BatchReader, DIGEST_LEN, Digest,
@@ -47,6 +52,10 @@ pub use frame::{
     Numbering, PREAMBLE_LEN, Preamble,
 };
 pub use small::{Ack, HintRun, Verdict, decode_hints, encode_hint};
+pub use storage::{
+    COMPARED_BLOCK, Compared, Comparison, MAX_IDENTIFIERS, MAX_NODES, MAX_PLACES, MAX_STORAGE_TEXT,
+    NodeHere, Sample, Signs, StorageHere,
+};
 
 use thiserror::Error;
 

@@ -14,8 +14,8 @@ use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 use transhume_protocol::link::{
     BatchBuilder, BatchEncoding, Control, Cover, FRAME_HEADER_LEN, FrameHeader, FrameKind,
-    LinkError, Offer, OfferedDisk, PREAMBLE_LEN, PostCopy, Preamble, SectionKind, decode_control,
-    encode_control,
+    LinkError, Offer, OfferedDisk, PREAMBLE_LEN, PostCopy, Preamble, SectionKind, Signs,
+    decode_control, encode_control,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -113,6 +113,10 @@ pub(super) fn offer(bed: &Bed, job: u64) -> Result<Control> {
         dry_run: false,
         source_job: 1,
         autostart: false,
+        signs: Signs {
+            nonce: [9; 16],
+            made: 0,
+        },
     })))
 }
 

@@ -163,6 +163,7 @@ impl Attempts {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicU32, Ordering};
+    use transhume_protocol::link::Signs;
 
     fn offer(job: u64, attempt: u16) -> Offer {
         Offer {
@@ -180,6 +181,10 @@ mod tests {
             dry_run: false,
             source_job: 1,
             autostart: false,
+            signs: Signs {
+                nonce: [0; 16],
+                made: 0,
+            },
         }
     }
 

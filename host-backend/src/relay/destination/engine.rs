@@ -18,6 +18,7 @@ use super::placement::Placement;
 use super::postcopy::Answers;
 use super::receive::Intake;
 use super::reply::{self, Replies, Reply};
+use super::storage::{Comparer, Questions};
 use crate::hypervisor::Vm;
 use crate::hypervisor::memory::GuestMemory;
 use crate::link::session::{Ready, Session};
@@ -49,6 +50,8 @@ pub(super) struct Target {
     /// The socket of a QEMU that waits for its stream.
     pub(super) qemu: UnixStream,
     pub(super) volumes: Vec<Box<dyn volume::Reader>>,
+    /// Reads them for a source that compares.
+    pub(super) comparer: Option<Comparer>,
     /// The guest's memory, where it can be reached.
     pub(super) memory: Option<GuestMemory>,
     /// Its length by the definition.
@@ -91,6 +94,7 @@ impl Engine {
         let Target {
             qemu,
             volumes,
+            comparer,
             memory,
             memory_bytes,
             way,
@@ -127,12 +131,19 @@ impl Engine {
             changed: Notify::new(),
         });
         let disk_bytes = Arc::new(AtomicU64::new(0));
+        let mut questions = Questions::none();
+        if let Some(comparer) = comparer {
+            let (asked, replies) = (Questions::new(), Arc::clone(&replies));
+            questions = asked.0;
+            engine.spawn("relay-compare", move || comparer.run(&asked.1, &replies))?;
+        }
         let mut intake = Intake::new(
             session.clone(),
             Arc::clone(&placement),
             Arc::clone(&replies),
             Arc::clone(&disk_bytes),
             memory_bytes,
+            questions,
         )?;
         let writer = Writer::new(write_half, output);
         let this = Arc::clone(&engine);

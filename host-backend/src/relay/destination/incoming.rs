@@ -16,6 +16,7 @@ use super::postcopy;
 use super::recovery;
 use super::resume;
 use super::sessions::Open;
+use super::storage::{Comparer, Shown};
 use super::{Host, Outcomes, held, send};
 use crate::hypervisor::command_line::Start;
 use crate::hypervisor::definition::Definition;
@@ -23,7 +24,7 @@ use crate::hypervisor::memory::GuestMemory;
 use crate::hypervisor::qmp::{Event, Version};
 use crate::hypervisor::{self, LaunchSettings, Vm, stream};
 use crate::link::session::{Ready, Session};
-use crate::link::{Connection, PATIENCE};
+use crate::link::{self, Connection};
 use crate::pages::digest::Digester;
 use crate::relay::error::RelayError;
 use crate::volume;
@@ -156,27 +157,42 @@ pub(super) async fn take(
         Err(reasons) => return send(&mut connection, &Control::Refused { reasons }),
     };
     let name = fit.definition.name.clone();
+    let (mut shown, storage) = match Shown::of(&fit.definition, &settings, offer.signs).await {
+        Ok(shown) => shown,
+        Err(reason) => {
+            let reasons = vec![reason];
+            return send(&mut connection, &Control::Refused { reasons });
+        }
+    };
     let accepted = Control::Accepted {
         qemu: fit.qemu,
         switchover_ack: fit.switchover_ack,
         no_post_copy: fit.no_post_copy.clone(),
+        storage: Box::new(storage),
     };
     send(&mut connection, &accepted)?;
-    if offer.dry_run {
-        return Ok(());
-    }
     let begun = tokio::task::spawn_blocking(move || {
-        let message = connection.receive(PATIENCE);
-        (connection, message)
+        let message = shown.serve(&mut connection);
+        (connection, message, shown.comparer())
     });
-    let (mut connection, message) = begun.await.map_err(|error| error.to_string())?;
+    let (mut connection, message, comparer) = begun.await.map_err(|error| error.to_string())?;
     let (switchover_ack, wished, patience, post_copy) = match message {
         Ok(Control::Prepare {
             switchover_ack,
             connections,
             patience,
             post_copy,
-        }) => (switchover_ack, connections, patience, post_copy),
+        }) if !offer.dry_run => (switchover_ack, connections, patience, post_copy),
+        Err(link::Error::Closed) if offer.dry_run => return Ok(()),
+        Ok(Control::Abort { reason }) => {
+            tracing::info!(
+                vm = name,
+                from = offer.from,
+                reason,
+                "the source does not send it"
+            );
+            return Ok(());
+        }
         Ok(_) => return Err("something else came where the migration should begin".to_owned()),
         Err(error) => return Err(error.to_string()),
     };
@@ -193,7 +209,7 @@ pub(super) async fn take(
         outcome: outcomes.begin(offer.job, &offer.from),
     };
     let prepared = match decision.note(Stage::Waiting) {
-        Ok(()) => Prepared::new(&fit, &settings, &offer, switchover_ack, post_copy).await,
+        Ok(()) => Prepared::new(&fit, &settings, &offer, switchover_ack, post_copy, comparer).await,
         Err(reason) => Err(reason),
     };
     let prepared = match prepared {
@@ -475,6 +491,7 @@ impl Prepared {
         offer: &Offer,
         switchover_ack: bool,
         post_copy: PostCopy,
+        comparer: Comparer,
     ) -> Result<Self, String> {
         let volumes = open_volumes(fit, settings);
         let files = settings.files(&fit.definition.name);
@@ -513,6 +530,7 @@ impl Prepared {
                 target: Target {
                     qemu,
                     volumes,
+                    comparer: Some(comparer),
                     memory: reach_memory(&vm).await,
                     memory_bytes: fit.definition.memory.bytes(),
                     way: match taken {

@@ -27,6 +27,7 @@ mod recovery;
 mod reply;
 mod resume;
 mod sessions;
+mod storage;
 mod waiting;
 
 pub use arrivals::Arrivals;

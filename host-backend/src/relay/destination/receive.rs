@@ -12,6 +12,7 @@ use zstd::bulk::Decompressor;
 use super::output::Contents;
 use super::placement::{Placement, ZERO_PAGES};
 use super::reply::{Replies, Reply};
+use super::storage::Questions;
 use crate::link::session::{Ready, Session};
 use crate::link::{Payload, Pool, words};
 use crate::pages::hints::Place;
@@ -32,6 +33,8 @@ pub(super) struct Intake {
     disk_bytes: Arc<AtomicU64>,
     /// The guest's memory by its definition.
     memory_bytes: u64,
+    /// Of the source that compares the disks.
+    questions: Questions,
 }
 
 impl Intake {
@@ -41,6 +44,7 @@ impl Intake {
         replies: Arc<Replies>,
         disk_bytes: Arc<AtomicU64>,
         memory_bytes: u64,
+        questions: Questions,
     ) -> Result<Self, RelayError> {
         let decompressor = Decompressor::new().map_err(RelayError::Decompress)?;
         Ok(Self {
@@ -52,6 +56,7 @@ impl Intake {
             done: 0,
             disk_bytes,
             memory_bytes,
+            questions,
         })
     }
 
@@ -79,6 +84,7 @@ impl Intake {
                 FrameKind::Control => match words::decode(&frame.payload)? {
                     Control::Commit => return Ok(()),
                     Control::Abort { reason } => return Err(RelayError::Aborted(reason)),
+                    Control::Compare(comparison) => self.questions.ask(comparison)?,
                     Control::Endure => {
                         self.session.set_patience(IN_BETWEEN);
                         let _ = self.replies.send(Reply::Control(Control::Endure));

@@ -120,6 +120,7 @@ pub(super) async fn serve(
     let target = Target {
         qemu: socket,
         volumes: Vec::new(),
+        comparer: None,
         memory: None,
         memory_bytes: vm.definition().memory.bytes(),
         way: Way::Resumed(forgotten),

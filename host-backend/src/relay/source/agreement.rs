@@ -2,6 +2,7 @@
 //! and the VM offered anew on it: nothing is copied yet, and the destination ends what it began for the
 //! earlier offer before it answers.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -10,6 +11,8 @@ use transhume_protocol::link::{Control, Offer};
 use super::facts::Facts;
 use super::migration::cancelled;
 use super::request::{Destination, Request};
+use super::storage::{Agreed, Ours};
+use crate::hypervisor::Vm;
 use crate::link::{self, Connection, PATIENCE, REFUSALS};
 use crate::relay::{Error, Stays};
 
@@ -30,6 +33,8 @@ pub(super) struct Accepted {
     pub(super) switchover_ack: bool,
     /// Why the VM must not go in post-copy.
     pub(super) no_post_copy: Option<String>,
+    /// The disks, which are the same there.
+    pub(super) storage: Agreed,
 }
 
 /// Why there is no agreement.
@@ -109,7 +114,7 @@ impl Patience {
 }
 
 /// How an attempt failed.
-enum Failure {
+pub(super) enum Failure {
     /// There was no connection.
     Unreachable(link::Error),
     /// There was one.
@@ -119,6 +124,7 @@ enum Failure {
 
 /// See the module.
 pub(super) struct Agreement {
+    vm: Arc<Vm>,
     destination: Destination,
     patience: Patience,
 }
@@ -126,6 +132,7 @@ pub(super) struct Agreement {
 impl Agreement {
     pub(super) fn new(request: &Request) -> Self {
         Self {
+            vm: Arc::clone(&request.vm),
             destination: request.destination.clone(),
             patience: Patience::new(request.link_patience),
         }
@@ -144,6 +151,7 @@ impl Agreement {
     ) -> Result<Accepted, Disagreement> {
         loop {
             let (destination, offer) = (self.destination.clone(), facts.offer.clone());
+            let vm = Arc::clone(&self.vm);
             let has_ack = facts
                 .capabilities
                 .iter()
@@ -153,7 +161,7 @@ impl Agreement {
                 _ => RECONNECT_PATIENCE,
             };
             let attempt = tokio::task::spawn_blocking(move || {
-                negotiate(&destination, offer, has_ack, patience)
+                negotiate(&vm, &destination, offer, has_ack, patience)
             });
             let result = tokio::select! {
                 result = attempt => result,
@@ -226,10 +234,11 @@ fn refused(reason: String) -> Disagreement {
     }
 }
 
-/// Offers the VM to a peer. Blocks.
+/// Offers the VM to a peer, and finds out whether it has the same storage. Blocks.
 fn negotiate(
+    vm: &Vm,
     destination: &Destination,
-    offer: Offer,
+    mut offer: Offer,
     has_ack: bool,
     patience: Duration,
 ) -> Result<Accepted, Failure> {
@@ -240,6 +249,8 @@ fn negotiate(
     } = destination;
     let mut connection =
         Connection::open_within(address, host, security, patience).map_err(Failure::Unreachable)?;
+    let ours = Ours::open(vm.definition(), &offer.from)?;
+    offer.signs = ours.signs();
     let answer = connection
         .set_patience(PATIENCE)
         .and_then(|()| connection.send(&Control::Offer(Box::new(offer))))
@@ -250,12 +261,24 @@ fn negotiate(
             qemu,
             switchover_ack,
             no_post_copy,
-        } => Ok(Accepted {
-            connection,
-            qemu,
-            no_post_copy,
-            switchover_ack: switchover_ack && has_ack,
-        }),
+            storage,
+        } => match ours.agree(*storage, host, &mut connection) {
+            Ok(storage) => Ok(Accepted {
+                connection,
+                qemu,
+                no_post_copy,
+                switchover_ack: switchover_ack && has_ack,
+                storage,
+            }),
+            Err(failure) => {
+                if let Failure::Refused(reasons) = &failure {
+                    let reason = reasons.join("; ");
+                    // It learns nothing more than that the VM does not come.
+                    let _ = connection.send(&Control::Abort { reason });
+                }
+                Err(failure)
+            }
+        },
         Control::Refused { reasons } => Err(Failure::Refused(reasons)),
         _ => Err(Failure::Broke(link::Error::Unexpected(
             "no answer to an offer",

@@ -3,13 +3,15 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use transhume_protocol::link::{Offer, OfferedDisk};
+use transhume_protocol::link::{Offer, OfferedDisk, Signs};
 
 use super::request::Request;
 use crate::hypervisor::layout::{Layout, Region};
 use crate::hypervisor::{Vm, preflight};
 use crate::pages::digest;
 use crate::relay::Error;
+
+use super::storage::SharedDisk;
 
 /// What a dry run found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +36,8 @@ pub struct Plan {
     /// For people: why the VM must not move in post-copy between these two QEMUs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub no_post_copy: Option<String>,
+    /// How each disk is known to be the same on both hosts.
+    pub storage: Vec<SharedDisk>,
 }
 
 impl fmt::Display for Plan {
@@ -56,6 +60,9 @@ impl fmt::Display for Plan {
         )?;
         if let Some(why) = &self.no_post_copy {
             write!(out, "\n  It moves by pre-copy alone: {why}.")?;
+        }
+        for disk in &self.storage {
+            write!(out, "\n  disk     {disk}")?;
         }
         Ok(())
     }
@@ -115,6 +122,11 @@ pub(super) async fn examine(request: &Request) -> Result<Facts, Error> {
         dry_run: *dry_run,
         source_job: request.job,
         autostart: request.autostart,
+        // Made for each offer.
+        signs: Signs {
+            nonce: [0; 16],
+            made: 0,
+        },
     };
     let layout = layout.regions().to_vec();
     Ok(Facts {

@@ -122,6 +122,7 @@ fn plan(request: &Request, facts: &Facts, accepted: &Accepted) -> Plan {
         memory_bytes: request.vm.definition().memory.bytes(),
         switchover_ack: accepted.switchover_ack,
         no_post_copy: accepted.no_post_copy.clone(),
+        storage: accepted.storage.disks.clone(),
     }
 }
 
