@@ -129,9 +129,10 @@ impl Ours {
             "both hosts have the same storage"
         );
         for disk in &agreed.disks {
-            match disk.by {
-                SharedBy::Trust => tracing::warn!("disk {disk}"),
-                _ => tracing::info!("disk {disk}"),
+            if disk.by == SharedBy::Trust {
+                tracing::warn!("disk {disk}");
+            } else {
+                tracing::info!("disk {disk}");
             }
         }
         Ok(agreed)

@@ -96,7 +96,7 @@ impl Node {
             device: stat.st_dev,
             inode: stat.st_ino,
             // Numbers of 32 bits, whatever the type.
-            file_system: u64::from(file_system.filesystem_type().0 as u32),
+            file_system: file_system.filesystem_type().0.cast_unsigned() & 0xffff_ffff,
             mounted: mounted(&stat),
             ..here
         };
@@ -167,7 +167,7 @@ impl Node {
     }
 }
 
-/// The kind and the source of the file system, as in "nfs4 nas:/vms".
+/// The kind and the source of the file system, as in `nfs4 nas:/vms`.
 fn mounted(stat: &FileStat) -> String {
     let device = format!("{}:{}", major(stat.st_dev), minor(stat.st_dev));
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();

@@ -31,7 +31,7 @@ impl Care {
     }
 }
 
-/// A sequence of numbers that is known from the key (SplitMix64).
+/// A sequence of numbers that is known from the key (`SplitMix64`).
 struct Drawn(u64);
 
 impl Drawn {

@@ -202,7 +202,7 @@ impl<R: FnMut(u64) -> Option<Block>> Look<R> {
             self.big(start + 96, 4)?,
             self.big(start + 124, 1)?,
         );
-        (block >= SECTOR && block <= 64 << 10 && shift < 32 && blocks > 0 && log > 0)
+        ((SECTOR..=64 << 10).contains(&block) && shift < 32 && blocks > 0 && log > 0)
             .then_some(())?;
         let place = (log >> shift)
             .checked_mul(per_group)?
@@ -223,9 +223,9 @@ impl<R: FnMut(u64) -> Option<Block>> Look<R> {
         while high - low > 1 {
             let middle = low + (high - low) / 2;
             if round(middle)? == first {
-                low = middle
+                low = middle;
             } else {
-                high = middle
+                high = middle;
             }
         }
         let newest = begin + low * SECTOR;

@@ -36,7 +36,7 @@ impl Hosts {
     fn disk(&self, name: &str) -> PathBuf {
         let mut bytes = vec![0; BLOCKS * BLOCK];
         for (n, block) in bytes.chunks_mut(BLOCK).enumerate() {
-            block.fill((n % 251) as u8);
+            block.fill(u8::try_from(n % 251).unwrap_or(0));
             block[..8].copy_from_slice(&(n as u64 + 1).to_le_bytes());
         }
         fs::write(self.path(name), bytes).expect("written");
@@ -218,14 +218,14 @@ fn a_disk_that_is_written_meanwhile_is_the_same() {
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
-            let mut written = 0_u64;
+            let mut written = 0_usize;
             while !over.load(Ordering::Relaxed) {
                 write(
                     &disk,
-                    [0, 1, 2, 3].map(|n| (written as usize * 7 + n) % BLOCKS),
-                    written as u8,
+                    [0, 1, 2, 3].map(|n| (written * 7 + n) % BLOCKS),
+                    u8::try_from(written % 256).unwrap_or(0),
                 );
-                write(&disk, [0, 1], written as u8);
+                write(&disk, [0, 1], u8::try_from(written % 256).unwrap_or(0));
                 written += 1;
             }
             written
