@@ -405,7 +405,11 @@ fn boot(pair: &Pair<'_>, disk: &CutDisk, mode: Mode) -> Result<Life> {
         machine: "pc".into(),
         memory: 96,
         parameters: parameters.into(),
-        more: format!("[disk.on]\nhostb = \"{}\"\n", disk.device.display()),
+        // Nothing proves that the copy is the same storage.
+        more: format!(
+            "shared = \"trust\"\n[disk.on]\nhostb = \"{}\"\n",
+            disk.device.display()
+        ),
         ..Micro::new(pair.bed)?
     };
     pair.boot(&micro)
