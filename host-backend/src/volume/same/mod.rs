@@ -57,7 +57,7 @@ pub enum Error {
     Bounds(&'static str),
 }
 
-/// Key of the digests, and seed of the places: neither host can choose it alone.
+/// Key of the digests, and seed of the places: the source, which draws first and is told digests, cannot choose it.
 pub fn key(one: &[u8; 16], other: &[u8; 16]) -> [u8; 16] {
     std::array::from_fn(|n| one[n] ^ other[n])
 }
