@@ -104,19 +104,27 @@ impl Daemon {
             .map_err(Error::file("open", &log))?;
         let errors = output.try_clone().map_err(Error::file("copy", &log))?;
         let program = programs.join("transhumed");
-        let run = if host.userfaultfd {
-            // As the unit does, by what hosts that run as guests have too; in KiB.
+        let mut script = String::new();
+        for (over, under) in &host.covered {
+            let _ = write!(
+                script,
+                "mount --bind '{}' '{}' && ",
+                over.display(),
+                under.display()
+            );
+        }
+        // The limit as the unit has it, by what hosts that run as guests have too; in KiB.
+        script.push_str("ulimit -S -d \"$0\" && exec \"$@\"");
+        let run = if host.covered.is_empty() {
             host.run("sh")?
-                .args(["-c", "ulimit -S -d \"$0\" && exec \"$@\""])
-                .arg((2 << 20).to_string())
-                .arg(program)
         } else {
             // In a mount namespace of its own.
-            host.run("unshare")?
-                .args(["--mount", "sh", "-c"])
-                .arg("mount --bind /dev/null /dev/userfaultfd && exec \"$0\" \"$@\"")
-                .arg(program)
+            host.run("unshare")?.args(["--mount", "sh"])
         };
+        let run = run
+            .args(["-c", &script])
+            .arg((2 << 20).to_string())
+            .arg(program);
         let mut run = run
             .arg("--config")
             .arg(&configuration)

@@ -52,8 +52,8 @@ pub struct Host {
     pub rules: Option<String>,
     /// Through how many channels its QEMUs hand memory over, if its configuration says.
     pub qemu_channels: Option<u8>,
-    /// Whether a QEMU on it can take a VM in post-copy.
-    pub userfaultfd: bool,
+    /// What its daemon and its QEMUs find in the place of other files: the former lies over the latter.
+    pub covered: Vec<(PathBuf, PathBuf)>,
     namespace: String,
 }
 
@@ -149,7 +149,7 @@ impl Hosts {
                 folder,
                 rules: None,
                 qemu_channels: None,
-                userfaultfd: true,
+                covered: Vec::new(),
                 namespace: format!("{unique}-{name}"),
             })
         };

@@ -26,6 +26,7 @@ mod random_failures;
 mod refused;
 pub mod runner;
 pub mod schedule;
+mod storage;
 mod strangers;
 mod stress;
 mod transhume;
@@ -69,6 +70,7 @@ pub fn all() -> Vec<Scenario> {
         any_moment::scenarios(),
         random_failures::scenarios(),
         refused::scenarios(),
+        storage::scenarios(),
         peers::scenarios(),
         strangers::scenarios(),
         false_source::scenarios(),

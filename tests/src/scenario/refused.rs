@@ -84,7 +84,11 @@ fn definition(bed: &Bed) -> Result<()> {
 }
 
 /// Refused with these words, and the guest is as it was.
-fn refused(pair: &Pair<'_>, life: &mut super::micro::Life, words: &[&str]) -> Result<()> {
+pub(super) fn refused(
+    pair: &Pair<'_>,
+    life: &mut super::micro::Life,
+    words: &[&str],
+) -> Result<()> {
     for more in [&[][..], &["--dry-run"]] {
         let answer = pair.migrate(At::A, more)?;
         let answer = answer
