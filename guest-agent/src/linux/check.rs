@@ -102,6 +102,15 @@ impl Display for Summary {
             mib(counts.free),
             mib(counts.other)
         )?;
+        let reported = self.disks.iter().map(|(_, _, pages)| *pages).sum();
+        let left_out = mib(counts.clean_file.saturating_sub(reported));
+        if left_out > 0 {
+            write!(
+                f,
+                "\n{left_out} MiB of clean files cannot be reported: they are on LVM, LUKS, md, loop devices, btrfs, \
+                 network file systems, or in memory only"
+            )?;
+        }
         match self.touched {
             Some(pages) => write!(f, "\nworked with by processes: {} MiB", mib(pages)),
             None => write!(

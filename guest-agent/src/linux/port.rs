@@ -22,6 +22,9 @@ use transhume_protocol::agent::{MAX_FRAME_LEN, PORT_NAME};
 /// Pause before a port that is missing or failed is tried again.
 const RETRY: Duration = Duration::from_secs(2);
 
+/// How long a port that is not there is waited for without a word: at boot the agent comes before its driver.
+const BOOTING: Duration = Duration::from_secs(30);
+
 /// The nice value of its unit (packaging/guest).
 const NICE: i32 = -10;
 
@@ -92,6 +95,7 @@ pub fn serve(
     let mut gate = LinuxGate::default();
     let mut session = Session::new(agent);
     let mut last_told = None;
+    let begun = Instant::now();
     loop {
         let ended = path.open().and_then(|port| {
             last_told = None;
@@ -102,7 +106,9 @@ pub fn serve(
         if let Err(error) = ended {
             // Said once, not every other second.
             let text = error.to_string();
-            if last_told.as_ref() != Some(&text) {
+            if matches!(error, Error::NoPort { .. }) && begun.elapsed() < BOOTING {
+                debug!("{text}");
+            } else if last_told.as_ref() != Some(&text) {
                 warn!("{text}");
                 last_told = Some(text);
             }
