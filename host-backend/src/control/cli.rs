@@ -112,6 +112,9 @@ enum PkiCommand {
         /// How long it is valid
         #[arg(long, value_name = "DAYS", default_value_t = 825, value_parser = clap::value_parser!(u32).range(1..=36500))]
         days: u32,
+        /// Replace the certificate and the key that are there
+        #[arg(long)]
+        renew: bool,
     },
     /// Show what a certificate says
     #[command(after_help = "Example:\n  transhume pki show /etc/transhume/pki/hosta.crt")]
@@ -329,6 +332,7 @@ impl PkiCommand {
                 dir,
                 out,
                 days,
+                renew,
             } => {
                 if !definition::is_name(host) {
                     return Err(Error::refused(
@@ -336,7 +340,8 @@ impl PkiCommand {
                         "a name has at most 63 of a-z, 0-9 and -, as `host` in transhumed.toml",
                     ));
                 }
-                let made = Authority::at(dir).issue(host, *days, out.as_ref().unwrap_or(dir))?;
+                let into = out.as_ref().unwrap_or(dir);
+                let made = Authority::at(dir).issue(host, *days, into, *renew)?;
                 let people = format!(
                     "{} is {host}'s certificate, {} its key. On {host}, transhumed.toml names them in [tls].",
                     made.certificate.display(),

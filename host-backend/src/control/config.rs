@@ -109,12 +109,14 @@ impl Config {
     /// # Errors
     /// [`Error::File`] and [`Error::Config`], with cause and cure.
     pub fn load(path: &Path) -> Result<Self> {
-        let text = crate::bounded::read_text(path, MAX_TEXT).map_err(|source| Error::File {
-            action: "read",
-            path: path.to_owned(),
-            source,
-            cure: "; write it (`host = \"NAME\"` and [tls]) or name another by --config",
-        })?;
+        // What is not there does not come by trying again, either.
+        let text =
+            crate::bounded::read_text(path, MAX_TEXT).map_err(|source| Error::Config {
+                path: path.to_owned(),
+                cause: format!(
+                    "it cannot be read: {source}; write it (`host = \"NAME\"` and [tls]) or name another by --config"
+                ),
+            })?;
         let config = Self::parse(&text).map_err(|cause| Error::Config {
             path: path.to_owned(),
             cause,

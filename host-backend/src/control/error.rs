@@ -94,7 +94,11 @@ impl Error {
             Self::Unfit(_)
             | Self::Config { .. }
             | Self::Identity(_)
-            | Self::Pki(pki::Error::Exists { .. } | pki::Error::NoAuthority { .. })
+            | Self::Pki(
+                pki::Error::Exists { .. }
+                | pki::Error::Issued { .. }
+                | pki::Error::NoAuthority { .. },
+            )
             | Self::Refused { .. }
             | Self::NotStarted { .. }
             | Self::Hypervisor(

@@ -482,6 +482,7 @@ fn moment(job: &JobInfo, rates: Option<(f64, f64)>) -> String {
         if let Some(left) = job.progress.remaining_bytes
             && stream > 1.0
             && job.progress.phase == Phase::PreCopy
+            && job.progress.elapsed_ms >= GROUND_MS
         {
             let _ = write!(
                 text,
@@ -492,6 +493,9 @@ fn moment(job: &JobInfo, rates: Option<(f64, f64)>) -> String {
     }
     text
 }
+
+/// How long a migration must have gone on before a time left is named: what its first seconds say of its rates is far off.
+const GROUND_MS: u64 = 4000;
 
 /// Shows how a job goes: a bar on a terminal, lines elsewhere, nothing for programs. On standard error.
 pub(super) struct Progress {

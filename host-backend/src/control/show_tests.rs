@@ -71,7 +71,12 @@ fn tells_a_running_job_with_what_can_be_done() {
     let text = super::job(&job(JobState::Running));
     assert!(text.contains("copying memory, 1.50 s, from disk 2.00 MiB, zero pages 1.00 MiB, data 1.00 MiB, wire 2.00 MiB"), "{text}");
     assert!(text.contains("transhume job cancel 3"), "{text}");
-    let text = moment(&job(JobState::Running), Some((1_048_576.0, 524_288.0)));
+    let mut job = job(JobState::Running);
+    let rates = Some((1_048_576.0, 524_288.0));
+    let text = moment(&job, rates);
+    assert!(!text.contains("left"), "too early for that: {text}");
+    job.progress.elapsed_ms = GROUND_MS;
+    let text = moment(&job, rates);
     assert!(
         text.ends_with("wire 2.00 MiB (512 KiB/s), about 10.00 s left"),
         "{text}"

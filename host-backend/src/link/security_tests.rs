@@ -15,7 +15,7 @@ fn security(site: &Path, authority: &str, name: &str, host: &str) -> Security {
     if !made.exists() {
         own.init(30).unwrap();
     }
-    let issued = own.issue(name, 30, &folder).unwrap();
+    let issued = own.issue(name, 30, &folder, true).unwrap();
     Security::Tls {
         files: Files {
             authority: made,

@@ -14,6 +14,15 @@ pub enum Error {
         /// Its file.
         path: PathBuf,
     },
+    /// There is a certificate of that host already.
+    #[error(
+        "{path} is there already, and may be in use; `--renew` makes a new key and certificate in its place, --out DIR \
+         puts them elsewhere"
+    )]
+    Issued {
+        /// Its file.
+        path: PathBuf,
+    },
     /// There is no authority.
     #[error(
         "{path} cannot be read: {source}; `transhume pki init` makes an authority, --dir says where it is"

@@ -105,8 +105,19 @@ impl Authority {
         Ok(files)
     }
 
-    /// Makes a certificate for a host, valid for so many days, in a folder. One that was there is replaced.
-    pub fn issue(&self, host: &str, days: u32, into: &Path) -> Result<Issued, Error> {
+    /// Makes a certificate for a host, valid for so many days, in a folder.
+    ///
+    /// # Errors
+    /// [`Error::Issued`] if there is one, or its key, which is not to be replaced (`renew`).
+    pub fn issue(&self, host: &str, days: u32, into: &Path, renew: bool) -> Result<Issued, Error> {
+        let files = Issued {
+            certificate: into.join(format!("{host}.crt")),
+            key: into.join(format!("{host}.key")),
+        };
+        let there = [&files.certificate, &files.key];
+        if let Some(path) = there.into_iter().find(|path| path.exists() && !renew) {
+            return Err(Error::Issued { path: path.clone() });
+        }
         let read_own = |path: PathBuf| {
             read_text(&path, MAX_FILE).map_err(|source| Error::NoAuthority { path, source })
         };
@@ -123,10 +134,6 @@ impl Authority {
         let key = KeyPair::generate()?;
         let certificate = params.signed_by(&key, &issuer)?;
         std::fs::create_dir_all(into).map_err(|source| Error::file("create", into, source))?;
-        let files = Issued {
-            certificate: into.join(format!("{host}.crt")),
-            key: into.join(format!("{host}.key")),
-        };
         write(&files.key, &key.serialize_pem(), 0o600)?;
         write(&files.certificate, &certificate.pem(), 0o644)?;
         Ok(files)

@@ -5,12 +5,20 @@ use std::os::unix::fs::PermissionsExt;
 fn an_authority_makes_certificates_for_hosts() {
     let folder = tempfile::tempdir().unwrap();
     let authority = Authority::at(&folder.path().join("pki"));
-    let said = authority.issue("hosta", 30, folder.path()).unwrap_err();
+    let said = authority
+        .issue("hosta", 30, folder.path(), false)
+        .unwrap_err();
     assert!(said.to_string().contains("transhume pki init"), "{said}");
     let own = authority.init(3650).unwrap();
     let shown = show(&own.certificate).unwrap();
     assert!(shown.authority && shown.valid, "{shown:?}");
-    let issued = authority.issue("hosta", 30, folder.path()).unwrap();
+    let issued = authority.issue("hosta", 30, folder.path(), false).unwrap();
+    let key = std::fs::read(&issued.key).unwrap();
+    let again = authority.issue("hosta", 30, folder.path(), false);
+    assert!(matches!(again, Err(Error::Issued { .. })));
+    assert_eq!(std::fs::read(&issued.key).unwrap(), key);
+    let issued = authority.issue("hosta", 30, folder.path(), true).unwrap();
+    assert_ne!(std::fs::read(&issued.key).unwrap(), key);
     let shown = show(&issued.certificate).unwrap();
     assert_eq!(shown.hosts, ["hosta"]);
     assert_eq!(shown.issuer, "CN=Transhume authority");

@@ -252,7 +252,14 @@ fn certificates(bed: &Bed) -> Result<()> {
     };
     let issue = |host: &str, authority: &Path| -> Result<()> {
         let out = own.display().to_string();
-        pki(&["issue", host, "--out", &out], authority)?;
+        let wanted = ["issue", host, "--out", &out];
+        // What it has may be in use.
+        if own.join(format!("{host}.key")).exists() {
+            let dir = authority.display().to_string();
+            let refused = ask(&pair.a, &[&["pki"], &wanted[..], &["--dir", &dir]].concat())?;
+            refused.refused(3, &["--renew"])?;
+        }
+        pki(&[&wanted[..], &["--renew"]].concat(), authority)?;
         // A running daemon takes it with the next connection.
         for kind in ["crt", "key"] {
             let (from, to) = (

@@ -42,7 +42,7 @@ pub(super) fn wish(goal: &Goal, running: bool, against: Option<&str>) -> (PostCo
         // It gains nothing by running at its destination early.
         _ if !running => pre("the VM is paused"),
         Mode::Post => {
-            let why = "it was asked for".to_owned();
+            let why = "it was asked for, as long as not all memory has moved before".to_owned();
             let mode = Mode::Post;
             (PostCopy::Yes, Chosen { mode, why })
         }

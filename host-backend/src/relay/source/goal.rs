@@ -47,7 +47,7 @@ pub(super) struct Seen {
     pub(super) remaining: f64,
     /// What the guest writes, in bytes a second.
     pub(super) written: f64,
-    /// Page data that the link takes, in bytes a second.
+    /// Page data that get across the link, in bytes a second, as they are in the guest: compressed they are less.
     pub(super) link: f64,
     /// The link was busy for long enough to know that.
     pub(super) measured: bool,
@@ -162,7 +162,9 @@ impl Seen {
     pub(super) fn balance(&self) -> String {
         let rate = |bytes: f64| format!("{:.0} MB/s", bytes / 1e6);
         let (written, link) = (rate(self.written), rate(self.link));
-        format!("the guest writes {written}, the link takes {link}")
+        format!(
+            "the guest writes {written} of its memory, and {link} of it get across, compressed as it is"
+        )
     }
 }
 
