@@ -158,6 +158,10 @@ enum Release {
     V7_2,
     #[value(name = "10.0")]
     V10_0,
+    #[value(name = "10.0.13")]
+    V10_0_13,
+    #[value(name = "11.1")]
+    V11_1,
 }
 
 /// Who moves the guest.
@@ -181,6 +185,8 @@ impl Choice {
         match self.qemu {
             Release::V7_2 => Qemu::V7_2,
             Release::V10_0 => Qemu::V10_0,
+            Release::V10_0_13 => Qemu::V10_0_13,
+            Release::V11_1 => Qemu::V11_1,
         }
     }
 

@@ -177,7 +177,7 @@ impl Apt {
         let mut run = self
             .apt_get()
             .args(["install", "--print-uris", "-qq", "-y", "-o", &empty]);
-        if let Some(suite) = recipe.suite {
+        if let Some(suite) = recipe.preferred() {
             run = run.args(["-t", suite]);
         }
         let text = run.args(recipe.packages).text()?;

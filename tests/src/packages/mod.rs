@@ -19,7 +19,8 @@ struct Recipe {
     /// For people.
     title: &'static str,
     packages: &'static [&'static str],
-    /// The suite to prefer over its release's own; of bookworm, unless it says otherwise.
+    /// The release that all of it is from, or a suite of it to prefer over the release's own; bookworm, unless it says
+    /// otherwise.
     suite: Option<&'static str>,
     /// Of the packages' closure, only names that begin so; all of them when empty.
     keep: &'static [&'static str],
@@ -28,8 +29,14 @@ struct Recipe {
 impl Recipe {
     /// The release of Debian that all of it is from.
     fn release(&self) -> &'static str {
-        let of_suite = self.suite.and_then(|suite| suite.split_once('-'));
-        of_suite.map_or("bookworm", |(release, _)| release)
+        self.suite.map_or("bookworm", |suite| {
+            suite.split_once('-').map_or(suite, |(release, _)| release)
+        })
+    }
+
+    /// What to prefer over the release's own suites, which have its security fixes, too.
+    fn preferred(&self) -> Option<&'static str> {
+        self.suite.filter(|suite| *suite != self.release())
     }
 }
 
@@ -45,6 +52,22 @@ const QEMU_10_0: Recipe = Recipe {
     title: "QEMU 10.0 and its tools",
     packages: &["qemu-system-x86", "qemu-utils"],
     suite: Some("bookworm-backports"),
+    keep: &[],
+};
+const QEMU_10_0_13: Recipe = Recipe {
+    name: "qemu-10.0.13",
+    title: "QEMU 10.0 as Debian 13 has it now",
+    packages: &["qemu-system-x86"],
+    suite: Some("trixie"),
+    keep: &[],
+};
+/// Hosts that run as guests are guests of this one, too: since 10.2 QEMU's translator does not lose interrupts of a CPU
+/// that runs a guest itself.
+const QEMU_11_1: Recipe = Recipe {
+    name: "qemu-11.1",
+    title: "QEMU 11.1",
+    packages: &["qemu-system-x86"],
+    suite: Some("trixie-backports"),
     keep: &[],
 };
 const KERNEL_6_1: Recipe = Recipe {
@@ -97,15 +120,6 @@ const NESTED_HOST: Recipe = Recipe {
     suite: None,
     keep: &["iproute2_", "busybox-static_", "lib", "zlib1g_"],
 };
-/// The QEMU that such a host is a guest of: since 10.2 its translator does not lose interrupts of a CPU that runs a
-/// guest itself.
-const TRANSLATOR: Recipe = Recipe {
-    name: "translator",
-    title: "a newer QEMU, to run hosts as guests",
-    packages: &["qemu-system-x86"],
-    suite: Some("trixie-backports"),
-    keep: &[],
-};
 /// What a server holds in its page cache: a database or two, run-times, compilers.
 const FILES: Recipe = Recipe {
     name: "files",
@@ -129,19 +143,25 @@ const FILES: Recipe = Recipe {
 pub enum Qemu {
     /// Debian 12's.
     V7_2,
-    /// Debian 12's from backports; Debian 13's.
+    /// Debian 12's from backports: 10.0.2, which builds machines otherwise than 10.0.13.
     V10_0,
+    /// Debian 13's, as its updates have it: 10.0.13 or a later one.
+    V10_0_13,
+    /// Debian 13's from backports.
+    V11_1,
 }
 
 impl Qemu {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::V7_2, Self::V10_0];
+    /// All.
+    pub const ALL: [Self; 4] = [Self::V7_2, Self::V10_0, Self::V10_0_13, Self::V11_1];
 
     /// The release's number.
     pub fn version(self) -> &'static str {
         match self {
             Self::V7_2 => "7.2",
             Self::V10_0 => "10.0",
+            Self::V10_0_13 => "10.0.13",
+            Self::V11_1 => "11.1",
         }
     }
 
@@ -154,6 +174,8 @@ impl Qemu {
         match self {
             Self::V7_2 => &QEMU_7_2,
             Self::V10_0 => &QEMU_10_0,
+            Self::V10_0_13 => &QEMU_10_0_13,
+            Self::V11_1 => &QEMU_11_1,
         }
     }
 }
@@ -212,16 +234,7 @@ impl Packages {
 
     /// A runnable `qemu-system-x86_64`: a script that starts it from its own folder.
     pub fn qemu(&self, version: Qemu) -> Result<PathBuf> {
-        self.system(version.recipe())
-    }
-
-    /// The same, for a host that runs as a guest.
-    pub fn translator(&self) -> Result<PathBuf> {
-        self.system(&TRANSLATOR)
-    }
-
-    fn system(&self, recipe: &Recipe) -> Result<PathBuf> {
-        let root = self.unpacked(recipe)?;
+        let root = self.unpacked(version.recipe())?;
         roots::wrapper(&root, "usr/bin/qemu-system-x86_64", &roots::firmware(&root))
     }
 
@@ -270,7 +283,7 @@ impl Packages {
 
     /// What else is unpacked for tests, with some 400 MiB of files in all.
     pub fn other_files(&self) -> Result<Vec<PathBuf>> {
-        let recipes = [&QEMU_7_2, &QEMU_10_0, &TRANSLATOR, &SERVERS, &NESTED_HOST];
+        let recipes = [&QEMU_7_2, &QEMU_10_0, &QEMU_11_1, &SERVERS, &NESTED_HOST];
         recipes
             .into_iter()
             .map(|recipe| self.unpacked(recipe))
@@ -295,7 +308,6 @@ impl Packages {
         self.busybox()?;
         self.servers()?;
         self.nested_host()?;
-        self.translator()?;
         Ok(())
     }
 
@@ -338,7 +350,15 @@ mod tests {
 
     #[test]
     fn a_recipe_is_of_the_release_of_its_suite() {
-        let releases = [&SERVERS, &QEMU_10_0, &TRANSLATOR].map(Recipe::release);
-        assert_eq!(releases, ["bookworm", "bookworm", "trixie"]);
+        let recipes = [&SERVERS, &QEMU_10_0, &QEMU_10_0_13, &QEMU_11_1];
+        assert_eq!(
+            recipes.map(Recipe::release),
+            ["bookworm", "bookworm", "trixie", "trixie"]
+        );
+        let backports = [Some("bookworm-backports"), Some("trixie-backports")];
+        assert_eq!(
+            recipes.map(Recipe::preferred),
+            [None, backports[0], None, backports[1]]
+        );
     }
 }

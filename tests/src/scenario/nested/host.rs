@@ -3,7 +3,7 @@
 use crate::cleanup::still_time;
 use crate::command::{Process, Run};
 use crate::guest::NestedHost;
-use crate::packages::Packages;
+use crate::packages::{Packages, Qemu};
 use crate::{Error, Result};
 use serde_json::{Value, json};
 use std::fs::{self, File};
@@ -66,7 +66,7 @@ fn read(verdict: &str) -> Option<End> {
 pub(super) fn run(packages: &Packages, host: &NestedHost, case: &str, attempt: u32) -> Result<End> {
     let begun = Instant::now();
     let logs = Logs::beside(&host.disk, case, attempt);
-    let mut process = start(&packages.translator()?, host, case, &logs)?;
+    let mut process = start(&packages.qemu(Qemu::V11_1)?, host, case, &logs)?;
     let lines = lines(&mut process)?;
     loop {
         still_time()?;
