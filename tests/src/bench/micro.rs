@@ -94,6 +94,7 @@ pub(super) fn machine(
         name: "micro".into(),
         machine: "q35".into(),
         memory,
+        memory_kib: 0,
         vcpus: 1,
         accelerator: Accelerator::Tcg,
         boot: Boot {

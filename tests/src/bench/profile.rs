@@ -60,6 +60,7 @@ impl Profile {
             name: "web1".into(),
             machine: "q35".into(),
             memory: self.memory,
+            memory_kib: 0,
             vcpus: 1,
             accelerator: Accelerator::Tcg,
             boot: guest::boot(layout, packages, kernel)?,

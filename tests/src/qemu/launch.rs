@@ -73,6 +73,8 @@ pub struct Machine {
     pub machine: String,
     /// In MiB.
     pub memory: u64,
+    /// In KiB, beyond that.
+    pub memory_kib: u64,
     /// How many.
     pub vcpus: u32,
     /// What runs it.
@@ -102,13 +104,13 @@ impl Machine {
     /// The definition of the same machine for `transhume vm start`.
     pub fn definition(&self) -> String {
         let mut text = format!(
-            "name = \"{}\"\nmachine = \"{}\"\naccelerator = \"{}\"\nmemory = \"{}MiB\"\nvcpus = {}\n\n\
+            "name = \"{}\"\nmachine = \"{}\"\naccelerator = \"{}\"\nmemory = \"{}KiB\"\nvcpus = {}\n\n\
              [console]\nserial = true\n\n[agent]\nport = \"{}\"\n\n\
              [boot]\nkernel = \"{}\"\nappend = \"{}\"\n",
             self.name,
             self.machine,
             self.accelerator.name(),
-            self.memory,
+            (self.memory << 10) + self.memory_kib,
             self.vcpus,
             match self.agent {
                 AgentPort::Serial => "serial",
@@ -158,7 +160,7 @@ impl Machine {
         });
         add(&[
             "-m",
-            &format!("{}M", self.memory),
+            &format!("{}K", (self.memory << 10) + self.memory_kib),
             "-smp",
             &self.vcpus.to_string(),
         ]);

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 const LIMIT: Duration = Duration::from_secs(300);
 const PORT: u16 = 4444;
+/// How long the pause may be.
+const DOWNTIME_MS: u32 = 300;
 /// Scans of memory after which post-copy may begin: the set-up counts as one. As Transhume does it.
 const SCANS: u64 = 2;
 /// How often QEMU is asked for them.
@@ -106,9 +108,9 @@ pub struct Moments {
 }
 
 impl Stock {
-    fn prepare(self, vm: &mut Vm) -> Result<()> {
+    fn prepare(self, vm: &mut Vm, downtime_ms: u32) -> Result<()> {
         let mut capabilities = vec![json!({ "capability": "return-path", "state": true })];
-        let mut parameters = json!({ "max-bandwidth": BANDWIDTH, "downtime-limit": 300 });
+        let mut parameters = json!({ "max-bandwidth": BANDWIDTH, "downtime-limit": downtime_ms });
         if let Self::Multifd { channels } | Self::MultifdZstd { channels } = self {
             capabilities.push(json!({ "capability": "multifd", "state": true }));
             parameters["multifd-channels"] = channels.into();
@@ -134,8 +136,19 @@ impl Stock {
 
     /// Moves the guest from one QEMU to another that listens at an address, and waits until it runs there.
     pub fn migrate(self, source: &mut Vm, destination: &mut Vm, address: &str) -> Result<Moments> {
-        self.prepare(source)?;
-        self.prepare(destination)?;
+        self.migrate_within(DOWNTIME_MS, source, destination, address)
+    }
+
+    /// The same, with so many milliseconds for the pause.
+    pub fn migrate_within(
+        self,
+        downtime_ms: u32,
+        source: &mut Vm,
+        destination: &mut Vm,
+        address: &str,
+    ) -> Result<Moments> {
+        self.prepare(source, downtime_ms)?;
+        self.prepare(destination, downtime_ms)?;
         let uri = format!("tcp:{address}:{PORT}");
         destination
             .qmp

@@ -86,6 +86,7 @@ pub(super) fn machine(bed: &Bed, kernel: Kernel) -> Result<Machine> {
         name: "small".into(),
         machine: "q35".into(),
         memory: 384,
+        memory_kib: 0,
         vcpus: 2,
         accelerator: Accelerator::Tcg,
         boot: guest::boot(&bed.layout, &bed.packages, kernel)?,

@@ -17,6 +17,7 @@ mod guest;
 mod lie;
 pub(crate) mod micro;
 mod migrate;
+mod missed_pages;
 mod nested;
 mod order;
 mod pair;
@@ -56,6 +57,7 @@ pub fn all() -> Vec<Scenario> {
     [
         apart::scenarios(),
         guest::scenarios(),
+        missed_pages::scenarios(),
         migrate::scenarios(),
         channels::scenarios(),
         converge::scenarios(),

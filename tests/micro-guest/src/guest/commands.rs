@@ -8,7 +8,6 @@ use crate::memory::{Memory, Verdict};
 use crate::pace::Pace;
 use crate::parameters::{Parameters, size};
 use crate::serial::Serial;
-use crate::settle::Hot;
 
 /// Ticks between two heartbeats: 50 ms.
 const HEARTBEAT: u64 = HZ / 20;
@@ -22,7 +21,6 @@ pub(crate) struct Parts {
     pub(crate) memory: Memory,
     pub(crate) disk: VirtioDisk,
     pub(crate) agent: Agent,
-    pub(crate) hot: Hot,
 }
 
 /// The guest at work.
@@ -65,7 +63,6 @@ impl Guest {
         ));
         loop {
             let busy = self.turn();
-            self.parts.hot.settle();
             if !busy {
                 interrupts::wait();
             }

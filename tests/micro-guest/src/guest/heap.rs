@@ -40,12 +40,6 @@ pub(crate) unsafe fn set_up(range: Range<u64>) {
     unsafe { (*HEAP.0.get()).fresh = range.start as usize..range.end as usize };
 }
 
-/// Where the heap's next fresh block would be.
-pub(crate) fn fresh() -> usize {
-    // SAFETY: one processor, and no reference outlives a call.
-    unsafe { (*HEAP.0.get()).fresh.start }
-}
-
 fn order(layout: Layout) -> usize {
     let size = layout.size().max(layout.align()).max(16);
     size.next_power_of_two().trailing_zeros() as usize

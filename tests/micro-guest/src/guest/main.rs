@@ -29,7 +29,6 @@ mod pci;
 mod port;
 mod runtime;
 mod serial;
-mod settle;
 mod start_info;
 
 use crate::agent::{Agent, DiskName};
@@ -41,7 +40,6 @@ use crate::lies::Liar;
 use crate::memory::Memory;
 use crate::parameters::Parameters;
 use crate::serial::Serial;
-use crate::settle::Hot;
 use crate::start_info::RamMap;
 use alloc::string::String;
 use core::arch::asm;
@@ -90,8 +88,6 @@ fn set_up(ram: &RamMap, floor: u64, command_line: &str) -> Result<Guest, String>
     for range in &ranges {
         paging::map_ram(range.clone());
     }
-    // What changes often comes first on the heap, so that it lies together.
-    let heap_start = heap::fresh();
     let mut disk = VirtioDisk::find();
     let sectors = disk.sectors();
     let name = DiskName {
@@ -105,7 +101,6 @@ fn set_up(ram: &RamMap, floor: u64, command_line: &str) -> Result<Guest, String>
         .then(|| IMAGE_START / PAGE..floor.div_ceil(PAGE));
     let agent = Agent::new(Console::find(), name, own, liar);
     let serial = Serial::new();
-    let hot = Hot::new(heap_start..heap::fresh());
     // SAFETY: RAM that was just mapped, behind image and heap.
     let memory = unsafe { Memory::new(ranges, &parameters, sectors, &mut disk) }?;
     Ok(Guest::new(
@@ -115,7 +110,6 @@ fn set_up(ram: &RamMap, floor: u64, command_line: &str) -> Result<Guest, String>
             memory,
             disk,
             agent,
-            hot,
         },
         &parameters,
     ))

@@ -5,7 +5,6 @@
 //! disk page or which generation of data it holds; from that its content can be computed.
 
 use crate::parameters::Parameters;
-use crate::settle;
 use alloc::vec::Vec;
 use core::ops::Range;
 use micro_guest::content::{self, PAGE_SIZE, Page, Random, SECTORS_PER_PAGE, Seed};
@@ -320,14 +319,6 @@ impl Memory {
         self.generation = self.generation.wrapping_add(1).max(1);
         content::fill_data(self.seed, pfn, self.generation.into(), page(pfn));
         self.entries[index].generation = self.generation;
-        self.settle(index, pfn);
-    }
-
-    /// After a change of a page and its entry.
-    fn settle(&self, index: usize, pfn: u64) {
-        settle::flush();
-        settle::touch(pfn as usize * PAGE_SIZE);
-        settle::touch((&raw const self.entries[index]).addr());
     }
 
     /// Reads another disk page into one cache page.
@@ -348,7 +339,6 @@ impl Memory {
                 disk_page,
                 generation: 0,
             };
-            self.settle(index, pfn);
             self.counters.churned += 1;
         } else {
             // Whatever the page holds now, it is made known content again.
@@ -365,7 +355,6 @@ impl Memory {
         let pfn = self.pfn(index);
         let word = index % content::PAGE_WORDS;
         page(pfn)[word] ^= 1 << (index % 64);
-        self.settle(index, pfn);
         Some(pfn)
     }
 

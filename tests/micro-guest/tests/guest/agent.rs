@@ -161,7 +161,7 @@ const HELLO: Heard = Heard::Hello {
 
 #[test]
 fn reports_are_true_and_leave_out_what_is_dirty() {
-    let setting = Setting::new("q35", "256M", "cache=48M data=32M disk-offset=2048");
+    let setting = Setting::new("q35", "262152K", "cache=48M data=32M disk-offset=2048");
     let mut guest = setting.start(false);
     let disk = std::fs::read(&setting.disk).unwrap();
     let mut host = Host::open(&guest);

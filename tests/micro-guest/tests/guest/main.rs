@@ -18,7 +18,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 fn boots(machine: &'static str) {
-    let setting = Setting::new(machine, "256M", "seed=3 cache=48M data=32M zero=rest");
+    let setting = Setting::new(machine, "262152K", "seed=3 cache=48M data=32M zero=rest");
     let mut guest = setting.start(false);
     let checked = guest.control.check(LONG).unwrap();
     assert!(
@@ -120,20 +120,20 @@ fn migrates(machine: &'static str, memory: &'static str) {
 
 #[test]
 fn migrates_on_pc() {
-    migrates("pc", "256M");
+    migrates("pc", "262152K");
 }
 
 #[test]
 fn migrates_on_q35() {
-    migrates("q35", "256M");
+    migrates("q35", "262152K");
 }
 
 #[test]
 fn migrates_above_4_gib_on_pc() {
-    migrates("pc", "5G");
+    migrates("pc", "5242888K");
 }
 
 #[test]
 fn migrates_above_4_gib_on_q35() {
-    migrates("q35", "5G");
+    migrates("q35", "5242888K");
 }

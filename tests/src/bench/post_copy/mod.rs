@@ -192,6 +192,7 @@ impl Setup {
             name: "web1".into(),
             machine: "q35".into(),
             memory: self.size.memory,
+            memory_kib: 0,
             vcpus,
             accelerator: Accelerator::Tcg,
             boot: self.boot.clone(),

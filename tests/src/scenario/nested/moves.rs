@@ -112,6 +112,7 @@ fn machine(contents: &Contents, case: Case) -> Machine {
         name: "web1".into(),
         machine: "q35".into(),
         memory: 256,
+        memory_kib: 0,
         // With one, whatever stops it stops all.
         vcpus: 1,
         accelerator: Accelerator::Kvm,
