@@ -23,6 +23,7 @@ pub mod qmp;
 pub mod qmp_commands;
 mod size;
 pub mod stream;
+pub mod virtqueues;
 mod vm;
 
 pub use build::Build;

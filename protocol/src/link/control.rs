@@ -37,6 +37,19 @@ pub struct Offer {
     pub autostart: bool,
     /// What the source's signs on its storage are known by.
     pub signs: Signs,
+    /// How long its virtqueues are; of no device if its QEMU was not asked.
+    pub virtio: Vec<OfferedVirtio>,
+}
+
+/// A virtio device of the VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfferedVirtio {
+    /// Its place in QEMU's tree of objects.
+    pub path: String,
+    /// What it is, as in `virtio-blk`.
+    pub kind: String,
+    /// How long each of its queues is.
+    pub lengths: Vec<u32>,
 }
 
 /// A disk of the VM.
@@ -270,12 +283,14 @@ mod tests {
             disks in prop::collection::vec(("[a-z]{1,9}", any::<u64>()), 0..4), qemu: [u32; 3],
             digest_key: [u8; 16], running: bool, dry_run: bool,
             nonce: [u8; 16], made: u64,
+            lengths in prop::collection::vec(("[a-z/]{1,9}", prop::collection::vec(any::<u32>(), 0..4)), 0..4),
         ) {
             let signs = Signs { nonce, made };
             let disks = disks.into_iter().map(|(id, size)| OfferedDisk { id, size }).collect();
             let message = Control::Offer(Box::new(Offer {
                 from, job, first, attempt, definition, qemu, qemu_package, disks, cpu_flags, digest_key, running, dry_run,
                 source_job: job ^ 1, autostart: running, signs,
+                virtio: lengths.into_iter().map(|(path, lengths)| OfferedVirtio { kind: path.clone(), path, lengths }).collect(),
             }));
             let bytes = encode_control(&message).unwrap();
             prop_assert_eq!(decode_control(&bytes), Ok(message));

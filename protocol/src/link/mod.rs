@@ -45,7 +45,8 @@ pub use batch::{
     MAX_BATCH_DATA, MAX_BLOCKS, PAGE_LEN, Record, Records, SectionKind,
 };
 pub use control::{
-    Control, Offer, OfferedDisk, PostCopy, Presence, Stalls, Waits, decode_control, encode_control,
+    Control, Offer, OfferedDisk, OfferedVirtio, PostCopy, Presence, Stalls, Waits, decode_control,
+    encode_control,
 };
 pub use frame::{
     Cover, FRAME_HEADER_LEN, FrameHeader, FrameKind, MAX_FRAME_PAYLOAD, MAX_SMALL_PAYLOAD,
@@ -59,8 +60,8 @@ pub use storage::{
 
 use thiserror::Error;
 
-/// The one version of the link's protocol so far.
-pub const VERSION: u16 = 1;
+/// The version of the link's protocol.
+pub const VERSION: u16 = 2;
 
 /// Bytes that a side may have sent in a session before the other one has worked them off, beside one frame
 /// of any length. A frame counts for its payload and [`SESSION_FRAME_ROOM`].

@@ -117,6 +117,7 @@ pub(super) fn offer(bed: &Bed, job: u64) -> Result<Control> {
             nonce: [9; 16],
             made: 0,
         },
+        virtio: Vec::new(),
     })))
 }
 

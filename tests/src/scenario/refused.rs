@@ -27,6 +27,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         "refused-without-the-memory", "a guest that was adopted is larger than the destination", without_the_memory;
         "refused-machine-type", "the destination's QEMU is too old for the machine type", machine_type;
         "refused-older-qemu", "the destination's QEMU is older, the machine type is known", older_qemu;
+        "refused-queues", "the destination's QEMU has no room for the virtqueues of the source's", queues;
         "refused-names", "hosts and VMs that are not there, and a name that is taken", names;
         "refused-second-migration", "two migrations of one VM at once", second_migration;
         "dry-run", "a plan, and nothing is touched", dry_run;
@@ -267,6 +268,27 @@ fn second_migration(bed: &Bed) -> Result<()> {
     first.end()?.expect(0)?;
     pair.arrived(At::B, &mut life)
         .map_err(|error| pair.with_logs(error))
+}
+
+/// Debian 13's QEMU 10.0.13 makes each queue 1,024 long: a VM with virtio devices goes to no QEMU 11.1.
+fn queues(bed: &Bed) -> Result<()> {
+    let micro = Micro {
+        machine: "pc-q35-10.0".into(),
+        ..Micro::new(bed)?
+    };
+    let pair = Pair::new(bed, (Qemu::V10_0_13, Qemu::V11_1), None)?;
+    let mut life = pair.boot(&micro)?;
+    let words = ["1024 entries", "shut micro down and start it on hostb"];
+    let dry = pair.migrate(At::A, &["--dry-run"])?;
+    dry.refused(3, &words)
+        .map_err(|error| pair.with_logs(error))?;
+    // Its QEMU there was started by then.
+    let tried = pair.migrate(At::A, &[])?;
+    tried
+        .refused(4, &words)
+        .map_err(|error| pair.with_logs(error))?;
+    pair.stayed(At::A, &mut life)?;
+    pair.nothing_left(At::B)
 }
 
 fn dry_run(bed: &Bed) -> Result<()> {

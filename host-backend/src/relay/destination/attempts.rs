@@ -185,6 +185,7 @@ mod tests {
                 nonce: [0; 16],
                 made: 0,
             },
+            virtio: Vec::new(),
         }
     }
 

@@ -14,6 +14,7 @@ use super::engine::{Engine, Target, Way};
 use super::look::{self, Fit};
 use super::postcopy;
 use super::recovery;
+use super::rehearsal;
 use super::resume;
 use super::sessions::Open;
 use super::storage::{Comparer, Shown};
@@ -170,6 +171,24 @@ pub(super) async fn take(
         no_post_copy: fit.no_post_copy.clone(),
         storage: Box::new(storage),
     };
+    if offer.dry_run {
+        let decision = Decision {
+            host: Arc::clone(&host),
+            job: offer.job,
+            vm: name,
+            outcome: outcomes.begin(offer.job, &offer.from),
+        };
+        let answer = rehearse(
+            &decision,
+            &fit,
+            &settings,
+            &offer,
+            accepted,
+            shown.comparer(),
+        )
+        .await;
+        return send(&mut connection, &answer);
+    }
     send(&mut connection, &accepted)?;
     let begun = tokio::task::spawn_blocking(move || {
         let message = shown.serve(&mut connection);
@@ -342,6 +361,46 @@ pub(super) async fn take(
     // The source closes the link when it has the answer.
     engine.finish(FAREWELL).await;
     Ok(())
+}
+
+/// A dry run: prepares a QEMU for the VM, and ends it. What it finds is in the answer.
+async fn rehearse(
+    decision: &Decision,
+    fit: &Fit,
+    settings: &LaunchSettings,
+    offer: &Offer,
+    mut accepted: Control,
+    comparer: Comparer,
+) -> Control {
+    let prepared = match decision.note(Stage::Waiting) {
+        Ok(()) => {
+            Prepared::new(
+                fit,
+                settings,
+                offer,
+                fit.switchover_ack,
+                PostCopy::Perhaps,
+                comparer,
+            )
+            .await
+        }
+        Err(reason) => Err(reason),
+    };
+    match prepared {
+        Ok(prepared) => {
+            decision.abandon(&prepared.vm).await;
+            if let Control::Accepted { no_post_copy, .. } = &mut accepted {
+                *no_post_copy = no_post_copy.take().or(prepared.no_post_copy);
+            }
+            accepted
+        }
+        Err(reason) => {
+            decision.end(Stage::Refused);
+            Control::Refused {
+                reasons: vec![reason],
+            }
+        }
+    }
 }
 
 /// Looks whether the VM fits here, and keeps its name; or why not. An earlier migration of it that has just
@@ -520,6 +579,9 @@ impl Prepared {
             }
         };
         let volumes = volumes.and_then(|volumes| check_sizes(fit, offer, volumes));
+        let volumes = rehearsal::check_queues(&vm, offer, &settings.host)
+            .await
+            .and(volumes);
         let taken = take_post_copy(&vm, post_copy, &settings.host).await;
         let stream = match &taken {
             Err(reason) if post_copy == PostCopy::Yes => Err(reason.clone()),

@@ -24,6 +24,7 @@ mod postcopy;
 mod reads;
 mod receive;
 mod recovery;
+mod rehearsal;
 mod reply;
 mod resume;
 mod sessions;

@@ -3,11 +3,11 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use transhume_protocol::link::{Offer, OfferedDisk, Signs};
+use transhume_protocol::link::{Offer, OfferedDisk, OfferedVirtio, Signs};
 
 use super::request::Request;
 use crate::hypervisor::layout::{Layout, Region};
-use crate::hypervisor::{Vm, preflight};
+use crate::hypervisor::{Vm, preflight, virtqueues};
 use crate::pages::digest;
 use crate::relay::Error;
 
@@ -106,6 +106,12 @@ pub(super) async fn examine(request: &Request) -> Result<Facts, Error> {
         id: disk.id,
         size: disk.bytes,
     };
+    let queues = virtqueues::devices(qmp).await.map_err(Error::refused)?;
+    let offered = |device: virtqueues::Device| OfferedVirtio {
+        path: device.path,
+        kind: device.kind,
+        lengths: device.lengths,
+    };
     let job = random_number()?;
     let offer = Offer {
         from: from.clone(),
@@ -127,6 +133,7 @@ pub(super) async fn examine(request: &Request) -> Result<Facts, Error> {
             nonce: [0; 16],
             made: 0,
         },
+        virtio: queues.into_iter().map(offered).collect(),
     };
     let layout = layout.regions().to_vec();
     Ok(Facts {
