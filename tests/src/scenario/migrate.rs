@@ -2,7 +2,7 @@
 //! right, and the guest can go back.
 
 use super::micro::{Micro, NAME, Qemus, qcow2_disk};
-use super::pair::{At, NEWEST, Pair};
+use super::pair::{At, KEEPS, NEWEST, Pair};
 use super::transhume::{Answer, ask};
 use super::{Bed, Scenario};
 use crate::Result;
@@ -52,10 +52,25 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             };
             there_and_back(bed, OLD, &micro)
         }),
+        scenario!("migrate-q35-10.0.13", "there and back, 1 vCPU", |bed| {
+            there_and_back(bed, (Qemu::V10_0_13, Qemu::V10_0_13), &Micro::new(bed)?)
+        }),
+        scenario!("migrate-q35-11.1", "there and back, 2 vCPUs", |bed| {
+            let micro = Micro {
+                vcpus: 2,
+                ..Micro::new(bed)?
+            };
+            there_and_back(bed, KEEPS, &micro)
+        }),
         scenario!(
             "migrate-to-a-newer-qemu",
             "from QEMU 7.2 to 10.0, by a machine type that both have",
-            newer
+            |bed| newer(bed, (Qemu::V7_2, Qemu::V10_0), "pc-q35-7.2")
+        ),
+        scenario!(
+            "migrate-10.0-to-11.1",
+            "the same from QEMU 10.0 to 11.1",
+            |bed| newer(bed, (Qemu::V10_0, Qemu::V11_1), "pc-q35-10.0")
         ),
         scenario!(
             "migrate-two-disks",
@@ -114,12 +129,12 @@ fn there_and_back(bed: &Bed, qemus: Qemus, micro: &Micro) -> Result<()> {
     Ok(())
 }
 
-fn newer(bed: &Bed) -> Result<()> {
+fn newer(bed: &Bed, qemus: Qemus, machine: &str) -> Result<()> {
     let micro = Micro {
-        machine: "pc-q35-7.2".into(),
+        machine: machine.into(),
         ..Micro::new(bed)?
     };
-    let pair = Pair::new(bed, (Qemu::V7_2, Qemu::V10_0), Some(1000))?;
+    let pair = Pair::new(bed, qemus, Some(1000))?;
     let mut life = pair.boot(&micro)?;
     pair.moves(At::A, &mut life).map(drop)
 }

@@ -24,6 +24,9 @@ const MOST_MEMORY: u64 = 256 << 20;
 /// What both hosts run unless a scenario says otherwise.
 pub(super) const NEWEST: Qemus = (Qemu::V10_0, Qemu::V10_0);
 
+/// Those that keep a VM in post-copy until its devices are loaded at its destination.
+pub(super) const KEEPS: Qemus = (Qemu::V11_1, Qemu::V11_1);
+
 /// One of the hosts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum At {

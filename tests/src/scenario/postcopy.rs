@@ -3,7 +3,7 @@
 use super::any_moment::state;
 use super::die::sigkill;
 use super::micro::{Micro, NAME, Qemus};
-use super::pair::{At, NEWEST, Pair};
+use super::pair::{At, KEEPS, NEWEST, Pair};
 use super::transhume::{Answer, ask};
 use super::{Bed, Scenario};
 use crate::bench::{Profile, Setup};
@@ -39,6 +39,12 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             run: |bed| in_sequence(bed, (Qemu::V7_2, Qemu::V7_2)),
         },
         Scenario {
+            name: "post-copy-11.1",
+            about: "the same with QEMU 11.1, which keeps the VM until its devices are loaded at its destination",
+            limit: LIMIT,
+            run: |bed| in_sequence(bed, KEEPS),
+        },
+        Scenario {
             name: "post-copy-link-breaks",
             about: "the link goes away twice after the hand-over, and the rest follows",
             limit: LIMIT,
@@ -55,6 +61,12 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             about: "the same with QEMU 7.2",
             limit: LIMIT,
             run: |bed| daemon_dies(bed, (Qemu::V7_2, Qemu::V7_2)),
+        },
+        Scenario {
+            name: "post-copy-daemon-dies-11.1",
+            about: "the same with QEMU 11.1",
+            limit: LIMIT,
+            run: |bed| daemon_dies(bed, KEEPS),
         },
         Scenario {
             name: "post-copy-link-away",

@@ -4,12 +4,13 @@
 use super::any_moment::{Moment, OLD, Watch, settle, state};
 use super::die::sigkill;
 use super::micro::{Life, Micro, NAME, Qemus, raw_disk};
-use super::pair::{At, NEWEST, Pair};
+use super::pair::{At, KEEPS, NEWEST, Pair};
 use super::transhume::{Answer, ask};
 use super::{Bed, Draw, Scenario};
 use crate::cleanup::still_time;
 use crate::command::Run;
 use crate::error::check;
+use crate::packages::Qemu;
 use crate::{Error, Result};
 use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};
@@ -48,6 +49,24 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             about: "the same with QEMU 7.2",
             limit: LIMIT,
             run: |bed| many(bed, OLD, Mode::Post, IN_POST_COPY),
+        },
+        Scenario {
+            name: "die-at-random-post-copy-11.1",
+            about: "the same with QEMU 11.1, which keeps the VM until its devices are loaded at its destination",
+            limit: LIMIT,
+            run: |bed| many(bed, KEEPS, Mode::Post, IN_POST_COPY),
+        },
+        Scenario {
+            name: "die-at-random-7.2-to-10.0",
+            about: "the same from QEMU 7.2 to 10.0, by pre-copy",
+            limit: LIMIT,
+            run: |bed| many(bed, (Qemu::V7_2, Qemu::V10_0), Mode::Pre, IN_POST_COPY),
+        },
+        Scenario {
+            name: "die-at-random-10.0-to-11.1",
+            about: "the same from QEMU 10.0 to 11.1",
+            limit: LIMIT,
+            run: |bed| many(bed, (Qemu::V10_0, Qemu::V11_1), Mode::Pre, IN_POST_COPY),
         },
     ]
 }
@@ -198,6 +217,7 @@ struct Scene<'a> {
     disk: CutDisk,
     life: Life,
     at: At,
+    qemus: Qemus,
     mode: Mode,
 }
 
@@ -209,12 +229,13 @@ impl<'a> Scene<'a> {
         };
         let pair = Pair::with_small_state(bed, qemus, Some(link))?;
         let disk = CutDisk::new(bed, &pair.hosts.b.folder)?;
-        let life = boot(&pair, &disk, mode)?;
+        let life = boot(&pair, &disk, qemus, mode)?;
         Ok(Self {
             pair,
             disk,
             life,
             at: At::A,
+            qemus,
             mode,
         })
     }
@@ -226,8 +247,8 @@ impl<'a> Scene<'a> {
         }
     }
 
-    /// One migration. Says how it went.
-    fn migrate(&mut self, dice: &mut Dice) -> Result<String> {
+    /// One migration. Says how it went, and whether the guest moved.
+    fn migrate(&mut self, dice: &mut Dice) -> Result<(String, bool)> {
         let (failure, moment, later) = draw(dice, self.mode);
         let from = self.at;
         let mut watch = Watch::open(&self.pair, from)?;
@@ -266,9 +287,13 @@ impl<'a> Scene<'a> {
         if let Some(at) = place {
             self.is_well(from, at).map_err(in_time)?;
         }
+        let moved = place.is_some_and(|at| at != from);
         let place = place.filter(|at| {
             // A QEMU that began to use the disk while it was short keeps it so.
-            !(matches!(failure, Failure::BadDisk) && *at == At::B)
+            let is_short = matches!(failure, Failure::BadDisk);
+            // And none goes back to an older one.
+            let is_newer = self.qemus.0 != self.qemus.1;
+            !((is_short || is_newer) && *at == At::B)
         });
         if place.is_none() {
             for process in self.pair.qemus(At::B) {
@@ -279,13 +304,13 @@ impl<'a> Scene<'a> {
             for at in [At::A, At::B] {
                 let _ = fs::remove_dir_all(self.pair.folder(at));
             }
-            self.life = boot(&self.pair, &self.disk, self.mode).map_err(in_time)?;
+            self.life = boot(&self.pair, &self.disk, self.qemus, self.mode).map_err(in_time)?;
             self.at = At::A;
         }
         let place = place.map_or("started anew".to_owned(), |at| {
             format!("it runs at {}", at.name())
         });
-        Ok(format!("{told}: {place}"))
+        Ok((format!("{told}: {place}"), moved))
     }
 
     /// In post-copy each QEMU has a part of the memory that the other one does not have. And QEMU neither takes
@@ -395,14 +420,17 @@ impl<'a> Scene<'a> {
     }
 }
 
-fn boot(pair: &Pair<'_>, disk: &CutDisk, mode: Mode) -> Result<Life> {
+fn boot(pair: &Pair<'_>, disk: &CutDisk, qemus: Qemus, mode: Mode) -> Result<Life> {
     // In post-copy more than a pause could carry is written while memory is scanned once.
     let parameters = match mode {
         Mode::Pre => "cache=32M data=16M zero=8M rate=8M",
         Mode::Post => "cache=16M data=32M zero=8M rate=60M",
     };
     let micro = Micro {
-        machine: "pc".into(),
+        machine: match qemus {
+            (from, to) if from != to => format!("pc-i440fx-{}", from.version()),
+            _ => "pc".into(),
+        },
         memory: 96,
         parameters: parameters.into(),
         // Nothing proves that the copy is the same storage.
@@ -433,12 +461,11 @@ fn many(bed: &Bed, qemus: Qemus, mode: Mode, [some, all]: [u64; 2]) -> Result<()
     let mut scene = Scene::new(bed, qemus, mode)?;
     let mut moved = 0;
     for number in 1..=migrations {
-        let from = scene.at;
-        let told = scene.migrate(&mut dice).map_err(|error| {
+        let (told, is_there) = scene.migrate(&mut dice).map_err(|error| {
             let error = Error::Check(format!("seed {seed}, migration {number}: {error}"));
             scene.pair.with_logs(error)
         })?;
-        moved += u32::from(scene.at != from);
+        moved += u32::from(is_there);
         println!("  {number}: {told}");
     }
     println!("  {moved} of {migrations} moved all the same");
