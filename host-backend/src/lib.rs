@@ -2,6 +2,7 @@
 //! made of. A room knows the rooms below it only:
 //! `control` → `pki`, `relay` → `pages`, `guest`, `volume`, `link`, `hypervisor`.
 
+pub mod allocator;
 pub mod audit;
 mod bounded;
 pub mod control;

@@ -8,8 +8,8 @@ use tracing_subscriber::filter::{FilterExt, LevelFilter, Targets, filter_fn};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, fmt};
-use transhume_host::audit;
 use transhume_host::control::{config::Config, server};
+use transhume_host::{allocator, audit};
 
 /// Keeps this host's VMs, and moves them to and from other hosts.
 #[derive(Debug, Parser)]
@@ -57,9 +57,19 @@ fn begin_log(filter: EnvFilter) {
         .init();
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
+    allocator::bound_arenas();
     let arguments = Arguments::parse();
+    match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime.block_on(run(arguments)),
+        Err(error) => {
+            eprintln!("transhumed: it cannot start its threads: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: Arguments) -> ExitCode {
     let filter = match EnvFilter::try_new(&arguments.log) {
         Ok(filter) => filter,
         Err(error) => {

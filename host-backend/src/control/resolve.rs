@@ -368,6 +368,7 @@ impl Daemon {
             };
             tracing::info!("ended: {ending}");
             daemon.jobs.finish(&job, ending);
+            crate::allocator::give_back();
         };
         tokio::spawn(sending.instrument(span));
     }

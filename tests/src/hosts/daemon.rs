@@ -239,6 +239,15 @@ impl Daemon {
         Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
     }
 
+    /// The memory that is its own now, without files that are mapped, in bytes.
+    pub fn own_memory(&self) -> Option<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.process.id())).ok()?;
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("RssAnon:"))?;
+        Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+    }
+
     /// How many threads of that name it has.
     pub fn threads(&self, name: &str) -> usize {
         let folder = format!("/proc/{}/task", self.process.id());

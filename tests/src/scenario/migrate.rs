@@ -113,6 +113,44 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     ]
 }
 
+pub(super) fn long_scenarios() -> Vec<Scenario> {
+    vec![Scenario {
+        name: "migrate-memory-at-rest",
+        about: "what the daemons keep of their memory after a guest of 1 GiB has moved twenty times",
+        limit: Duration::from_secs(600),
+        run: memory_at_rest,
+    }]
+}
+
+/// The most that a daemon may have when nothing moves, in bytes.
+const AT_REST: u64 = 64 << 20;
+
+fn memory_at_rest(bed: &Bed) -> Result<()> {
+    let micro = Micro {
+        memory: 1024,
+        parameters: "cache=48M data=600M rate=8M".into(),
+        ..Micro::new(bed)?
+    };
+    let pair = Pair::new(bed, NEWEST, None)?;
+    let mut life = pair.boot(&micro)?;
+    let kept = || [At::A, At::B].map(|at| pair.daemon(at).own_memory().unwrap_or(u64::MAX) >> 20);
+    println!("  before: {:?} MiB", kept());
+    let mut at = At::A;
+    for _ in 0..20 {
+        pair.migrate(at, &[])?.expect(0)?;
+        at = at.other();
+        println!("  after a move: {:?} MiB", kept());
+    }
+    life.moved(&pair.folder(at))?;
+    life.check()?;
+    // It is given back a moment after the end.
+    pair.wait("the daemons to need little", || {
+        Ok(kept().iter().all(|mib| *mib < AT_REST >> 20))
+    })?;
+    println!("  at rest: {:?} MiB", kept());
+    Ok(())
+}
+
 /// Moves a guest twice. Most of its page cache must come from disk.
 fn there_and_back(bed: &Bed, qemus: Qemus, micro: &Micro) -> Result<()> {
     let pair = Pair::new(bed, qemus, Some(1000))?;

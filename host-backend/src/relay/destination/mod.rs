@@ -46,6 +46,7 @@ use tracing::Instrument;
 use transhume_protocol::link::{Control, Presence};
 use waiting::{GREETING, Waiting};
 
+use crate::allocator;
 use crate::hypervisor::{Definition, LaunchSettings, Limits, Vm};
 use crate::link::{Connection, PATIENCE, Security, sync};
 
@@ -256,7 +257,9 @@ async fn greet(
                     let job = incoming::label(&offer);
                     let span = tracing::info_span!("arrival", job);
                     let taken = incoming::take(connection, *offer, host, outcomes);
-                    taken.instrument(span).await
+                    let taken = taken.instrument(span).await;
+                    allocator::give_back();
+                    taken
                 }
                 Err(reasons) => send(&mut connection, &Control::Refused { reasons }),
             }
@@ -293,7 +296,9 @@ async fn greet(
                 connections,
                 patience,
             };
-            resume::serve(connection, asked, host, outcomes).await
+            let served = resume::serve(connection, asked, host, outcomes).await;
+            allocator::give_back();
+            served
         }
         Control::Locate { vm } => {
             peer.may_ask(&vm, false, &*host)?;
