@@ -14,10 +14,11 @@ const TOP: f64 = 12.0;
 const PAGE_MB: f64 = 4096.0 / 1e6;
 
 /// Kinds of pages in a snapshot of Transhume's, by what is drawn first, with colour and name.
-const KINDS: [(&str, &str, &str); 6] = [
+const KINDS: [(&str, &str, &str); 7] = [
     ("data-pages", "#c2571a", "data"),
     ("resent-pages", "#e0a030", "sent again"),
     ("mismatched-pages", "#a02050", "disk differed"),
+    ("late-pages", "#d08fa8", "disk was late"),
     ("disk-pages", "#2a7f62", "from disk"),
     ("zero-pages", "#9aa5b1", "zero"),
     ("unchanged-pages", "#c9b8e0", "unchanged"),

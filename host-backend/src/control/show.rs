@@ -435,7 +435,7 @@ fn summary(summary: &Summary) -> String {
     text
 }
 
-fn kinds(traffic: &Traffic) -> [(&'static str, u64); 6] {
+fn kinds(traffic: &Traffic) -> [(&'static str, u64); 7] {
     [
         ("from disk", traffic.disk_pages),
         ("zero pages", traffic.zero_pages),
@@ -443,6 +443,7 @@ fn kinds(traffic: &Traffic) -> [(&'static str, u64); 6] {
         ("sent again", traffic.resent_pages),
         ("unchanged", traffic.unchanged_pages),
         ("disk differed", traffic.mismatched_pages),
+        ("disk was late", traffic.late_pages),
     ]
 }
 

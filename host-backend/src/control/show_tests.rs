@@ -127,6 +127,7 @@ web1 runs on hostb now; it left hosta in 5.82 s.
   sent again            0 B   0.0 %
   unchanged             0 B   0.0 %
   disk differed         0 B   0.0 %
+  disk was late         0 B   0.0 %
   on the wire      2.00 MiB  of 4.00 MiB that QEMU sent
   page cache       2.34 MiB  named by the guest's agent
   pre-copy       because the guest writes 20 MB/s, the link takes 100 MB/s

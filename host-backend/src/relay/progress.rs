@@ -62,6 +62,9 @@ pub struct Traffic {
     pub unchanged_pages: u64,
     /// Pages sent over the link because what the disk held did not match, or could not be read.
     pub mismatched_pages: u64,
+    /// Pages that were to come from a disk, and were sent over the link as the destination had not read them yet.
+    #[serde(default)]
+    pub late_pages: u64,
     /// Bytes that the link carried, both ways, framing included.
     pub wire_bytes: u64,
     /// Bytes of page content on the link after compression.
@@ -307,6 +310,7 @@ pub enum Counter {
     ResentPages,
     UnchangedPages,
     MismatchedPages,
+    LatePages,
     WireBytes,
     PageBytes,
     DiskBytes,
@@ -467,6 +471,7 @@ impl Progress {
             resent_pages: self.get(Counter::ResentPages),
             unchanged_pages: self.get(Counter::UnchangedPages),
             mismatched_pages: self.get(Counter::MismatchedPages),
+            late_pages: self.get(Counter::LatePages),
             wire_bytes: self.get(Counter::WireBytes),
             page_bytes: self.get(Counter::PageBytes),
             disk_bytes: self.get(Counter::DiskBytes),

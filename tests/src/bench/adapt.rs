@@ -341,7 +341,7 @@ impl Comparison {
                 total(true),
                 case.target(),
                 pages("disk-pages"),
-                pages("mismatched-pages"),
+                pages("mismatched-pages") + pages("late-pages"),
             );
         }
         text

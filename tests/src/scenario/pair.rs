@@ -238,7 +238,7 @@ impl<'a> Pair<'a> {
         self.daemons_are_small()?;
         let shown = |path: &str| answer.number(&format!("/summary/traffic/{path}"));
         println!(
-            "  {} to {}: {:.1} s, downtime {:.0} ms; pages: zero {}, disk {}, data {}, again {}, unchanged {}, mismatched {}",
+            "  {} to {}: {:.1} s, downtime {:.0} ms; pages: zero {}, disk {}, data {}, again {}, unchanged {}, mismatched {}, late {}",
             from.name(),
             from.other().name(),
             answer.value["summary"]["total-ms"]
@@ -254,6 +254,7 @@ impl<'a> Pair<'a> {
             shown("resent-pages")?,
             shown("unchanged-pages")?,
             shown("mismatched-pages")?,
+            shown("late-pages")?,
         );
         Ok(answer)
     }

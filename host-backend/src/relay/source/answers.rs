@@ -61,6 +61,8 @@ impl Answers {
                     let (settled, wanted) = self.shared.flow.judge(&verdict)?;
                     self.shared.progress.add(Counter::DiskPages, settled);
                     self.shared.progress.add(Counter::MismatchedPages, wanted);
+                    let late = self.shared.flow.late();
+                    self.shared.progress.set(Counter::LatePages, late);
                 }
                 FrameKind::ReturnPath => self.return_path(&frame.payload)?,
                 FrameKind::Control => match words::decode(&frame.payload)? {

@@ -165,6 +165,8 @@ struct State {
     /// The shortest time from a batch to its acknowledgement so far.
     round_trip: Option<Duration>,
     retained: HashMap<u64, Retained>,
+    /// See [`Flow::late`].
+    late: u64,
     limit: usize,
     /// Buffers' bytes settled since the bound was looked at, and whether the bound was met.
     settled: usize,
@@ -241,6 +243,7 @@ impl Flow {
                 on_their_way: VecDeque::new(),
                 round_trip: None,
                 retained: HashMap::new(),
+                late: 0,
                 limit: RETAINED_MOST / 2,
                 settled: 0,
                 limited: false,
@@ -356,19 +359,21 @@ impl Flow {
         state.report.parts.clear();
     }
 
-    /// Sends the pages of every unsettled reference over the link, ahead of what follows in the stream.
-    pub(super) fn fill_all(&self) -> u64 {
+    /// Sends the pages of every unsettled reference over the link, ahead of what follows in the stream, and those of
+    /// others in the same batches, of which it is not known which they are.
+    pub(super) fn fill_all(&self) {
         let mut state = self.lock();
-        let mut pages = 0;
         let retained = std::mem::take(&mut state.retained);
         for (
             batch,
             Retained {
-                buffer, references, ..
+                buffer,
+                references,
+                unsettled,
             },
         ) in retained
         {
-            pages += references.len() as u64;
+            state.late += u64::from(unsettled);
             // Behind the batches that hold the references: the destination must know them first.
             state.urgent.push_back(Next::Fill {
                 batch,
@@ -377,7 +382,11 @@ impl Flow {
             });
         }
         self.changed.notify_all();
-        pages
+    }
+
+    /// References that went over the link as the destination had not read them yet.
+    pub(super) fn late(&self) -> u64 {
+        self.lock().late
     }
 
     /// Waits until every batch and urgent frame before was handed to the link.
@@ -434,9 +443,12 @@ impl Flow {
                 && state.last_sent.elapsed() >= IDLE
                 && let Some(&batch) = state.retained.keys().max()
                 && let Some(Retained {
-                    buffer, references, ..
+                    buffer,
+                    references,
+                    unsettled,
                 }) = state.retained.remove(&batch)
             {
+                state.late += u64::from(unsettled);
                 state.last_sent = Instant::now();
                 state.report.beside += (references.len() * PAGE_LEN) as u64;
                 self.changed.notify_all();

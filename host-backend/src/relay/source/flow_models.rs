@@ -165,7 +165,10 @@ fn references_have_room_when_others_are_filled() {
     model(|| {
         let flow = Arc::new(Flow::new());
         refer(&flow, BATCHES);
-        let answers = spawn(&flow, |flow| assert_eq!(flow.fill_all(), BATCHES));
+        let answers = spawn(&flow, |flow| {
+            flow.fill_all();
+            assert_eq!(flow.late(), BATCHES);
+        });
         assert!(flow.reference_room().unwrap() > 0);
         answers.join().unwrap();
     });

@@ -312,8 +312,8 @@ impl StreamReader {
     pub(super) fn settle(&mut self) -> Result<(), RelayError> {
         let shared = self.collector.shared();
         shared.flow.drain()?;
-        let filled = shared.flow.fill_all();
-        shared.progress.add(Counter::MismatchedPages, filled);
+        shared.flow.fill_all();
+        shared.progress.set(Counter::LatePages, shared.flow.late());
         Ok(())
     }
 }
