@@ -154,6 +154,9 @@ pub(super) enum RelayError {
     /// The other side gave up.
     #[error("the other host gave up: {0}")]
     Aborted(String),
+    /// While memory moved it showed that a disk is not the same on both hosts.
+    #[error("{0}")]
+    OtherStorage(String),
     /// The other side sent something that makes no sense at this point.
     #[error("the other host sent what does not belong here ({0})")]
     Misplaced(&'static str),

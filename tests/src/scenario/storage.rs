@@ -36,6 +36,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         "refused-blank-disk", "the destination has nothing on a disk of the same size", blank_disk;
         "refused-copied-overlay", "the destination has a copy of a qcow2 overlay, equal or older", copied_overlay;
         "refused-local-disk", "the same path on file systems that two hosts have each for itself", local_disk;
+        "storage-parts", "a trusted copy that is equal when it is compared, and another disk when memory moves", parts;
     }
 }
 
@@ -228,5 +229,41 @@ fn local_disk(bed: &Bed) -> Result<()> {
     let mut life = pair.boot(&micro)?;
     let words = ["disk root", "not proven", "one host alone", "trust"];
     refused(&pair, &mut life, &words)?;
+    no_marks(&folder)
+}
+
+/// It goes before the guest's pages do: what the destination reads is compared with what the guest has, and then with
+/// what this host reads.
+fn parts(bed: &Bed) -> Result<()> {
+    let folder = folder(bed, "parts")?;
+    let copied = folder.join("copied.raw");
+    copy(&raw_disk(bed)?, &copied)?;
+    let micro = Micro {
+        more: elsewhere(&copied, TRUST),
+        ..Micro::new(bed)?
+    };
+    let pair = Pair::new(bed, NEWEST, Some(100))?;
+    let mut life = pair.boot(&micro)?;
+    let command = pair.begin_migration(At::A, &[])?;
+    pair.job_when(At::A, "the destination to be prepared", |job| {
+        job["progress"]["phase"] == "prepare"
+    })?;
+    let file = fs::OpenOptions::new().write(true).open(&copied);
+    let emptied = file.and_then(|file| {
+        let length = usize::try_from(file.metadata()?.len()).unwrap_or_default();
+        file.write_all_at(&vec![0; length], 0)
+    });
+    emptied.map_err(Error::file("empty", &copied))?;
+    let words = [
+        "disk root",
+        "not the same disk",
+        "copied.raw",
+        "runs on at hosta",
+    ];
+    command
+        .end()?
+        .refused(4, &words)
+        .map_err(|error| pair.with_logs(error))?;
+    pair.stayed(At::A, &mut life)?;
     no_marks(&folder)
 }

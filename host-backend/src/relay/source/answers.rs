@@ -58,11 +58,15 @@ impl Answers {
                 }
                 FrameKind::Verdict => {
                     let verdict = Verdict::decode(&frame.payload)?;
-                    let (settled, wanted) = self.shared.flow.judge(&verdict)?;
+                    let (settled, pages) = self.shared.flow.judge(&verdict)?;
+                    let wanted = pages.len() as u64;
                     self.shared.progress.add(Counter::DiskPages, settled);
                     self.shared.progress.add(Counter::MismatchedPages, wanted);
                     let late = self.shared.flow.late();
                     self.shared.progress.set(Counter::LatePages, late);
+                    if let Some(doubt) = &self.shared.doubt {
+                        doubt.judge(settled, wanted, &pages);
+                    }
                 }
                 FrameKind::ReturnPath => self.return_path(&frame.payload)?,
                 FrameKind::Control => match words::decode(&frame.payload)? {
@@ -76,6 +80,10 @@ impl Answers {
                     Control::Endure => self.shared.set_endures(),
                     Control::Loaded if self.shared.keeps_until_loaded() => self.shared.set_loaded(),
                     Control::Stalled(stalls) => self.shared.set_stalls(stalls),
+                    Control::Compared(compared) => match &self.shared.doubt {
+                        Some(doubt) => doubt.answer(compared),
+                        None => return Err(RelayError::Misplaced("comparison of disks")),
+                    },
                     Control::Abort { reason } => {
                         self.shared.answer(Err(reason.clone()));
                         return Err(RelayError::Aborted(reason));

@@ -43,6 +43,11 @@ impl Migration {
             let mode = Mode::Pre;
             self.progress.choose(Choice { mode, why });
         }
+        copied.shared.settle_doubts().await;
+        if copied.shared.failed() {
+            let stop = self.why_failed(&copied.shared).await;
+            return Err(self.undo(stop).await);
+        }
         if let Err(stop) = self.enter(Phase::Commit) {
             return Err(self.undo(stop).await);
         }

@@ -495,8 +495,8 @@ impl Flow {
     }
 
     /// Takes a verdict: forgets what is settled and sends what is wanted. Returns the number of pages
-    /// settled and of pages to be sent.
-    pub(super) fn judge(&self, verdict: &Verdict) -> Result<(u64, u64), RelayError> {
+    /// settled, and those to be sent.
+    pub(super) fn judge(&self, verdict: &Verdict) -> Result<(u64, Vec<PageKey>), RelayError> {
         let mut state = self.lock();
         let number = verdict.batch;
         if state
@@ -508,7 +508,7 @@ impl Flow {
         }
         let Some(retained) = state.retained.get_mut(&number) else {
             // Its pages were sent meanwhile.
-            return Ok((0, 0));
+            return Ok((0, Vec::new()));
         };
         let wanted: Option<Vec<Content>> = verdict
             .wanted
@@ -524,7 +524,7 @@ impl Flow {
             .unsettled
             .checked_sub(judged)
             .ok_or(RelayError::Misplaced("verdict on too many references"))?;
-        let counts = (u64::from(verdict.settled), wanted.len() as u64);
+        let keys = wanted.iter().map(|content| content.key).collect();
         let buffer = Arc::clone(&retained.buffer);
         if retained.unsettled == 0 {
             state.retained.remove(&verdict.batch);
@@ -539,7 +539,7 @@ impl Flow {
             });
         }
         self.changed.notify_all();
-        Ok(counts)
+        Ok((u64::from(verdict.settled), keys))
     }
 
     /// The shortest time that the destination took to acknowledge a batch.

@@ -137,7 +137,7 @@ fn the_peer_is_waited_for_until_a_verdict() {
                 settled: 1,
                 wanted: Vec::new(),
             };
-            assert_eq!(flow.judge(&verdict).unwrap(), (1, 0));
+            assert_eq!(flow.judge(&verdict).unwrap(), (1, Vec::new()));
             flow.acknowledge(BATCH_HEADER_LEN as u64).unwrap();
         });
         flow.wait_for_peer(0).unwrap();

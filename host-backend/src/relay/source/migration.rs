@@ -9,6 +9,7 @@ use transhume_protocol::link::PostCopy;
 
 use super::agreement::{Accepted, Agreement, Disagreement};
 use super::choice::{self, Choice};
+use super::doubt::Doubt;
 use super::facts::{self, Facts, Plan};
 use super::flow::Flow;
 use super::frames::Frames;
@@ -210,6 +211,7 @@ impl Migration {
             self.progress.choose(Chosen { mode, why });
         }
         let rate = Arc::new(LinkRate::default());
+        let doubt = Doubt::new(ready.storage.clone());
         let session = self.begin_session(ready, &rate)?;
         let door = self.channels();
         let known = &self.facts.capabilities;
@@ -243,6 +245,7 @@ impl Migration {
             session,
             rate,
             self.request.vm.qmp().version().keeps_until_loaded(),
+            Some(doubt),
         ));
         self.shared = Some(Arc::clone(&shared));
         match theirs {
@@ -402,6 +405,7 @@ impl Migration {
                 | RelayError::Frame(_)
                 | RelayError::Stream(_)
                 | RelayError::Aborted(_)
+                | RelayError::OtherStorage(_)
                 | RelayError::Misplaced(_)
                 | RelayError::Disordered
                 | RelayError::Decompress(_)),

@@ -10,6 +10,7 @@ mod channel;
 mod choice;
 mod collect;
 mod compression;
+mod doubt;
 mod ending;
 mod facts;
 mod flow;

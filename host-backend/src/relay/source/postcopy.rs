@@ -236,6 +236,10 @@ impl Migration {
         paused: Instant,
     ) -> Result<Copied, Stop> {
         let qmp = self.request.vm.qmp();
+        shared.settle_doubts().await;
+        if shared.failed() {
+            return Err(self.why_failed(shared).await);
+        }
         self.enter(Phase::PostCopy)?;
         shared.open_hand();
         qmp.migrate_continue().await?;

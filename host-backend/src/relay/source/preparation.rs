@@ -16,6 +16,7 @@ use super::migration::{Migration, Stop, cancelled};
 use super::order::Order;
 use super::report::Reports;
 use super::shared::Sockets;
+use super::storage::Agreed;
 use super::transmit::Packer;
 use crate::guest::DiskName;
 use crate::hypervisor;
@@ -33,6 +34,8 @@ pub(super) struct Ready {
     pub(super) switchover_ack: bool,
     /// Why the VM cannot come in post-copy.
     pub(super) no_post_copy: Option<String>,
+    /// The disks, as both hosts have agreed on them.
+    pub(super) storage: Agreed,
 }
 
 /// Why it does not.
@@ -47,6 +50,7 @@ fn prepare(accepted: Accepted, patience: u16, post_copy: PostCopy) -> Result<Rea
     let Accepted {
         mut connection,
         switchover_ack,
+        storage,
         ..
     } = accepted;
     let prepare = Control::Prepare {
@@ -67,6 +71,7 @@ fn prepare(accepted: Accepted, patience: u16, post_copy: PostCopy) -> Result<Rea
             connections,
             switchover_ack,
             no_post_copy,
+            storage,
         }),
         Control::Abort { reason } => Err(NotReady::GaveUp(reason)),
         _ => Err(NotReady::Link(link::Error::Unexpected(

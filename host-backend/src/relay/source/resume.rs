@@ -197,6 +197,7 @@ impl Rest {
             session,
             rate,
             false,
+            None,
         );
         let shared = Arc::new(shared);
         let begun = shared.resume(section, blocks);

@@ -15,6 +15,7 @@ use transhume_protocol::qemu::return_path::{Message, PACKAGE_LOADED};
 use super::answers::Answers;
 use super::channel::ChannelReader;
 use super::collect::{Collector, Reading};
+use super::doubt::Doubt;
 use super::flow::Flow;
 use super::hints::Hints;
 use super::link_rate::LinkRate;
@@ -87,6 +88,8 @@ pub(super) struct Shared {
     pub(super) progress: Arc<Progress>,
     /// What the guest waits for, in post-copy.
     pub(super) requests: Requests,
+    /// Whether both hosts have the same storage, where memory may come from it.
+    pub(super) doubt: Option<Arc<Doubt>>,
     qemu: Sockets,
     /// QEMU keeps the VM until it is told that its devices are loaded at the destination.
     keeps_until_loaded: bool,
@@ -111,6 +114,7 @@ impl Shared {
         session: Session<Packer>,
         rate: Arc<LinkRate>,
         keeps_until_loaded: bool,
+        doubt: Option<Doubt>,
     ) -> Self {
         let channels = qemu.channels.len();
         Self {
@@ -119,6 +123,7 @@ impl Shared {
             order,
             progress,
             requests: Requests::default(),
+            doubt: doubt.map(Arc::new),
             qemu,
             keeps_until_loaded,
             rendezvous: (channels > 0).then(|| Arc::new(Rendezvous::new(channels))),
@@ -180,9 +185,25 @@ impl Shared {
             let channel = ChannelReader::new(socket(channel)?, collector(), rendezvous);
             self.spawn("relay-channel", move || channel.run())?;
         }
+        if let Some(doubt) = self.doubt.clone() {
+            let shared = Arc::clone(self);
+            self.spawn("relay-doubt", move || match doubt.run(&shared) {
+                // It was handed over while the destination did not answer.
+                Err(_) if shared.is_over() => Ok(()),
+                result => result,
+            })?;
+        }
         self.spawn("relay-stream", move || reader.run())?;
         self.spawn("relay-link-out", move || transmitter.run())?;
         self.spawn("relay-link-in", move || answers.run())
+    }
+
+    /// Waits until doubts about storage are looked into: before a hand-over. The relay fails where it is not the same.
+    pub(super) async fn settle_doubts(&self) {
+        if let Some(doubt) = self.doubt.clone() {
+            // It waits for a bounded time, and does not panic.
+            let _ = tokio::task::spawn_blocking(move || doubt.settle()).await;
+        }
     }
 
     fn spawn(
@@ -207,6 +228,9 @@ impl Shared {
         self.lock().theirs = None;
         self.flow.stop();
         self.session.close();
+        if let Some(doubt) = &self.doubt {
+            doubt.stop();
+        }
         if let Some(rendezvous) = &self.rendezvous {
             rendezvous.close();
         }

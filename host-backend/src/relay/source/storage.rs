@@ -6,16 +6,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use transhume_protocol::link::{Compared, Comparison, Control, Signs, StorageHere};
+use transhume_protocol::link::{COMPARED_BLOCK, Compared, Comparison, Control, Signs, StorageHere};
 
 use super::agreement::Failure;
 use crate::hypervisor::Definition;
-use crate::hypervisor::definition::Shared;
+use crate::hypervisor::definition::{Format, Shared};
 use crate::link::{self, Connection};
+use crate::pages::SECTORS_PER_PAGE;
+use crate::pages::hints::Place;
 use crate::volume::same::{self, Care, Difference, Disk, Outcome, Proof, Signed, Storage};
 
 /// How long the destination may take to read blocks.
-const READ_PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const READ_PATIENCE: Duration = Duration::from_secs(30);
 
 /// What a disk of both hosts is known to be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,6 +66,7 @@ pub(super) struct Ours {
 pub(super) struct Agreed {
     here: Arc<Storage>,
     there: Arc<StorageHere>,
+    key: [u8; 16],
     from: String,
     to: String,
     pub(super) disks: Vec<SharedDisk>,
@@ -105,6 +108,7 @@ impl Ours {
         let mut agreed = Agreed {
             here: self.storage,
             there: Arc::new(there),
+            key,
             from: self.host,
             to: to.to_owned(),
             disks: Vec::new(),
@@ -230,6 +234,31 @@ impl Agreed {
         )
     }
 
+    /// Compares more of all disks, and what is at these places. Returns why they are not the same. Blocks.
+    pub(super) fn compare_again<E: From<same::Error>>(
+        &self,
+        places: &[Place],
+        ask: impl FnMut(Comparison) -> Result<Compared, E>,
+    ) -> Result<Vec<String>, E> {
+        let doubt = |_, _| Some(Care::Doubt);
+        let mut samples = same::samples(&self.here, &self.there, &self.key, doubt);
+        for (disk, number) in self.here.disks().iter().zip(0_u16..) {
+            // Of an image the guest's sectors are somewhere else.
+            let sample = samples
+                .iter_mut()
+                .find(|sample| (sample.disk, sample.node) == (number, 0));
+            if let Some(sample) = sample.filter(|_| disk.format == Format::Raw) {
+                let named = places.iter().filter(|place| place.disk == number);
+                let blocks = named.flat_map(|place| blocks(place.sector));
+                sample
+                    .places
+                    .extend(blocks.filter(|&block| block < sample.blocks));
+            }
+        }
+        let outcome = same::compare(&self.here, &self.key, samples, ask)?;
+        Ok(self.differences(&outcome))
+    }
+
     /// Why nodes are not the same.
     fn differences(&self, outcome: &Outcome) -> Vec<String> {
         outcome
@@ -273,6 +302,13 @@ impl Agreed {
         let disks = self.here.disks().iter().zip(proofs);
         disks.map(|(disk, proofs)| shared(disk, proofs)).collect()
     }
+}
+
+/// The blocks that a page at this sector lies in: two, where it is not aligned.
+fn blocks(sector: u64) -> impl Iterator<Item = u64> {
+    const _: () = assert!(COMPARED_BLOCK == crate::pages::PAGE_SIZE);
+    let first = sector / SECTORS_PER_PAGE;
+    first..=first + u64::from(!sector.is_multiple_of(SECTORS_PER_PAGE))
 }
 
 fn shared(disk: &Disk, proofs: &[Proof]) -> SharedDisk {
