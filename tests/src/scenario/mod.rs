@@ -86,5 +86,8 @@ pub fn all() -> Vec<Scenario> {
 
 /// Those that `cargo testbed test --all` runs besides.
 pub fn long() -> Vec<Scenario> {
-    nested::long_scenarios()
+    [migrate::long_scenarios(), nested::long_scenarios()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
