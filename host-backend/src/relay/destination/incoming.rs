@@ -171,24 +171,24 @@ pub(super) async fn take(
         no_post_copy: fit.no_post_copy.clone(),
         storage: Box::new(storage),
     };
-    if offer.dry_run {
+    let accepted = if offer.dry_run {
         let decision = Decision {
             host: Arc::clone(&host),
             job: offer.job,
-            vm: name,
+            vm: name.clone(),
             outcome: outcomes.begin(offer.job, &offer.from),
         };
-        let answer = rehearse(
-            &decision,
-            &fit,
-            &settings,
-            &offer,
-            accepted,
-            shown.comparer(),
-        )
-        .await;
-        return send(&mut connection, &answer);
-    }
+        let comparer = shown.comparer();
+        match rehearse(&decision, &fit, &settings, &offer, accepted, comparer).await {
+            Ok(accepted) => accepted,
+            Err(reason) => {
+                let reasons = vec![reason];
+                return send(&mut connection, &Control::Refused { reasons });
+            }
+        }
+    } else {
+        accepted
+    };
     send(&mut connection, &accepted)?;
     let begun = tokio::task::spawn_blocking(move || {
         let message = shown.serve(&mut connection);
@@ -363,7 +363,8 @@ pub(super) async fn take(
     Ok(())
 }
 
-/// A dry run: prepares a QEMU for the VM, and ends it. What it finds is in the answer.
+/// A dry run: prepares a QEMU for the VM, and ends it. What that shows is added to what is `accepted`; an error is why the
+/// VM cannot come.
 async fn rehearse(
     decision: &Decision,
     fit: &Fit,
@@ -371,7 +372,8 @@ async fn rehearse(
     offer: &Offer,
     mut accepted: Control,
     comparer: Comparer,
-) -> Control {
+) -> Result<Control, String> {
+    let post_copy = PostCopy::Perhaps;
     let prepared = match decision.note(Stage::Waiting) {
         Ok(()) => {
             Prepared::new(
@@ -379,28 +381,19 @@ async fn rehearse(
                 settings,
                 offer,
                 fit.switchover_ack,
-                PostCopy::Perhaps,
+                post_copy,
                 comparer,
             )
             .await
         }
         Err(reason) => Err(reason),
     };
-    match prepared {
-        Ok(prepared) => {
-            decision.abandon(&prepared.vm).await;
-            if let Control::Accepted { no_post_copy, .. } = &mut accepted {
-                *no_post_copy = no_post_copy.take().or(prepared.no_post_copy);
-            }
-            accepted
-        }
-        Err(reason) => {
-            decision.end(Stage::Refused);
-            Control::Refused {
-                reasons: vec![reason],
-            }
-        }
+    let prepared = prepared.inspect_err(|_| decision.end(Stage::Refused))?;
+    decision.abandon(&prepared.vm).await;
+    if let Control::Accepted { no_post_copy, .. } = &mut accepted {
+        *no_post_copy = no_post_copy.take().or(prepared.no_post_copy);
     }
+    Ok(accepted)
 }
 
 /// Looks whether the VM fits here, and keeps its name; or why not. An earlier migration of it that has just
