@@ -78,6 +78,8 @@ impl Daemon {
             Ok(Entry::Here(vm)) if info.moves(vm.identity().as_ref()) => Moved::Here(vm),
             Ok(Entry::Lost { reason, .. }) if lives || info.qemu.is_none() => Moved::Silent(reason),
             _ if lives => Moved::Silent("its process lives, and is not known here".to_owned()),
+            // It ended, and stays defined.
+            Ok(entry) if entry.was_moved_by(info) => Moved::Gone,
             Ok(_) => Moved::Another,
             Err(_) => Moved::Gone,
         }

@@ -117,6 +117,20 @@ async fn a_vm_that_moved_is_ended_here() {
 }
 
 #[tokio::test]
+async fn a_vm_that_moved_and_whose_qemu_ended_meanwhile_leaves_nothing() {
+    let scene = scene(Phase::Commit, true).await;
+    let vm = scene.daemon.table.here("web1").expect("it runs");
+    let record = scene.daemon.table.record(&vm);
+    scene.qemu.end(true);
+    scene.daemon.table.stop(record, |_| true, "it ended");
+    scene.falls_into_doubt();
+    scene.resolve("hostb").await.expect("settled");
+    scene.has_ended_as(JobState::Completed, "was taken over by hostb");
+    assert!(scene.daemon.table.entry("web1").is_err());
+    assert!(!vm.files().folder().exists());
+}
+
+#[tokio::test]
 async fn another_vm_of_that_name_is_left_alone() {
     for phase in [Phase::Commit, Phase::PostCopy] {
         for (runs_at, state) in [("hostb", JobState::Completed), ("hosta", JobState::Failed)] {

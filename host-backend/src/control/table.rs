@@ -39,7 +39,7 @@ impl Entry {
     }
 
     /// Whether it is what is left here of the VM that a job moved.
-    fn was_moved_by(&self, job: &JobInfo) -> bool {
+    pub(super) fn was_moved_by(&self, job: &JobInfo) -> bool {
         match self {
             Self::Here(vm) => job.moves(vm.identity().as_ref()),
             Self::Stopped(record) => job.qemu.is_some() && job.qemu == record.qemu,
