@@ -55,13 +55,6 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         scenario!("migrate-q35-10.0.13", "there and back, 1 vCPU", |bed| {
             there_and_back(bed, (Qemu::V10_0_13, Qemu::V10_0_13), &Micro::new(bed)?)
         }),
-        scenario!("migrate-q35-11.1", "there and back, 2 vCPUs", |bed| {
-            let micro = Micro {
-                vcpus: 2,
-                ..Micro::new(bed)?
-            };
-            there_and_back(bed, KEEPS, &micro)
-        }),
         scenario!(
             "migrate-to-a-newer-qemu",
             "from QEMU 7.2 to 10.0, by a machine type that both have",
@@ -114,12 +107,21 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 }
 
 pub(super) fn long_scenarios() -> Vec<Scenario> {
-    vec![Scenario {
-        name: "migrate-memory-at-rest",
-        about: "what the daemons keep of their memory after a guest of 1 GiB has moved twenty times",
-        limit: Duration::from_secs(600),
-        run: memory_at_rest,
-    }]
+    vec![
+        Scenario {
+            name: "migrate-memory-at-rest",
+            about: "what the daemons keep of their memory after a guest of 1 GiB has moved twenty times",
+            limit: Duration::from_secs(600),
+            run: memory_at_rest,
+        },
+        scenario!("migrate-q35-11.1", "there and back, 2 vCPUs", |bed| {
+            let micro = Micro {
+                vcpus: 2,
+                ..Micro::new(bed)?
+            };
+            there_and_back(bed, KEEPS, &micro)
+        }),
+    ]
 }
 
 /// The most that a daemon may have when nothing moves, in bytes.

@@ -86,8 +86,13 @@ pub fn all() -> Vec<Scenario> {
 
 /// Those that `cargo testbed test --all` runs besides.
 pub fn long() -> Vec<Scenario> {
-    [migrate::long_scenarios(), nested::long_scenarios()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        migrate::long_scenarios(),
+        postcopy::long_scenarios(),
+        random_failures::long_scenarios(),
+        nested::long_scenarios(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }

@@ -46,11 +46,7 @@ pub(crate) const TWINS: &[Group] = &[
     Group::of_kernels(&["gate-forged-6.1", "gate-forged-6.12"]),
     Group::of_kernels(&["gate-beside-livepatch-6.1", "gate-beside-livepatch-6.12"]),
     Group::of_kernels(&["post-copy-stress-6.1", "post-copy-stress-6.12"]),
-    Group::of_qemus(&[
-        "post-copy-daemon-dies",
-        "post-copy-daemon-dies-7.2",
-        "post-copy-daemon-dies-11.1",
-    ]),
+    Group::of_qemus(&["post-copy-daemon-dies", "post-copy-daemon-dies-7.2"]),
     Group::of_qemus(&["die-at-random-7.2-to-10.0", "die-at-random-10.0-to-11.1"]),
 ];
 

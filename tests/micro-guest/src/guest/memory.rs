@@ -6,6 +6,7 @@
 
 use crate::parameters::Parameters;
 use alloc::vec::Vec;
+use core::arch::asm;
 use core::ops::Range;
 use micro_guest::content::{self, PAGE_SIZE, Page, Random, SECTORS_PER_PAGE, Seed};
 
@@ -90,6 +91,14 @@ pub(crate) struct Memory {
 
 fn pages_in(bytes: u64) -> u64 {
     bytes / PAGE_SIZE as u64
+}
+
+/// Writes to the page at this address without changing it.
+fn touch(address: usize) {
+    let place = address & !3;
+    // SAFETY: callers name memory of ours. Nothing changes, and a device that writes at the same time is not disturbed,
+    // because the access is atomic.
+    unsafe { asm!("lock or dword ptr [{}], 0", in(reg) place, options(nostack)) };
 }
 
 impl Memory {
@@ -319,6 +328,14 @@ impl Memory {
         self.generation = self.generation.wrapping_add(1).max(1);
         content::fill_data(self.seed, pfn, self.generation.into(), page(pfn));
         self.entries[index].generation = self.generation;
+        self.repeat(index, pfn);
+    }
+
+    /// After a change of a page and its entry. A translator notes a page as dirty, and then does the store: if the list of
+    /// dirty pages is fetched in between, that store is in none. So one more follows, which changes nothing.
+    fn repeat(&self, index: usize, pfn: u64) {
+        touch(pfn as usize * PAGE_SIZE);
+        touch((&raw const self.entries[index]).addr());
     }
 
     /// Reads another disk page into one cache page.
@@ -339,6 +356,7 @@ impl Memory {
                 disk_page,
                 generation: 0,
             };
+            self.repeat(index, pfn);
             self.counters.churned += 1;
         } else {
             // Whatever the page holds now, it is made known content again.
