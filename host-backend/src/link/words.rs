@@ -22,11 +22,18 @@ pub(crate) fn decode(payload: &[u8]) -> Result<Control, LinkError> {
         Control::Offer(offer) => {
             name(&mut offer.from);
             name(&mut offer.qemu_package);
-            if offer.disks.len() > MOST_NAMES || offer.cpu_flags.len() > MOST_NAMES {
+            if offer.disks.len() > MOST_NAMES
+                || offer.cpu_flags.len() > MOST_NAMES
+                || offer.virtio.len() > MOST_NAMES
+            {
                 return Err(LinkError::OutOfBounds("number of names in an offer"));
             }
             offer.disks.iter_mut().for_each(|disk| name(&mut disk.id));
             offer.cpu_flags.iter_mut().for_each(name);
+            for device in &mut offer.virtio {
+                reason(&mut device.path);
+                name(&mut device.kind);
+            }
         }
         Control::Refused { reasons } => {
             let more = reasons.len().saturating_sub(MOST_REASONS);
@@ -86,7 +93,9 @@ fn name(text: &mut String) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use transhume_protocol::link::{MAX_SMALL_PAYLOAD, Stalls, encode_control};
+    use transhume_protocol::link::{
+        MAX_SMALL_PAYLOAD, Offer, OfferedVirtio, Signs, Stalls, encode_control,
+    };
 
     fn heard(message: &Control) -> Control {
         decode(&encode_control(message).expect("a message")).expect("a message")
@@ -109,6 +118,44 @@ mod tests {
         };
         assert_eq!(reasons.len(), MOST_REASONS + 1);
         assert_eq!((&*reasons[0], &*reasons[16]), (clean, "(and 24 more)"));
+    }
+
+    /// A device's kind stands in the message that its queue is too long.
+    #[test]
+    fn a_device_cannot_draw_on_the_terminal() {
+        let device = OfferedVirtio {
+            path: "/machine/\u{1b}[2J".to_owned(),
+            kind: format!("virtio-\u{1b}[2J\n{}", "x".repeat(1000)),
+            lengths: vec![128],
+        };
+        let Control::Offer(offer) = heard(&Control::Offer(Box::new(Offer {
+            from: "hosta".to_owned(),
+            job: 1,
+            first: 1,
+            attempt: 0,
+            definition: String::new(),
+            qemu: [10, 0, 0],
+            qemu_package: String::new(),
+            disks: Vec::new(),
+            cpu_flags: Vec::new(),
+            digest_key: [0; 16],
+            running: true,
+            dry_run: false,
+            source_job: 1,
+            autostart: false,
+            signs: Signs {
+                nonce: [0; 16],
+                made: 0,
+            },
+            virtio: vec![device],
+        }))) else {
+            panic!("another message");
+        };
+        let [device] = &offer.virtio[..] else {
+            panic!("another number of devices");
+        };
+        assert_eq!(device.path, "/machine/?[2J");
+        assert!(device.kind.starts_with("virtio-?[2J | x") && device.kind.len() < 2 * MOST_NAME);
     }
 
     #[test]
