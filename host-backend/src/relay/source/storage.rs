@@ -294,7 +294,7 @@ impl Agreed {
             self.from,
             theirs.map_or("?", |node| &node.path),
             self.to,
-            first.saturating_mul(4096),
+            first.saturating_mul(COMPARED_BLOCK as u64),
         )
     }
 

@@ -4,10 +4,9 @@
 use super::lock::{self, Lock};
 use super::mark::{Beside, Mark};
 use super::{Error, device, places};
-use crate::hypervisor::Definition;
-use crate::hypervisor::backing;
 use crate::hypervisor::definition::{Format, Shared};
-use crate::pages::digest::Digester;
+use crate::hypervisor::{Definition, backing, boot_id};
+use crate::pages::digest::{Digester, random_key};
 use crate::volume::raw::RawReader;
 use crate::volume::{AlignedBuffer, Reader};
 use nix::libc::{major, minor};
@@ -236,10 +235,9 @@ impl Storage {
     /// # Errors
     /// Of files and devices, with the path.
     pub fn open(definition: &Definition, host: &str) -> Result<Self, Error> {
-        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         let open = |disk| Disk::open(definition, disk, host);
         Ok(Self {
-            boot: boot.trim().to_owned(),
+            boot: boot_id(),
             disks: definition
                 .disks
                 .iter()
@@ -253,8 +251,7 @@ impl Storage {
     /// # Errors
     /// Without random numbers.
     pub fn sign(&self) -> Result<Signed, Error> {
-        let mut nonce = [0; 16];
-        getrandom::fill(&mut nonce).map_err(|error| Error::Random(error.into()))?;
+        let nonce = random_key().map_err(Error::Random)?;
         let made = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()
