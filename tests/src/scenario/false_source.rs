@@ -67,6 +67,30 @@ impl Link {
         self.0.write_all(bytes)
     }
 
+    /// Sends frames of a session, numbered from 1, no more ahead of the daemon than the session's window allows; what
+    /// the daemon says meanwhile is not looked at. Ends early when it hangs up.
+    fn send_within_window(&mut self, frames: &[Vec<u8>]) -> Result<()> {
+        const AHEAD: usize = 8;
+        let mut taken = 0;
+        for (sent, frame) in frames.iter().enumerate() {
+            while sent >= taken + AHEAD {
+                let mut head = [0; FRAME_HEADER_LEN];
+                if self.0.read_exact(&mut head).is_err() {
+                    return Ok(());
+                }
+                let header = FrameHeader::decode(&head).map_err(wrong)?;
+                if self.0.read_exact(&mut vec![0; header.length]).is_err() {
+                    return Ok(());
+                }
+                taken = taken.max(usize::try_from(header.numbering.taken).unwrap_or(0));
+            }
+            if self.0.write_all(frame).is_err() {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
     /// The next control message; `None` when the daemon hangs up.
     pub(super) fn hear(&mut self) -> Result<Option<Control>> {
         loop {
@@ -136,21 +160,19 @@ fn batch(number: u64, build: impl FnOnce(&mut BatchBuilder)) -> Result<Vec<u8>> 
 }
 
 /// The start of a stream that QEMU takes, with the order to open its return path, and the package of devices; then more
-/// than any package.
-fn endless_package() -> Result<Vec<u8>> {
+/// than any package, a frame each.
+fn endless_package() -> Result<Vec<Vec<u8>>> {
     const MACHINE: &[u8] = b"pc-q35-10.0";
     let long = vec![0x5a; 1 << 20];
-    let mut bytes = batch(0, |batch| {
+    let start = batch(0, |batch| {
         batch.raw(b"QEVM\0\0\0\x03\x07\0\0\0\x0b");
         batch.raw(MACHINE);
         batch.raw(&[8, 0, 1, 0, 0]);
         batch.blocks(2, [(&b"pc.ram"[..], 128 << 20)].into_iter());
         batch.package();
     })?;
-    for number in 1..400 {
-        bytes.extend(batch(number, |batch| batch.raw(&long))?);
-    }
-    Ok(bytes)
+    let more = (1..400).map(|number| batch(number, |batch| batch.raw(&long)));
+    std::iter::once(Ok(start)).chain(more).collect()
 }
 
 /// What a false source sends when it should send QEMU's stream.
@@ -236,13 +258,13 @@ fn streams() -> Result<Vec<(&'static str, Vec<u8>)>> {
 fn false_source(bed: &Bed) -> Result<()> {
     let pair = Pair::plain(bed, NEWEST, None)?;
     let pre_copy = streams()?.into_iter();
-    let pre_copy = pre_copy.map(|(name, bytes)| (name, PostCopy::No, bytes));
+    let pre_copy = pre_copy.map(|(name, bytes)| (name, PostCopy::No, vec![bytes]));
     let endless = (
         "a package without an end",
         PostCopy::Yes,
         endless_package()?,
     );
-    for (job, (name, post_copy, bytes)) in (99..).zip(pre_copy.chain([endless])) {
+    for (job, (name, post_copy, frames)) in (99..).zip(pre_copy.chain([endless])) {
         let mut link = Link::open(&pair)?;
         link.send(&offer(bed, job)?)?;
         match link.hear()? {
@@ -261,7 +283,7 @@ fn false_source(bed: &Bed) -> Result<()> {
         }
         check(pair.qemus(At::B).len() == 1, || "No QEMU waits".into())?;
         // A daemon that hangs up early is what is wanted.
-        let _ = link.0.write_all(&bytes);
+        link.send_within_window(&frames)?;
         let _ = link.0.shutdown(Shutdown::Write);
         while let Some(message) = link.hear().unwrap_or(None) {
             check(message != Control::Running, || {
