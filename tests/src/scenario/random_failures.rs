@@ -418,10 +418,12 @@ impl<'a> Scene<'a> {
     fn is_well(&mut self, from: At, at: At) -> Result<()> {
         self.at = at;
         if at == from {
-            return self.pair.stayed(at, &mut self.life);
+            self.pair.stayed(at, &mut self.life)?;
+        } else {
+            self.pair.arrived(at, &mut self.life)?;
+            self.pair.nothing_left(from)?;
         }
-        self.pair.arrived(at, &mut self.life)?;
-        self.pair.nothing_left(from)
+        self.life.check()
     }
 }
 
