@@ -173,6 +173,10 @@ pub enum FailureKind {
     MigrationFailed,
     /// The outcome is not known: an operator must look.
     Unresolved,
+    /// The VM's guest ended by itself during the migration: nothing runs it any more.
+    Ended,
+    /// The VM's QEMU ended during the migration, and not by its guest's doing.
+    Lost,
 }
 
 impl FailureKind {
@@ -183,6 +187,8 @@ impl FailureKind {
             Self::Refused => 3,
             Self::MigrationFailed => 4,
             Self::Unresolved => 5,
+            Self::Ended => 6,
+            Self::Lost => 7,
         }
     }
 }
@@ -273,6 +279,10 @@ pub enum JobState {
     Cancelled,
     /// Nobody knows who has the VM: an operator must look.
     Unresolved,
+    /// The VM's guest ended by itself meanwhile: nothing runs it any more.
+    Ended,
+    /// The VM's QEMU ended, and not by its guest's doing: nothing runs it any more, or part of its memory is lost.
+    Lost,
 }
 
 impl JobState {
@@ -283,6 +293,8 @@ impl JobState {
             Self::Refused => Some(FailureKind::Refused),
             Self::Failed | Self::Cancelled => Some(FailureKind::MigrationFailed),
             Self::Unresolved => Some(FailureKind::Unresolved),
+            Self::Ended => Some(FailureKind::Ended),
+            Self::Lost => Some(FailureKind::Lost),
         }
     }
 }

@@ -22,6 +22,8 @@ Exit codes:
   3    refused before anything was touched
   4    the migration failed or was cancelled, and the guest runs at the source
   5    the outcome is not known: an operator must look
+  6    the guest shut down or panicked by itself during the migration; nothing runs it any more
+  7    the VM is lost: its QEMU ended during the migration, and not by its guest's doing
   130  Ctrl-C while following a job, which goes on";
 
 /// Moves running virtual machines between hosts.

@@ -1,7 +1,7 @@
 //! What the service does: keeps the tables of VMs and jobs, and carries requests out.
 
 use super::api::{
-    DiskInfo, Failure, FailureKind, JobState, MachineInfo, Request, Response, VmInfo,
+    DiskInfo, Failure, FailureKind, JobInfo, JobState, MachineInfo, Request, Response, VmInfo,
 };
 use super::config::Config;
 use super::jobs::{Begun, Ending, Job, Jobs};
@@ -512,7 +512,7 @@ impl Daemon {
             Ok(Err(relay::Error::Unresolved { cause, .. })) => {
                 Ending::InDoubt(in_doubt(&job.info(), &cause))
             }
-            Ok(Err(error)) => failed(&error),
+            Ok(Err(error)) => self.failed(&job.info(), &error),
             Err(error) => Ending::Failed(
                 JobState::Unresolved,
                 format!(
@@ -534,6 +534,26 @@ impl Daemon {
         }
         self.jobs.finish(&job, ending);
         self.ask_on(&job);
+        crate::allocator::give_back();
+    }
+
+    /// How a job ends by an error. A VM whose guest ended elsewhere leaves this host.
+    pub(super) fn failed(&self, job: &JobInfo, error: &relay::Error) -> Ending {
+        if let relay::Error::Ended { vm, host, how, .. } = error
+            && *host != self.config.host
+        {
+            self.table
+                .depart(vm, job, format!("its guest {} at {host}", how.did()));
+        }
+        let state = match error.kind() {
+            ErrorKind::Refused => JobState::Refused,
+            ErrorKind::Failed => JobState::Failed,
+            ErrorKind::Cancelled => JobState::Cancelled,
+            ErrorKind::Ended => JobState::Ended,
+            ErrorKind::Lost => JobState::Lost,
+            ErrorKind::Unresolved => JobState::Unresolved,
+        };
+        Ending::Failed(state, error.to_string())
     }
 
     /// Ends what is under way: running migrations are cancelled, so that their VMs run on here. What has been handed
@@ -607,16 +627,6 @@ async fn keep_house(daemon: Weak<Daemon>) {
         daemon.jobs.save_again();
         daemon.look_again().await;
     }
-}
-
-fn failed(error: &relay::Error) -> Ending {
-    let state = match error.kind() {
-        ErrorKind::Refused => JobState::Refused,
-        ErrorKind::Failed => JobState::Failed,
-        ErrorKind::Cancelled => JobState::Cancelled,
-        ErrorKind::Unresolved => JobState::Unresolved,
-    };
-    Ending::Failed(state, error.to_string())
 }
 
 impl Error {

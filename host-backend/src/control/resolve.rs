@@ -366,7 +366,7 @@ impl Daemon {
                     let what = format!("{} runs on {to}, and all of its memory is there", info.vm);
                     Ending::Settled(JobState::Completed, what)
                 }
-                Err(error) => Ending::Failed(JobState::Unresolved, error.to_string()),
+                Err(error) => daemon.failed(&info, &error),
             };
             tracing::info!("ended: {ending}");
             daemon.jobs.finish(&job, ending);

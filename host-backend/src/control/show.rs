@@ -243,7 +243,12 @@ fn state_word(job: &JobInfo) -> String {
         Phase::Switchover => "switching over",
         Phase::Commit => "handing over",
         Phase::PostCopy => "post-copy: the rest of memory follows",
-        Phase::Completed | Phase::Failed | Phase::Cancelled | Phase::Unresolved => "ending",
+        Phase::Completed
+        | Phase::Failed
+        | Phase::Cancelled
+        | Phase::Ended
+        | Phase::Lost
+        | Phase::Unresolved => "ending",
     };
     match job.state {
         JobState::Running => phase(job.progress.phase).to_owned(),
@@ -253,6 +258,8 @@ fn state_word(job: &JobInfo) -> String {
         JobState::Failed => "failed".to_owned(),
         JobState::Cancelled => "cancelled".to_owned(),
         JobState::Unresolved => "UNRESOLVED".to_owned(),
+        JobState::Ended => "guest ended".to_owned(),
+        JobState::Lost => "LOST".to_owned(),
     }
 }
 

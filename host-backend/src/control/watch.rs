@@ -2,10 +2,8 @@
 
 use super::daemon::Daemon;
 use crate::hypervisor::Vm;
-use crate::hypervisor::qmp::Event;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::broadcast::error::RecvError;
 
 /// How long QEMU may take to end after its QMP connection has.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -31,32 +29,14 @@ pub(super) async fn watch(daemon: Arc<Daemon>, vm: Arc<Vm>) {
 }
 
 async fn shutdown_reason(vm: &Vm) -> String {
-    let mut events = vm.qmp().events();
-    let mut cause = None;
-    loop {
-        tokio::select! {
-            // What QEMU says comes before the end of what it says.
-            biased;
-            event = events.recv() => match event {
-                Ok(Event { name, data, .. }) if name == "SHUTDOWN" => {
-                    cause = data["reason"].as_str().map(str::to_owned);
-                }
-                Ok(_) | Err(RecvError::Lagged(_)) => {}
-                Err(RecvError::Closed) => break,
-            },
-            _ = vm.qmp().closed() => break,
-        }
+    // All that QEMU said was read before this.
+    vm.qmp().closed().await;
+    if let Some(said) = vm.qmp().shutdown() {
+        return said.to_string();
     }
-    match cause.as_deref() {
-        Some("guest-shutdown") => "its guest shut down".to_owned(),
-        Some("host-qmp-quit" | "host-signal") => "its QEMU was told to end".to_owned(),
-        Some(other) => format!("its QEMU ended ({other})"),
-        None => {
-            let log = vm.files().qemu_log();
-            match vm.files().logs().last_words() {
-                Some(words) => format!("its QEMU ended; the end of {}:\n{words}", log.display()),
-                None => format!("its QEMU ended without a word: see {}", log.display()),
-            }
-        }
+    let log = vm.files().qemu_log();
+    match vm.files().logs().last_words() {
+        Some(words) => format!("its QEMU ended; the end of {}:\n{words}", log.display()),
+        None => format!("its QEMU ended without a word: see {}", log.display()),
     }
 }

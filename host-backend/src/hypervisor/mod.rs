@@ -21,6 +21,7 @@ pub mod preflight;
 mod process;
 pub mod qmp;
 pub mod qmp_commands;
+mod shutdown;
 mod size;
 pub mod stream;
 pub mod virtqueues;
@@ -37,6 +38,7 @@ pub use layout::Layout;
 pub use limits::Limits;
 pub use logs::Logs;
 pub use qmp::Qmp;
+pub use shutdown::{GuestEnd, Shutdown};
 pub use size::Size;
 pub use vm::{Vm, is_block_device};
 

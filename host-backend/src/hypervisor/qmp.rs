@@ -1,6 +1,7 @@
 //! A client of QEMU's machine protocol: one JSON object a line, over a unix socket.
 
 use super::lines::Lines;
+use super::shutdown::Shutdown;
 use super::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -40,6 +41,7 @@ struct Shared {
     next_id: AtomicU64,
     events: broadcast::Sender<Event>,
     closed: watch::Receiver<Option<String>>,
+    shutdown: watch::Receiver<Option<Shutdown>>,
     version: Version,
     package: String,
     out_of_band: bool,
@@ -176,9 +178,16 @@ impl Qmp {
         let waiting = Arc::new(Waiting::default());
         let (events, _) = broadcast::channel(EVENTS);
         let (close, closed) = watch::channel(None);
+        let (ends, shutdown) = watch::channel(None);
         let (requests, outgoing) = mpsc::channel(REQUESTS);
         let writer = tokio::spawn(write(outgoing, writer));
-        let reader = tokio::spawn(read(lines, waiting.clone(), events.clone(), close));
+        let tell = Tell {
+            waiting: waiting.clone(),
+            events: events.clone(),
+            shutdown: ends,
+            closed: close,
+        };
+        let reader = tokio::spawn(read(lines, tell));
         Self {
             shared: Arc::new(Shared {
                 writer: requests,
@@ -186,6 +195,7 @@ impl Qmp {
                 next_id: AtomicU64::new(1),
                 events,
                 closed,
+                shutdown,
                 version: version.qemu,
                 package: version.package,
                 out_of_band,
@@ -213,6 +223,22 @@ impl Qmp {
     /// QEMU's events from now on.
     pub fn events(&self) -> broadcast::Receiver<Event> {
         self.shared.events.subscribe()
+    }
+
+    /// Why QEMU ends, or stands still for good, if it has said so.
+    pub fn shutdown(&self) -> Option<Shutdown> {
+        self.shared.shutdown.borrow().clone()
+    }
+
+    /// Waits until QEMU says why it ends; for ever if it does not say.
+    pub async fn shuts_down(&self) -> Shutdown {
+        let mut shutdown = self.shared.shutdown.clone();
+        if let Ok(said) = shutdown.wait_for(Option::is_some).await
+            && let Some(said) = said.clone()
+        {
+            return said;
+        }
+        std::future::pending().await
     }
 
     /// Whether the connection has ended.
@@ -424,12 +450,21 @@ async fn write_with(
         .await
 }
 
-async fn read(
-    mut lines: Lines<OwnedReadHalf>,
+/// Who is told what QEMU says.
+struct Tell {
     waiting: Arc<Waiting>,
     events: broadcast::Sender<Event>,
+    shutdown: watch::Sender<Option<Shutdown>>,
     closed: watch::Sender<Option<String>>,
-) {
+}
+
+async fn read(mut lines: Lines<OwnedReadHalf>, tell: Tell) {
+    let Tell {
+        waiting,
+        events,
+        shutdown,
+        closed,
+    } = tell;
     let reason = loop {
         let line = match lines.next().await {
             Ok(Some(line)) => line,
@@ -444,6 +479,12 @@ async fn read(
                 event.data = Value::Null;
             }
             tracing::trace!(name = event.name, "QMP event");
+            match event.name.as_str() {
+                "SHUTDOWN" => drop(shutdown.send_replace(Some(Shutdown::of(&event)))),
+                // One with `-no-shutdown` was reset, and runs again.
+                "RESUME" => drop(shutdown.send_replace(None)),
+                _ => {}
+            }
             // Without listeners there is nobody to tell.
             let _ = events.send(event);
         } else if let Some(id) = message.get("id").and_then(Value::as_u64)

@@ -150,3 +150,39 @@ async fn ends_on_an_endless_line() {
     let error = qmp.status().await.expect_err("too long");
     assert!(error.to_string().contains("longer than"), "{error}");
 }
+
+#[tokio::test]
+async fn remembers_why_qemu_ends() {
+    use super::super::{GuestEnd, Shutdown};
+    let event = |name: &str, data: Value| {
+        let timestamp = json!({ "seconds": 1, "microseconds": 2 });
+        json!({ "event": name, "data": data, "timestamp": timestamp }).to_string() + "\r\n"
+    };
+    let ends = |reason: &str| event("SHUTDOWN", json!({ "guest": true, "reason": reason }));
+    let guest = |end| Some(Shutdown::Guest(end));
+    for (said, expected) in [
+        (ends("guest-shutdown"), guest(GuestEnd::ShutDown)),
+        (ends("guest-panic"), guest(GuestEnd::Panicked)),
+        (ends("guest-reset"), guest(GuestEnd::Rebooted)),
+        (ends("host-qmp-quit"), Some(Shutdown::Told)),
+        (
+            ends("host-error"),
+            Some(Shutdown::Other("host-error".to_owned())),
+        ),
+        (event("STOP", json!({})), None),
+        // With `-no-shutdown`: it was reset since.
+        (ends("guest-shutdown") + &event("RESUME", json!({})), None),
+    ] {
+        let (_folder, path) = qemu(GREETING, move |request| {
+            let answer = returns(&request, &json!({}));
+            (request["execute"] != "quit").then(|| answer + &said)
+        });
+        let qmp = Qmp::connect(&path, PATIENCE).await.expect("connected");
+        let _ = qmp.quit().await;
+        qmp.closed().await;
+        assert_eq!(qmp.shutdown(), expected);
+        if let Some(expected) = expected {
+            assert_eq!(qmp.shuts_down().await, expected);
+        }
+    }
+}

@@ -370,6 +370,16 @@ impl Vm {
         }
     }
 
+    /// Whether its QEMU ends within `patience`. All that it said was read then: [`Qmp::shutdown`] tells why, unless it
+    /// crashed or was killed.
+    pub async fn ends_within(&self, patience: Duration) -> bool {
+        let all_said = async {
+            self.gone().await;
+            self.qmp.closed().await;
+        };
+        tokio::time::timeout(patience, all_said).await.is_ok()
+    }
+
     /// Waits until its QEMU has ended. A lost QMP connection is not enough.
     pub async fn gone(&self) {
         match &self.process {

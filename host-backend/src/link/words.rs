@@ -77,7 +77,8 @@ pub(crate) fn decode(payload: &[u8]) -> Result<Control, LinkError> {
         | Control::Whole
         | Control::Located(_)
         | Control::Compare(_)
-        | Control::Compared(_) => {}
+        | Control::Compared(_)
+        | Control::GuestEnded(_) => {}
     }
     Ok(message)
 }

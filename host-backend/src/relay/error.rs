@@ -3,6 +3,9 @@
 use std::fmt;
 
 use thiserror::Error as ThisError;
+use transhume_protocol::link;
+
+use crate::hypervisor::GuestEnd;
 
 /// What an error means for the VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,7 +16,11 @@ pub enum ErrorKind {
     Failed,
     /// The operator's wish; the VM runs on at the source.
     Cancelled,
-    /// An operator must look: it is not known which host has the VM, or its QEMU here has ended.
+    /// The VM's guest ended by itself: nothing runs it any more.
+    Ended,
+    /// The VM's QEMU ended, and not by its guest's doing: nothing runs it any more, or part of its memory is lost.
+    Lost,
+    /// An operator must look: it is not known which host has the VM, or its QEMU here hangs.
     Unresolved,
 }
 
@@ -64,7 +71,35 @@ pub enum Error {
         /// What to do.
         cure: String,
     },
-    /// It failed before the hand-over, and the VM does not run here either: its QEMU ended or hangs.
+    /// The VM's guest ended by itself meanwhile.
+    #[error(
+        "the migration is over: {vm}'s guest {} at {host} meanwhile. Nothing runs it any more, and no error is known; {next}.",
+        how.did()
+    )]
+    Ended {
+        /// The VM.
+        vm: String,
+        /// Where its guest ran.
+        host: String,
+        /// What it did.
+        how: GuestEnd,
+        /// What may be done.
+        next: String,
+    },
+    /// The VM's QEMU ended at the source, which had the VM, and not by its guest's doing.
+    #[error(
+        "the migration failed: {vm}'s QEMU at {host} has ended: {cause}\nIts guest did not shut down: nothing runs it any \
+         more, and what it had not written to disk is lost. Start it again."
+    )]
+    Died {
+        /// The VM.
+        vm: String,
+        /// The source.
+        host: String,
+        /// What is known of it.
+        cause: String,
+    },
+    /// It failed before the hand-over, and the VM does not run here either: its QEMU hangs.
     #[error("the migration failed: {cause}\nThe VM does not run at {host}: {cure}.")]
     Lost {
         /// What happened.
@@ -107,9 +142,9 @@ impl Error {
             Self::Refused { .. } => ErrorKind::Refused,
             Self::Cancelled { .. } => ErrorKind::Cancelled,
             Self::Failed { .. } => ErrorKind::Failed,
-            Self::Lost { .. } | Self::Broken { .. } | Self::Unresolved { .. } => {
-                ErrorKind::Unresolved
-            }
+            Self::Ended { .. } => ErrorKind::Ended,
+            Self::Died { .. } | Self::Broken { .. } => ErrorKind::Lost,
+            Self::Lost { .. } | Self::Unresolved { .. } => ErrorKind::Unresolved,
         }
     }
 
@@ -151,6 +186,9 @@ pub(super) enum RelayError {
          `qemu-channels = 1` in transhumed.toml does without"
     )]
     Disordered,
+    /// The guest of a VM that was handed over has ended there by itself.
+    #[error("the VM's guest {} at its destination", .0.did())]
+    GuestEnded(GuestEnd),
     /// The other side gave up.
     #[error("the other host gave up: {0}")]
     Aborted(String),
@@ -169,4 +207,24 @@ pub(super) enum RelayError {
     /// Another thread stopped first.
     #[error("the relay was stopped")]
     Stopped,
+}
+
+impl From<link::GuestEnd> for GuestEnd {
+    fn from(end: link::GuestEnd) -> Self {
+        match end {
+            link::GuestEnd::ShutDown => Self::ShutDown,
+            link::GuestEnd::Panicked => Self::Panicked,
+            link::GuestEnd::Rebooted => Self::Rebooted,
+        }
+    }
+}
+
+impl From<GuestEnd> for link::GuestEnd {
+    fn from(end: GuestEnd) -> Self {
+        match end {
+            GuestEnd::ShutDown => Self::ShutDown,
+            GuestEnd::Panicked => Self::Panicked,
+            GuestEnd::Rebooted => Self::Rebooted,
+        }
+    }
 }

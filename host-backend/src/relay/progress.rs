@@ -31,6 +31,10 @@ pub enum Phase {
     Failed,
     /// The operator ended the migration; the source runs the VM.
     Cancelled,
+    /// The VM's guest ended by itself meanwhile: nobody runs it any more.
+    Ended,
+    /// The VM's QEMU ended, and not by its guest's doing: nobody runs it any more, or part of its memory is lost.
+    Lost,
     /// The peer fell silent after the commit was sent: an operator must look who has the VM.
     Unresolved,
 }
@@ -40,7 +44,12 @@ impl Phase {
     pub fn is_final(self) -> bool {
         matches!(
             self,
-            Self::Completed | Self::Failed | Self::Cancelled | Self::Unresolved
+            Self::Completed
+                | Self::Failed
+                | Self::Cancelled
+                | Self::Ended
+                | Self::Lost
+                | Self::Unresolved
         )
     }
 }

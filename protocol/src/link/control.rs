@@ -115,6 +115,17 @@ pub enum Presence {
     InDoubt,
 }
 
+/// How a guest ended by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GuestEnd {
+    /// It shut down.
+    ShutDown,
+    /// It panicked, and its QEMU ends then.
+    Panicked,
+    /// It rebooted, and its QEMU ends then.
+    Rebooted,
+}
+
 /// Messages that drive a migration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Control {
@@ -246,6 +257,9 @@ pub enum Control {
     Compare(Comparison),
     /// Destination: so they are here.
     Compared(Compared),
+    /// Destination, of a VM in post-copy: its guest ended by itself and its QEMU with it, so the rest of its memory is
+    /// not wanted any more. Also an answer to [`Control::Resume`].
+    GuestEnded(GuestEnd),
 }
 
 fn configuration() -> impl bincode::config::Config {
@@ -299,6 +313,15 @@ mod tests {
         #[test]
         fn no_payload_panics(payload in prop::collection::vec(any::<u8>(), 0..300)) {
             let _ = decode_control(&payload);
+        }
+    }
+
+    #[test]
+    fn a_guest_that_ended_is_told_of() {
+        for end in [GuestEnd::ShutDown, GuestEnd::Panicked, GuestEnd::Rebooted] {
+            let message = Control::GuestEnded(end);
+            let bytes = encode_control(&message).unwrap();
+            assert_eq!(decode_control(&bytes), Ok(message));
         }
     }
 

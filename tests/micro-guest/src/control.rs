@@ -234,6 +234,12 @@ impl Control {
             .map(drop)
     }
 
+    /// Has the guest end by itself after so many milliseconds: by `poweroff`, `reset` or `panic`.
+    pub fn end(&mut self, how: &str, after_ms: u64, timeout: Duration) -> Result<(), ControlError> {
+        self.expect(&format!("{how} {after_ms}"), "ok", timeout)
+            .map(drop)
+    }
+
     /// Stops all changes of pages.
     pub fn stop(&mut self, timeout: Duration) -> Result<(), ControlError> {
         self.expect("stop", "ok", timeout).map(drop)

@@ -148,7 +148,9 @@ fn destination_qemu(bed: &Bed) -> Result<()> {
 fn source_qemu(bed: &Bed) -> Result<()> {
     let Scene { pair, command, .. } = Scene::begin(bed)?;
     sigkill(only(&pair.qemus(At::A))?)?;
-    let ended = command.end()?.refused(5, &["does not run at hosta"]);
+    let ended = command
+        .end()?
+        .refused(7, &["has ended", "did not shut down", "killed"]);
     ended.map_err(|error| pair.with_logs(error))?;
     pair.wait("no host to list the guest", || {
         let mut empty = true;

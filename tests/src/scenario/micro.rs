@@ -181,6 +181,19 @@ impl Life {
         self.control.hot(bytes, LONG).map_err(|error| wrong(&error))
     }
 
+    /// From now on it writes so many bytes of its data a second.
+    pub(super) fn write_at(&mut self, rate: u64) -> Result<()> {
+        self.control
+            .dirty(rate, LONG)
+            .map_err(|error| wrong(&error))
+    }
+
+    /// It ends by itself after so many milliseconds: by `poweroff`, `reset` or `panic`.
+    pub(super) fn end(&mut self, how: &str, after_ms: u64) -> Result<()> {
+        let told = self.control.end(how, after_ms, LONG);
+        told.map_err(|error| wrong(&error))
+    }
+
     /// Every page holds what it must.
     pub(super) fn check(&mut self) -> Result<()> {
         match self.control.check(LONG).map_err(|error| wrong(&error))? {

@@ -14,6 +14,7 @@ mod false_source;
 mod flood;
 mod gate;
 mod guest;
+mod guest_ends;
 mod lie;
 pub(crate) mod micro;
 mod migrate;
@@ -68,6 +69,7 @@ pub fn all() -> Vec<Scenario> {
         order::scenarios(),
         lie::scenarios(),
         die::scenarios(),
+        guest_ends::scenarios(),
         broken_start::scenarios(),
         any_moment::scenarios(),
         random_failures::scenarios(),

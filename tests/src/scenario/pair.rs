@@ -178,6 +178,11 @@ impl<'a> Pair<'a> {
     /// Starts a guest's QEMU by hand at the first host, with the arguments that `vm arguments` tells, and
     /// lets the daemon adopt it.
     pub(super) fn adopt(&self, micro: &Micro) -> Result<(Process, Life)> {
+        self.adopt_with(micro, &[])
+    }
+
+    /// The same with more arguments for QEMU.
+    pub(super) fn adopt_with(&self, micro: &Micro, more: &[&str]) -> Result<(Process, Life)> {
         let path = self.write(&micro.definition(self.bed)?)?;
         let arguments = ask(&self.a, &["vm", "arguments", &path])?.expect(0)?;
         let mut arguments = arguments
@@ -192,7 +197,7 @@ impl<'a> Pair<'a> {
         }
         let mut run = self.hosts.a.run(arguments.next().unwrap_or_default())?;
         run.command().stdout(Stdio::null());
-        let qemu = run.args(arguments).spawn()?;
+        let qemu = run.args(arguments).args(more).spawn()?;
         let qmp = folder.join("qmp.sock");
         self.wait("QEMU to listen", || Ok(qmp.exists()))?;
         let qmp = qmp.display().to_string();

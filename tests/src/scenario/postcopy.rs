@@ -320,7 +320,7 @@ fn lost(bed: &Bed) -> Result<()> {
     }
     let ended = command.end()?;
     let ended = ended.refused(
-        5,
+        7,
         &["cannot go on", "part of its memory is lost", "vm stop"],
     );
     ended.map_err(|error| pair.with_logs(error))?;

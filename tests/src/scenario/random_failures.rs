@@ -321,7 +321,7 @@ impl<'a> Scene<'a> {
     /// In post-copy each QEMU has a part of the memory that the other one does not have. And QEMU neither takes
     /// a VM back once its devices are on their way, nor resumes before they are loaded.
     fn is_lost(&self, from: At, failure: Failure, answer: &Answer) -> Result<bool> {
-        if self.mode == Mode::Pre || answer.code != 5 {
+        if self.mode == Mode::Pre || !matches!(answer.code, 5 | 7) {
             return Ok(false);
         }
         if matches!(failure, Failure::Qemu(_)) {

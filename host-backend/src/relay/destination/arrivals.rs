@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 
+use crate::hypervisor::GuestEnd;
 use crate::{bounded, durable};
 
 /// The version of the notes that are written.
@@ -42,6 +43,8 @@ pub(super) enum Stage {
     Taken,
     /// It belonged to this host, and its QEMU ended before all of its memory was here.
     Lost,
+    /// It belonged to this host, and its guest ended by itself before all of its memory was here.
+    Ended(GuestEnd),
     /// It did not come. No QEMU of it is here.
     Refused,
 }
@@ -73,7 +76,7 @@ impl Drop for UnderWay {
 }
 
 impl Stage {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 11] = [
         Self::Waiting,
         Self::Loaded,
         Self::Committed { runs: true },
@@ -81,6 +84,9 @@ impl Stage {
         Self::PostCopy,
         Self::Taken,
         Self::Lost,
+        Self::Ended(GuestEnd::ShutDown),
+        Self::Ended(GuestEnd::Panicked),
+        Self::Ended(GuestEnd::Rebooted),
         Self::Refused,
     ];
 
@@ -93,12 +99,18 @@ impl Stage {
             Self::PostCopy => "post-copy",
             Self::Taken => "taken",
             Self::Lost => "lost",
+            Self::Ended(GuestEnd::ShutDown) => "shut-down",
+            Self::Ended(GuestEnd::Panicked) => "panicked",
+            Self::Ended(GuestEnd::Rebooted) => "rebooted",
             Self::Refused => "refused",
         }
     }
 
     fn is_final(self) -> bool {
-        matches!(self, Self::Taken | Self::Lost | Self::Refused)
+        matches!(
+            self,
+            Self::Taken | Self::Lost | Self::Ended(_) | Self::Refused
+        )
     }
 }
 
@@ -224,7 +236,11 @@ impl Arrivals {
     pub(crate) fn owns(&self, vm: &str, job: u64) -> Option<bool> {
         let arrival = self.of(job).filter(|arrival| arrival.vm == vm)?;
         match arrival.stage {
-            Stage::Committed { .. } | Stage::PostCopy | Stage::Taken | Stage::Lost => Some(true),
+            Stage::Committed { .. }
+            | Stage::PostCopy
+            | Stage::Taken
+            | Stage::Lost
+            | Stage::Ended(_) => Some(true),
             Stage::Refused => Some(false),
             // Its QEMU may still be there: not before it is killed. Of one that is loaded the source has to say.
             Stage::Waiting | Stage::Loaded => None,

@@ -12,7 +12,7 @@ use super::agent;
 use super::arrivals::Stage;
 use super::engine::{Engine, Target, Way};
 use super::look::{self, Fit};
-use super::postcopy;
+use super::postcopy::{self, CutOff};
 use super::recovery;
 use super::rehearsal;
 use super::resume;
@@ -328,7 +328,10 @@ pub(super) async fn take(
                         let stalls = postcopy::stalls(vm.qmp(), gate).await;
                         engine.send(Control::Stalled(stalls));
                     }
-                    Err(cause) => tracing::warn!(
+                    Err(CutOff::GuestEnded(how)) => {
+                        postcopy::guest_ended(&engine, host.arrivals(), &vm, offer.job, how).await;
+                    }
+                    Err(CutOff::Broken(cause)) => tracing::warn!(
                         vm = name,
                         cause,
                         "post-copy is cut off: the VM stands still where it needs memory that has not come, until \

@@ -4,17 +4,18 @@
 //! that the source still has; from then on each of them goes to QEMU exactly once, by its stream: QEMU puts it
 //! into place by userfaultfd, and ends if it is there already (`EEXIST`).
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::broadcast;
-use transhume_protocol::link::{Stalls, Waits};
+use transhume_protocol::link::{Control, Stalls, Waits};
 use transhume_protocol::qemu::return_path::{Message, PACKAGE_LOADED};
 use transhume_protocol::qemu::{Command, CommandKind};
 
+use super::arrivals::{Arrivals, Stage};
 use super::engine::Engine;
 use super::gate::Gate;
 use crate::hypervisor::qmp::Event;
-use crate::hypervisor::{Qmp, Vm};
+use crate::hypervisor::{GuestEnd, Qmp, Vm};
 use crate::pages::PageKey;
 use crate::pages::bitmap::Bitmap;
 use crate::relay::error::RelayError;
@@ -184,21 +185,32 @@ pub(super) fn unsupported(host: &str, error: &crate::hypervisor::Error) -> Strin
     )
 }
 
+/// Why not all of a VM's memory comes.
+pub(super) enum CutOff {
+    /// Its guest has ended by itself, so it needs none.
+    GuestEnded(GuestEnd),
+    /// The stream broke, or QEMU ended otherwise, for this reason.
+    Broken(String),
+}
+
 /// Waits until all memory of a VM that runs here is here.
 pub(super) async fn complete(
     engine: &Engine,
     vm: &Vm,
     mut events: broadcast::Receiver<Event>,
-) -> Result<(), String> {
+) -> Result<(), CutOff> {
     loop {
         tokio::select! {
             biased;
-            () = vm.gone() => return Err("QEMU has ended".to_owned()),
-            error = engine.failure() => return last_word(vm.qmp(), &error).await,
+            () = vm.gone() => return Err(qemu_ended(vm).await),
+            error = engine.failure() => return last_word(vm, &error).await,
             event = events.recv() => if matches!(event, Err(broadcast::error::RecvError::Closed)) {
-                return Err(vm.qmp().closed().await);
+                return Err(qemu_ended(vm).await);
             },
             () = tokio::time::sleep(GLANCE) => {}
+        }
+        if let Some(how) = guest_end(vm) {
+            return Err(CutOff::GuestEnded(how));
         }
         // The source's QEMU waits for the last thing that this one says.
         if engine.is_closed() && is_complete(vm.qmp()).await {
@@ -208,15 +220,62 @@ pub(super) async fn complete(
 }
 
 /// The source ends the link when it knows that all is here; QEMU may need a moment more.
-async fn last_word(qmp: &Qmp, error: &RelayError) -> Result<(), String> {
-    let whole = async {
-        while !is_complete(qmp).await {
-            tokio::time::sleep(GLANCE).await;
+async fn last_word(vm: &Vm, error: &RelayError) -> Result<(), CutOff> {
+    let deadline = Instant::now() + LAST_WORD;
+    loop {
+        if let Some(how) = guest_end(vm) {
+            return Err(CutOff::GuestEnded(how));
         }
-    };
-    tokio::time::timeout(LAST_WORD, whole)
-        .await
-        .map_err(|_| error.to_string())
+        if is_complete(vm.qmp()).await {
+            return Ok(());
+        }
+        if vm.qmp().is_closed() {
+            return Err(qemu_ended(vm).await);
+        }
+        if Instant::now() > deadline {
+            return Err(CutOff::Broken(error.to_string()));
+        }
+        tokio::time::sleep(GLANCE).await;
+    }
+}
+
+fn guest_end(vm: &Vm) -> Option<GuestEnd> {
+    vm.qmp().shutdown()?.guest()
+}
+
+/// Why a QEMU ended that is gone, or is about to be.
+async fn qemu_ended(vm: &Vm) -> CutOff {
+    // By then all that it said was read.
+    let ended = vm.ends_within(LAST_WORD).await;
+    match guest_end(vm) {
+        Some(how) => CutOff::GuestEnded(how),
+        None if ended => CutOff::Broken("QEMU has ended".to_owned()),
+        None => CutOff::Broken("the QMP connection to QEMU is lost".to_owned()),
+    }
+}
+
+/// Has QEMU end whose guest has, and tells the source, which needs to keep nothing then. It ends by itself, unless it waits
+/// for memory in doing so.
+pub(super) async fn guest_ended(
+    engine: &Engine,
+    arrivals: &Arrivals,
+    vm: &Vm,
+    job: u64,
+    how: GuestEnd,
+) {
+    let name = vm.name();
+    if !vm.ends_within(LAST_WORD).await
+        && let Err(error) = vm.kill().await
+    {
+        tracing::warn!(vm = name, %error, "QEMU of a guest that has ended");
+    }
+    arrivals.note_surely(job, name, Stage::Ended(how));
+    tracing::info!(
+        vm = name,
+        "its guest {} before all of its memory was here",
+        how.did()
+    );
+    engine.send(Control::GuestEnded(how.into()));
 }
 
 /// What it cost the guest. Takes a moment if the guest's agent does.

@@ -15,9 +15,10 @@ use super::arrivals::{Arrival, Arrivals, Stage};
 use super::engine::{Engine, Target, Way};
 use super::forgotten::Forgotten;
 use super::incoming::{FAREWELL, MOST_CONNECTIONS};
+use super::postcopy::CutOff;
 use super::sessions::Open;
 use super::{Host, Outcomes, postcopy, recovery, send};
-use crate::hypervisor::{Error, Vm, stream};
+use crate::hypervisor::{Error, GuestEnd, Vm, stream};
 use crate::link::Connection;
 use crate::link::session::{Ready, Session};
 use crate::pages::digest::Digester;
@@ -46,6 +47,8 @@ enum Not {
     Needed,
     /// The VM's QEMU has ended.
     Possible,
+    /// Its guest has, by itself.
+    Wanted(GuestEnd),
     /// For this reason; later it may.
     Now(String),
 }
@@ -73,6 +76,7 @@ pub(super) async fn serve(
             let answer = match not {
                 Not::Needed => Control::Whole,
                 Not::Possible => Control::Outcome { taken: false },
+                Not::Wanted(how) => Control::GuestEnded(how.into()),
                 Not::Now(reason) => Control::Refused {
                     reasons: vec![reason],
                 },
@@ -136,7 +140,12 @@ pub(super) async fn serve(
             let stalls = postcopy::stalls(vm.qmp(), Some(gate)).await;
             engine.send(Control::Stalled(stalls));
         }
-        Err(cause) => tracing::warn!(vm = name, cause, "post-copy is cut off again"),
+        Err(CutOff::GuestEnded(how)) => {
+            postcopy::guest_ended(&engine, host.arrivals(), &vm, asked.job, how).await;
+        }
+        Err(CutOff::Broken(cause)) => {
+            tracing::warn!(vm = name, cause, "post-copy is cut off again");
+        }
     }
     engine.finish(FAREWELL).await;
     Ok(())
@@ -157,9 +166,13 @@ pub(super) fn forget_when_gone(arrivals: &Arrivals, vm: &Arc<Vm>, job: u64) {
     let (arrivals, vm) = (arrivals.clone(), Arc::clone(vm));
     tokio::spawn(async move {
         vm.gone().await;
+        // By then all that it said was read.
+        vm.qmp().closed().await;
+        let guest = vm.qmp().shutdown().and_then(|said| said.guest());
+        let ended = guest.map_or(Stage::Lost, Stage::Ended);
         let stage = arrivals.of(job).map(|arrival| arrival.stage);
         if stage == Some(Stage::PostCopy) {
-            arrivals.note_surely(job, vm.name(), Stage::Lost);
+            arrivals.note_surely(job, vm.name(), ended);
         }
     });
 }
@@ -190,6 +203,7 @@ async fn begin(
         Stage::Committed { .. } if host.vm(name).is_some() => {}
         Stage::Taken => return Err(Not::Needed),
         Stage::Lost => return Err(Not::Possible),
+        Stage::Ended(how) => return Err(Not::Wanted(how)),
         _ => return Err(format!("{here} does not run {name} yet").into()),
     }
     outcomes.sessions.end(job, ENDING_PATIENCE).await?;

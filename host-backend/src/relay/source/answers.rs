@@ -84,6 +84,10 @@ impl Answers {
                         Some(doubt) => doubt.answer(compared),
                         None => return Err(RelayError::Misplaced("comparison of disks")),
                     },
+                    Control::GuestEnded(how) if self.shared.is_over() => {
+                        self.shared.set_guest_ended(how.into());
+                        return Err(RelayError::GuestEnded(how.into()));
+                    }
                     Control::Abort { reason } => {
                         self.shared.answer(Err(reason.clone()));
                         return Err(RelayError::Aborted(reason));

@@ -10,7 +10,7 @@ use super::migration::{Copied, Migration, Stop};
 use super::postcopy::keeps;
 use super::request::{Keeper, Request, ask};
 use super::shared::Shared;
-use crate::hypervisor::{self, Vm};
+use crate::hypervisor::{self, Shutdown, Vm};
 use crate::link::PATIENCE;
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Downtime, Phase, Summary};
@@ -19,7 +19,7 @@ use crate::relay::{Choice, Error, IN_BETWEEN, Mode, Stays};
 /// How long QEMU may take to run a VM again after a failure.
 const QEMU_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 15 });
 
-/// How long a QEMU that cannot be asked any more may take to end.
+/// How long a QEMU that cannot be asked any more, or said that it ends, may take to end.
 const END_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
 
 const TAKE_BACK_GLANCE: Duration = Duration::from_millis(50);
@@ -47,6 +47,9 @@ impl Migration {
         if copied.shared.failed() {
             let stop = self.why_failed(&copied.shared).await;
             return Err(self.undo(stop).await);
+        }
+        if self.has_shut_down().await {
+            return Err(self.undo(Stop::Ended).await);
         }
         if let Err(stop) = self.enter(Phase::Commit) {
             return Err(self.undo(stop).await);
@@ -76,6 +79,20 @@ impl Migration {
             .map(|reports| reports.finish())
             .unwrap_or_default();
         Ok(self.ended(&copied, running, remarks).await)
+    }
+
+    /// Whether the guest shut down just before it was paused. What it asked of this QEMU the destination's does not
+    /// know.
+    async fn has_shut_down(&self) -> bool {
+        let qmp = self.request.vm.qmp();
+        if !self.may_go_over() {
+            // Nothing waited since the pause. QEMU's main loop looks for it once a round, and an answer takes a part
+            // of one.
+            for _ in 0..2 {
+                let _ = qmp.status().await;
+            }
+        }
+        qmp.shutdown().is_some_and(|said| said.guest().is_some())
     }
 
     /// All of the VM is at the destination: nothing of it is kept here.
@@ -162,6 +179,7 @@ impl Migration {
         let cause = match stop {
             Some(Stop::Failed(cause)) => Some(cause),
             Some(Stop::Cancelled) => Some("it was cancelled".to_owned()),
+            Some(Stop::Ended) => Some("its QEMU says that it ends, and has not".to_owned()),
             None => failure,
         };
         shared.stop(RelayError::Stopped);
@@ -177,7 +195,6 @@ impl Migration {
     /// QEMU when the link ends.
     pub(super) async fn undo(&mut self, stop: Stop) -> Error {
         let qmp = self.request.vm.qmp();
-        let lost = qmp.is_closed();
         let held = self.shared.clone().filter(|shared| shared.may_be_held());
         if let Some(shared) = &held {
             shared.stop(RelayError::Stopped);
@@ -191,6 +208,8 @@ impl Migration {
                 return self.give_up(shared, Some(stop));
             }
         }
+        let lost = qmp.is_closed();
+        let ends = qmp.shutdown().is_some();
         if let Some(shared) = &self.shared {
             shared.withdraw();
         }
@@ -217,9 +236,16 @@ impl Migration {
         drop(self.reports.take());
         let runs = if lost {
             Err(qmp.closed().await)
+        } else if ends {
+            Err("its QEMU says that it ends, and has not".to_owned())
         } else {
             self.run_again().await
         };
+        if runs.is_err()
+            && let Some(ended) = self.ended_here(&stop).await
+        {
+            return ended;
+        }
         if let Some(before) = self.before.take() {
             before.restore(qmp).await;
         }
@@ -236,6 +262,10 @@ impl Migration {
                     return self.not_running(format!("it was cancelled, and {cause}"));
                 }
                 Error::Cancelled { host, stays }
+            }
+            Stop::Ended => {
+                self.progress.enter(Phase::Failed);
+                self.not_running("its QEMU was told to end, and has not".to_owned())
             }
             Stop::Failed(cause) => {
                 self.progress.enter(Phase::Failed);
@@ -255,6 +285,48 @@ impl Migration {
                 }
             }
         }
+    }
+
+    /// What is to be said of a VM whose QEMU has ended, or stands still for good; `None` if it may run.
+    async fn ended_here(&self, stop: &Stop) -> Option<Error> {
+        let Request { vm, from, .. } = &self.request;
+        let (name, host) = (vm.name().to_owned(), from.clone());
+        let ended = vm.ends_within(END_PATIENCE).await;
+        let said = vm.qmp().shutdown();
+        if let Some(how) = said.as_ref().and_then(Shutdown::guest) {
+            self.progress.enter(Phase::Ended);
+            let next = if ended {
+                "`transhume vm start` starts it again".to_owned()
+            } else {
+                format!(
+                    "its QEMU stands still there (-no-shutdown): `transhume vm stop {name} --force` ends it"
+                )
+            };
+            return Some(Error::Ended {
+                vm: name,
+                host,
+                how,
+                next,
+            });
+        }
+        if !ended {
+            return None;
+        }
+        tracing::warn!(?stop, "QEMU has ended");
+        self.progress.enter(Phase::Lost);
+        let cause = match (said, vm.files().logs().last_words()) {
+            (Some(Shutdown::Told), _) => "it was told to, by QMP or a signal.".to_owned(),
+            (Some(said), _) => format!("{said}."),
+            (None, Some(words)) => format!("its last words:\n{words}"),
+            (None, None) => {
+                "without a word, as when it is killed; `dmesg` tells if memory ran out.".to_owned()
+            }
+        };
+        Some(Error::Died {
+            vm: name,
+            host,
+            cause,
+        })
     }
 
     fn not_running(&self, cause: String) -> Error {

@@ -45,6 +45,8 @@ const POLL: Duration = Duration::from_millis(25);
 #[derive(Debug)]
 pub(super) enum Stop {
     Cancelled,
+    /// QEMU ends, and has said why.
+    Ended,
     Failed(String),
 }
 
@@ -342,6 +344,7 @@ impl Migration {
                         return Err(Stop::Failed(qmp.closed().await));
                     }
                 },
+                _ = qmp.shuts_down() => return Err(Stop::Ended),
                 () = shared.failure() => return Err(self.why_failed(shared).await),
                 _ = poll.tick() => {
                     let away = shared.link_away();

@@ -25,9 +25,9 @@ use super::migration::{Copied, Migration, PAUSED_PATIENCE, Stop, link_away_while
 use super::resume::Rest;
 use super::shared::Shared;
 use super::stream::StreamReader;
-use crate::hypervisor::Vm;
 use crate::hypervisor::qmp::Event;
 use crate::hypervisor::qmp_commands::Migration as Said;
+use crate::hypervisor::{GuestEnd, Vm};
 use crate::link::PATIENCE;
 use crate::relay::Error;
 use crate::relay::error::RelayError;
@@ -241,6 +241,10 @@ impl Migration {
             return Err(self.why_failed(shared).await);
         }
         self.enter(Phase::PostCopy)?;
+        // Just before it was paused: the destination's QEMU would not know of it.
+        if qmp.shutdown().is_some() {
+            return Err(Stop::Ended);
+        }
         shared.open_hand();
         qmp.migrate_continue().await?;
         let copied = |completed, post_copy| Copied {
@@ -265,6 +269,7 @@ impl Migration {
                         break Stop::Failed(qmp.closed().await);
                     }
                 },
+                _ = qmp.shuts_down() => break Stop::Ended,
                 () = shared.failure() => break self.why_failed(shared).await,
                 () = tokio::time::sleep(POLL) => {
                     show(shared, None, &self.progress);
@@ -339,9 +344,14 @@ impl Migration {
         let pages = self.progress.get(Counter::PostCopyPages);
         let cut_off = rest(&self.request.vm, &copied.shared, &self.progress).await;
         let mut resumed = None;
-        if let Err(cause) = cut_off {
+        if let Err(cut) = cut_off {
             copied.shared.stop(RelayError::Stopped);
-            resumed = Some(self.left().send(cause, &self.progress).await?);
+            let left = self.left();
+            let cause = match cut {
+                CutOff::GuestEnded(how) => return Err(left.over(how, &self.progress).await),
+                CutOff::Broken(cause) => cause,
+            };
+            resumed = Some(left.send(cause, &self.progress).await?);
             remarks.push("post-copy was cut off, and went on".to_owned());
         }
         let (whole, total) = (Instant::now(), self.progress.elapsed());
@@ -417,8 +427,22 @@ pub(super) async fn stalls(shared: &Shared) -> Option<Stalls> {
     told.ok().flatten()
 }
 
+/// Why the rest of the memory does not follow.
+pub(super) enum CutOff {
+    /// Nobody wants it any more.
+    GuestEnded(GuestEnd),
+    /// The stream broke, for this reason.
+    Broken(String),
+}
+
+impl From<String> for CutOff {
+    fn from(cause: String) -> Self {
+        Self::Broken(cause)
+    }
+}
+
 /// Waits until QEMU has sent the rest and the destination's has it.
-pub(super) async fn rest(vm: &Vm, shared: &Shared, progress: &Progress) -> Result<(), String> {
+pub(super) async fn rest(vm: &Vm, shared: &Shared, progress: &Progress) -> Result<(), CutOff> {
     let qmp = vm.qmp();
     let mut poll = interval(POLL);
     poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -428,10 +452,13 @@ pub(super) async fn rest(vm: &Vm, shared: &Shared, progress: &Progress) -> Resul
         tokio::select! {
             // An event is only a reason to look at once.
             event = events.recv() => if event.is_err() && qmp.is_closed() {
-                return Err(qmp.closed().await);
+                return Err(qmp.closed().await.into());
             },
             () = shared.failure(), if failed.is_none() => failed = Some(Instant::now()),
             _ = poll.tick() => {}
+        }
+        if let Some(how) = shared.guest_ended() {
+            return Err(CutOff::GuestEnded(how));
         }
         let said = qmp
             .query_migrate()
@@ -443,16 +470,19 @@ pub(super) async fn rest(vm: &Vm, shared: &Shared, progress: &Progress) -> Resul
             // It waits for somebody to resume it.
             Some("postcopy-paused" | "failed" | "cancelled") => {
                 let cause = shared.take_failure();
-                return Err(match (cause, said.error_desc) {
+                let cause = match (cause, said.error_desc) {
                     (Some(cause), _) => cause.to_string(),
                     (None, Some(said)) => format!("QEMU: {said}"),
                     (None, None) => "QEMU's stream broke".to_owned(),
-                });
+                };
+                return Err(cause.into());
             }
             // QEMU before 8.0 may wait for the end of its return path for ever.
             _ if failed.is_some_and(|since| since.elapsed() > PATIENCE) => {
                 let cause = shared.take_failure();
-                return Err(cause.map_or_else(String::new, |cause| cause.to_string()));
+                return Err(cause
+                    .map_or_else(String::new, |cause| cause.to_string())
+                    .into());
             }
             _ => {}
         }

@@ -14,12 +14,12 @@ use transhume_protocol::qemu::Block;
 use super::flow::Flow;
 use super::hints::Hints;
 use super::link_rate::LinkRate;
-use super::postcopy;
+use super::postcopy::{self, CutOff};
 use super::preparation::connections;
 use super::request::Destination;
 use super::shared::{Shared, Sockets};
 use super::transmit::Packer;
-use crate::hypervisor::{Vm, stream};
+use crate::hypervisor::{GuestEnd, Vm, stream};
 use crate::link::session::{Rejoin, Session};
 use crate::link::{Connection, START_PATIENCE};
 use crate::relay::error::RelayError;
@@ -51,8 +51,19 @@ pub struct Rest {
 enum Not {
     /// Nor will another: one of the QEMUs is gone.
     Ever(String),
+    /// Nor need another: the guest has ended by itself.
+    GuestEnded(GuestEnd),
     /// Another may.
     Now(String),
+}
+
+impl From<CutOff> for Not {
+    fn from(cut: CutOff) -> Self {
+        match cut {
+            CutOff::GuestEnded(how) => Self::GuestEnded(how),
+            CutOff::Broken(cause) => Self::Now(cause),
+        }
+    }
 }
 
 impl From<crate::hypervisor::Error> for Not {
@@ -86,7 +97,7 @@ impl Rest {
     /// `cause`: why the stream broke, for people.
     ///
     /// # Errors
-    /// [`Error::Broken`] when one of the QEMUs has ended.
+    /// [`Error::Broken`] when one of the QEMUs has ended; [`Error::Ended`] when the guest has, by itself.
     pub async fn send(
         &self,
         mut cause: String,
@@ -109,16 +120,36 @@ impl Rest {
                 }
                 Err(Not::Ever(cause)) => {
                     progress.wait_for(None);
-                    progress.enter(Phase::Unresolved);
+                    progress.enter(Phase::Lost);
                     return Err(Error::Broken {
                         vm: self.vm.name().to_owned(),
                         to: to.clone(),
                         cause,
                     });
                 }
+                Err(Not::GuestEnded(how)) => {
+                    progress.wait_for(None);
+                    return Err(self.over(how, progress).await);
+                }
                 Err(Not::Now(why)) => cause = why,
             }
             tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// The guest has ended at the destination: nobody needs what is here.
+    pub(super) async fn over(&self, how: GuestEnd, progress: &Progress) -> Error {
+        // What its QEMU has of the memory is of a guest that is no more.
+        if let Err(error) = self.vm.discard_whole().await {
+            tracing::warn!(%error, "QEMU of the VM that has ended elsewhere cannot be ended");
+        }
+        progress.enter(Phase::Ended);
+        let to = &self.destination.host;
+        Error::Ended {
+            vm: self.vm.name().to_owned(),
+            host: to.clone(),
+            how,
+            next: format!("`transhume vm start` starts it again, at {to} or elsewhere"),
         }
     }
 
@@ -207,7 +238,7 @@ impl Rest {
             tracing::info!("post-copy goes on");
             progress.wait_for(None);
             let rest = postcopy::rest(&self.vm, &shared, progress);
-            rest.await.map_err(Not::Now)?;
+            rest.await?;
             Ok(postcopy::stalls(&shared).await)
         };
         let sent = sent.await;
@@ -270,6 +301,7 @@ impl Rest {
             Control::Outcome { taken: false } => {
                 Err(Not::Ever(format!("{host}'s QEMU of it has ended")))
             }
+            Control::GuestEnded(how) => Err(Not::GuestEnded(how.into())),
             Control::Refused { reasons } => Err(Not::Now(reasons.join("; "))),
             Control::Resumed {
                 token,

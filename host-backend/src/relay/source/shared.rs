@@ -24,7 +24,7 @@ use super::rendezvous::Rendezvous;
 use super::requests::Requests;
 use super::stream::StreamReader;
 use super::transmit::{Packer, Transmitter};
-use crate::hypervisor::stream;
+use crate::hypervisor::{GuestEnd, stream};
 use crate::link::session::Session;
 use crate::pages::digest::Digester;
 use crate::relay::IN_BETWEEN;
@@ -69,6 +69,8 @@ struct State {
     answer: Option<Result<(), String>>,
     /// The stream was read to its end and sent.
     memory_sent: Option<Instant>,
+    /// What the guest did at the destination, if it has ended there.
+    guest_ended: Option<GuestEnd>,
     /// A `SWITCHOVER_ACK` that waits to be passed on.
     switchover: Option<Vec<u8>>,
 }
@@ -369,6 +371,17 @@ impl Shared {
         if let Some(theirs) = state.theirs.take() {
             stream::narrow(&theirs);
         }
+    }
+
+    /// The guest has ended at the destination.
+    pub(super) fn set_guest_ended(&self, how: GuestEnd) {
+        self.lock().guest_ended = Some(how);
+        self.changed.notify_waiters();
+    }
+
+    /// What the guest did at the destination, if it has ended there.
+    pub(super) fn guest_ended(&self) -> Option<GuestEnd> {
+        self.lock().guest_ended
     }
 
     pub(super) fn set_stalls(&self, stalls: Stalls) {

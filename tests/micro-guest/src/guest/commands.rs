@@ -7,6 +7,7 @@ use crate::interrupts;
 use crate::memory::{Memory, Verdict};
 use crate::pace::Pace;
 use crate::parameters::{Parameters, size};
+use crate::power::End;
 use crate::serial::Serial;
 
 /// Ticks between two heartbeats: 50 ms.
@@ -36,6 +37,8 @@ pub(crate) struct Guest {
     heartbeats: u64,
     /// When the next heartbeat is due, in ticks.
     heartbeat: Option<u64>,
+    /// How it ends, and when, in ticks.
+    end: Option<(End, u64)>,
 }
 
 impl Guest {
@@ -51,6 +54,7 @@ impl Guest {
             pongs: 0,
             heartbeats: 0,
             heartbeat: None,
+            end: None,
         }
     }
 
@@ -83,6 +87,9 @@ impl Guest {
                 .serial
                 .say(format_args!("heartbeat {}", self.heartbeats));
             self.heartbeat = Some((due + HEARTBEAT).max(now));
+        }
+        if let Some((end, _)) = self.end.take_if(|(_, due)| now >= *due) {
+            end.now();
         }
         let mut busy = self.change_pages(elapsed);
         busy |= self.check_on();
@@ -178,6 +185,16 @@ impl Guest {
                 None => self.parts.serial.answer(format_args!(
                     "error `{argument}` is no size: bytes, with K, M or G"
                 )),
+            },
+            ("poweroff" | "reset" | "panic", after) => match (End::named(command), size(after)) {
+                (Some(end), Some(ms)) => {
+                    self.end = Some((end, self.turn + ms * HZ / 1000));
+                    self.parts.serial.answer(format_args!("ok {command} {ms}"));
+                }
+                _ => self
+                    .parts
+                    .serial
+                    .answer(format_args!("error `{after}` is no time: milliseconds")),
             },
             ("heartbeat", "on") => {
                 self.heartbeat = Some(self.turn);

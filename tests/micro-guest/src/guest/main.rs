@@ -27,6 +27,7 @@ mod paging;
 mod parameters;
 mod pci;
 mod port;
+mod power;
 mod runtime;
 mod serial;
 mod start_info;

@@ -28,6 +28,18 @@ pub(crate) unsafe fn write_u8(port: u16, value: u8) {
     };
 }
 
+/// Writes 16 bits.
+///
+/// # Safety
+///
+/// As for [`read_u8`].
+pub(crate) unsafe fn write_u16(port: u16, value: u16) {
+    // SAFETY: the caller vouches for the port.
+    unsafe {
+        asm!("out dx, ax", in("ax") value, in("dx") port, options(nomem, nostack, preserves_flags));
+    };
+}
+
 /// Reads 32 bits.
 ///
 /// # Safety
