@@ -187,10 +187,13 @@ fn post_copy(bed: &Bed) -> Result<()> {
     life.end("poweroff", 0)?;
     let answer = command.end()?;
     has_ended(&pair, &answer, "shut down", "hostb").map_err(|error| pair.with_logs(error))?;
-    for at in [At::A, At::B] {
-        let shown = ask(pair.daemon(at), &["vm", "show", NAME])?;
-        shown.refused(3, &["its guest shut down"])?;
-    }
+    ask(&pair.a, &["vm", "show", NAME])?.refused(3, &["its guest shut down"])?;
+    // It stays where it ended, and can be started there.
+    let there = ask(&pair.b, &["vm", "show", NAME])?.expect(0)?;
+    check(
+        there.word("/state")? == "stopped" && there.word("/note")? == "its guest shut down",
+        || format!("Odd: {there}"),
+    )?;
 
     // The source hears of it only when it can reach the destination again.
     let (command, mut life) = follows(bed, &pair).map_err(|error| pair.with_logs(error))?;
