@@ -146,6 +146,21 @@ pub fn is_data(seed: impl Into<Seed>, pfn: u64, generation: u64, page: &Page) ->
     differs == 0
 }
 
+/// How many words, from the page's start on, are what [`fill_data`] writes.
+pub fn data_words(seed: impl Into<Seed>, pfn: u64, generation: u64, page: &Page) -> usize {
+    let key = seed.into().data(pfn, generation);
+    // Most generations differ in the first words already.
+    let count = |words| {
+        let (mut same, mut all) = (0, true);
+        visit(key, 0, words, |at, word| {
+            all &= page[at] == word;
+            same += usize::from(all);
+        });
+        same
+    };
+    if count(2) < 2 { 0 } else { count(PAGE_WORDS) }
+}
+
 /// Writes what the disk holds at `sector`.
 pub fn fill_sector(seed: impl Into<Seed>, sector: u64, out: &mut Sector) {
     let key = seed.into().disk(sector / SECTORS_PER_PAGE);

@@ -72,6 +72,9 @@ pub enum Checked {
         first: u64,
         /// What the first should have held: `data`, `cache` or `zero`.
         kind: String,
+        /// What the first holds: `old:N`, its content of N generations before; `part:N`, what it should hold in its first
+        /// N words alone; `zero` or `unknown`.
+        holds: String,
         /// Pages that were checked.
         pages: u64,
     },
@@ -294,10 +297,12 @@ impl Control {
             }
             line.starts_with("bad ").then_some(())?;
             let kind = word(&line, "kind")?.to_owned();
+            let holds = word(&line, "holds")?.to_owned();
             Some(Checked::Wrong {
                 count: field(&line, "count")?,
                 first: field(&line, "page")?,
                 kind,
+                holds,
                 pages,
             })
         };
@@ -429,11 +434,12 @@ mod tests {
 
     #[test]
     fn a_wrong_page_is_reported_in_full() {
-        let mut control = guest(&["# bad page=300 kind=cache count=2 pages=99\n"]);
+        let mut control = guest(&["# bad page=300 kind=cache holds=old:7 count=2 pages=99\n"]);
         let wrong = Checked::Wrong {
             count: 2,
             first: 300,
             kind: "cache".into(),
+            holds: "old:7".into(),
             pages: 99,
         };
         assert_eq!(control.check(SECOND).unwrap(), wrong);

@@ -130,9 +130,9 @@ impl Guest {
         let Verdict { pages, bad, first } = verdict;
         match first {
             None => self.parts.serial.answer(format_args!("ok pages={pages}")),
-            Some((pfn, kind)) => {
+            Some((pfn, kind, holds)) => {
                 self.parts.serial.answer(format_args!(
-                    "bad page={pfn} kind={kind} count={bad} pages={pages}"
+                    "bad page={pfn} kind={kind} holds={holds} count={bad} pages={pages}"
                 ));
             }
         }

@@ -57,8 +57,30 @@ pub(crate) struct Verdict {
     pub(crate) pages: u64,
     /// Pages that are wrong.
     pub(crate) bad: u64,
-    /// Frame number of the first wrong page, and what it should have held.
-    pub(crate) first: Option<(u64, &'static str)>,
+    /// Frame number of the first wrong page, what it should have held, and what it holds.
+    pub(crate) first: Option<(u64, &'static str, Holds)>,
+}
+
+/// What a wrong page holds.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Holds {
+    /// What it held so many generations before, of all pages.
+    Old(u32),
+    /// What it should hold up to this word, and something else from there on.
+    Part(usize),
+    Zero,
+    Unknown,
+}
+
+impl core::fmt::Display for Holds {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Self::Old(back) => write!(f, "old:{back}"),
+            Self::Part(words) => write!(f, "part:{words}"),
+            Self::Zero => f.write_str("zero"),
+            Self::Unknown => f.write_str("unknown"),
+        }
+    }
 }
 
 /// How many pages were changed since the start.
@@ -401,9 +423,31 @@ impl Memory {
             verdict.pages += 1;
             if !right {
                 verdict.bad += 1;
-                verdict.first.get_or_insert((pfn, kind));
+                let holds = || (pfn, kind, self.holds(pfn, entry.generation, page));
+                verdict.first.get_or_insert_with(holds);
             }
         }
+    }
+}
+
+impl Memory {
+    /// What a page holds that should be of that generation.
+    fn holds(&self, pfn: u64, generation: u32, page: &Page) -> Holds {
+        /// So many generations are looked through.
+        const BACK: u32 = 1 << 18;
+        if content::is_zero(page) {
+            return Holds::Zero;
+        }
+        let words = content::data_words(self.seed, pfn, generation.into(), page);
+        if words > 0 {
+            return Holds::Part(words);
+        }
+        (1..BACK.min(generation))
+            .find(|back| {
+                let generation = u64::from(generation - back);
+                content::data_words(self.seed, pfn, generation, page) > 0
+            })
+            .map_or(Holds::Unknown, Holds::Old)
     }
 }
 
