@@ -101,6 +101,8 @@ pub(crate) struct Memory {
     cache: Vec<u32>,
     /// Data pages that are written; 0 for all.
     hot: usize,
+    /// The processor's translation of a page is forgotten before the last store to it.
+    flush: bool,
     seed: Seed,
     disk_seed: Seed,
     disk_offset: u64,
@@ -121,6 +123,12 @@ fn touch(address: usize) {
     // SAFETY: callers name memory of ours. Nothing changes, and a device that writes at the same time is not disturbed,
     // because the access is atomic.
     unsafe { asm!("lock or dword ptr [{}], 0", in(reg) place, options(nostack)) };
+}
+
+/// Has the processor look up the page at this address anew.
+fn forget_translation(address: usize) {
+    // SAFETY: It changes no memory, and what is looked up is the same.
+    unsafe { asm!("invlpg [{}]", in(reg) address, options(nostack, preserves_flags)) };
 }
 
 impl Memory {
@@ -160,6 +168,7 @@ impl Memory {
             data: Vec::with_capacity(data as usize),
             cache: Vec::with_capacity(cache as usize),
             hot: pages_in(parameters.hot) as usize,
+            flush: parameters.flush,
             seed: seed(parameters.seed),
             disk_seed: seed(parameters.disk_seed),
             disk_offset: parameters.disk_offset,
@@ -356,8 +365,15 @@ impl Memory {
     /// After a change of a page and its entry. A translator notes a page as dirty, and then does the store: if the list of
     /// dirty pages is fetched in between, that store is in none. So one more follows, which changes nothing.
     fn repeat(&self, index: usize, pfn: u64) {
-        touch(pfn as usize * PAGE_SIZE);
-        touch((&raw const self.entries[index]).addr());
+        for address in [
+            pfn as usize * PAGE_SIZE,
+            (&raw const self.entries[index]).addr(),
+        ] {
+            if self.flush {
+                forget_translation(address);
+            }
+            touch(address);
+        }
     }
 
     /// Reads another disk page into one cache page.

@@ -23,6 +23,8 @@ pub(crate) struct Parameters {
     pub(crate) rate: u64,
     /// Data pages that are written, spread over all of them; 0 for all.
     pub(crate) hot: u64,
+    /// The processor's translation of a page is forgotten before the last store to it.
+    pub(crate) flush: bool,
     /// Whether the host is told what is the guest's own, and which pages it writes.
     pub(crate) names: bool,
     /// Cache pages written, so that hints about them go stale.
@@ -72,6 +74,7 @@ impl Parameters {
             zero: 64 << 20,
             rate: 0,
             hot: 0,
+            flush: false,
             names: true,
             cache_rate: 0,
             churn: 0,
@@ -104,6 +107,13 @@ impl Parameters {
             "zero" => self.zero = size(value)?,
             "rate" => self.rate = size(value)?,
             "hot" => self.hot = size(value)?,
+            "flush" => {
+                self.flush = match value {
+                    "yes" => true,
+                    "no" => false,
+                    _ => return None,
+                }
+            }
             "names" => {
                 self.names = match value {
                     "yes" => true,
