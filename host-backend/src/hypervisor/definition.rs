@@ -28,6 +28,9 @@ pub struct Definition {
     /// What runs its vCPUs.
     #[serde(default)]
     pub accelerator: Accelerator,
+    /// Whether it may move while it runs, by a translator that misses pages which it writes meanwhile.
+    #[serde(default, skip_serializing_if = "MissedWrites::is_refuse")]
+    pub missed_writes: MissedWrites,
     /// QEMU's CPU model; see [`Definition::cpu_model`] for the default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu: Option<String>,
@@ -64,6 +67,24 @@ pub enum Accelerator {
     Kvm,
     /// QEMU's emulation: slow, and it runs anywhere.
     Tcg,
+}
+
+/// What becomes of the move of a running VM whose QEMU is known to miss writes; see [`super::build`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MissedWrites {
+    /// It is refused.
+    #[default]
+    Refuse,
+    /// The VM may arrive damaged.
+    Accept,
+}
+
+impl MissedWrites {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes it so")]
+    fn is_refuse(&self) -> bool {
+        *self == Self::Refuse
+    }
 }
 
 impl fmt::Display for Accelerator {

@@ -64,9 +64,18 @@ impl Micro {
 
     /// Its definition.
     pub(super) fn definition(&self, bed: &Bed) -> Result<String> {
+        self.definition_for(bed, Qemu::V10_0)
+    }
+
+    /// The same for that QEMU. With one whose translator misses writes, the guest has each noted anew.
+    pub(super) fn definition_for(&self, bed: &Bed, qemu: Qemu) -> Result<String> {
+        let (accept, flush) = match qemu {
+            Qemu::V11_1 => ("missed-writes = \"accept\"\n", " flush=yes"),
+            Qemu::V7_2 | Qemu::V10_0 | Qemu::V10_0_13 => ("", ""),
+        };
         let mut text = format!(
-            "name = \"{NAME}\"\nmachine = \"{}\"\naccelerator = \"tcg\"\nmemory = \"{}KiB\"\nvcpus = {}\n\n\
-             [boot]\nkernel = \"{}\"\nappend = \"{}\"\n\n[agent]\nport = \"console\"\n\n[console]\nserial = true\n",
+            "name = \"{NAME}\"\nmachine = \"{}\"\naccelerator = \"tcg\"\n{accept}memory = \"{}KiB\"\nvcpus = {}\n\n\
+             [boot]\nkernel = \"{}\"\nappend = \"{}{flush}\"\n\n[agent]\nport = \"console\"\n\n[console]\nserial = true\n",
             self.machine,
             (self.memory << 10) + UNALIGNED_KIB,
             self.vcpus,

@@ -59,6 +59,8 @@ pub(super) struct Pair<'a> {
     pub(super) b: Daemon,
     pub(super) hosts: Hosts,
     qemus: (PathBuf, PathBuf),
+    /// Where guests start.
+    first: Qemu,
 }
 
 impl<'a> Pair<'a> {
@@ -111,7 +113,8 @@ impl<'a> Pair<'a> {
 
     /// Two daemons on these hosts.
     pub(super) fn on(bed: &'a Bed, qemus: Qemus, hosts: Hosts) -> Result<Self> {
-        let qemus = (bed.packages.qemu(qemus.0)?, bed.packages.qemu(qemus.1)?);
+        let (first, second) = qemus;
+        let qemus = (bed.packages.qemu(first)?, bed.packages.qemu(second)?);
         let programs = bed.programs()?;
         let a = Daemon::start(&hosts, &hosts.a, programs, &qemus.0)?;
         let b = Daemon::start(&hosts, &hosts.b, programs, &qemus.1)?;
@@ -121,6 +124,7 @@ impl<'a> Pair<'a> {
             b,
             hosts,
             qemus,
+            first,
         })
     }
 
@@ -163,7 +167,7 @@ impl<'a> Pair<'a> {
 
     /// Starts a guest at the first host, and lets it check itself there.
     pub(super) fn boot(&self, micro: &Micro) -> Result<Life> {
-        self.boot_definition(&micro.definition(self.bed)?)
+        self.boot_definition(&micro.definition_for(self.bed, self.first)?)
     }
 
     /// The same with a definition of its own.
@@ -183,7 +187,7 @@ impl<'a> Pair<'a> {
 
     /// The same with more arguments for QEMU.
     pub(super) fn adopt_with(&self, micro: &Micro, more: &[&str]) -> Result<(Process, Life)> {
-        let path = self.write(&micro.definition(self.bed)?)?;
+        let path = self.write(&micro.definition_for(self.bed, self.first)?)?;
         let arguments = ask(&self.a, &["vm", "arguments", &path])?.expect(0)?;
         let mut arguments = arguments
             .value

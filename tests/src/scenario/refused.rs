@@ -1,7 +1,7 @@
 //! What cannot work is refused before the guest is touched, with its cause and its cure.
 
 use super::micro::{Micro, NAME, Qemus, UNALIGNED_KIB, raw_disk};
-use super::pair::{At, NEWEST, Pair};
+use super::pair::{At, KEEPS, NEWEST, Pair};
 use super::transhume::ask;
 use super::{Bed, Scenario};
 use crate::error::check;
@@ -27,6 +27,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         "refused-without-the-memory", "a guest that was adopted is larger than the destination", without_the_memory;
         "refused-machine-type", "the destination's QEMU is too old for the machine type", machine_type;
         "refused-older-qemu", "the destination's QEMU is older, the machine type is known", older_qemu;
+        "refused-missed-writes", "a QEMU whose translator misses what the guest writes", missed_writes;
         "refused-queues", "the destination's QEMU has no room for the virtqueues of the source's", queues;
         "refused-names", "hosts and VMs that are not there, and a name that is taken", names;
         "refused-second-migration", "two migrations of one VM at once", second_migration;
@@ -289,6 +290,26 @@ fn queues(bed: &Bed) -> Result<()> {
         .map_err(|error| pair.with_logs(error))?;
     pair.stayed(At::A, &mut life)?;
     pair.nothing_left(At::B)
+}
+
+/// The translator of QEMU 11.1 misses writes: a VM moves only if it is paused, or its definition accepts that.
+fn missed_writes(bed: &Bed) -> Result<()> {
+    let pair = Pair::new(bed, KEEPS, None)?;
+    let mut life = pair.boot_definition(&Micro::new(bed)?.definition(bed)?)?;
+    let words = ["translator of QEMU 11.1", "vm pause micro", "missed-writes"];
+    for more in [&["--dry-run"][..], &[]] {
+        let tried = pair.migrate(At::A, more)?;
+        tried
+            .refused(3, &words)
+            .map_err(|error| pair.with_logs(error))?;
+    }
+    pair.stayed(At::A, &mut life)?;
+    pair.nothing_left(At::B)?;
+    ask(&pair.a, &["vm", "pause", NAME])?.expect(0)?;
+    pair.migrate(At::A, &[])?.expect(0)?;
+    ask(&pair.b, &["vm", "resume", NAME])?.expect(0)?;
+    pair.arrived(At::B, &mut life)?;
+    life.check()
 }
 
 fn dry_run(bed: &Bed) -> Result<()> {

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use transhume_protocol::link::{Offer, OfferedDisk, OfferedVirtio, Signs};
 
 use super::request::Request;
+use crate::hypervisor::definition::MissedWrites;
 use crate::hypervisor::layout::{Layout, Region};
 use crate::hypervisor::{Vm, preflight, virtqueues};
 use crate::pages::digest;
@@ -167,8 +168,8 @@ async fn refuse_virtio_mem(vm: &Vm) -> Result<(), Error> {
     Ok(())
 }
 
-/// A QEMU before 9.0 that runs a VM by its translator does not see all that the guest writes while it migrates:
-/// pages arrive as they once were.
+/// Some QEMUs that run a VM by their translator do not see all that the guest writes while it migrates: pages arrive as
+/// they once were. See [`crate::hypervisor::build`].
 async fn refuse_missed_writes(vm: &Vm) -> Result<(), Error> {
     #[derive(Deserialize)]
     struct Kvm {
@@ -176,7 +177,8 @@ async fn refuse_missed_writes(vm: &Vm) -> Result<(), Error> {
     }
     let (qmp, name) = (vm.qmp(), vm.name());
     let version = qmp.version();
-    if version.translator_notes_writes(vm.definition().memory.bytes()) {
+    let definition = vm.definition();
+    if version.translator_notes_writes(definition.memory.bytes()) {
         return Ok(());
     }
     let asked = qmp.query("query-kvm", serde_json::Value::Null).await;
@@ -184,10 +186,19 @@ async fn refuse_missed_writes(vm: &Vm) -> Result<(), Error> {
     if kvm.enabled {
         return Ok(());
     }
+    if definition.missed_writes == MissedWrites::Accept {
+        tracing::warn!(
+            vm = name,
+            %version,
+            "QEMU's translator may miss pages that the guest writes while it moves, which its definition accepts"
+        );
+        return Ok(());
+    }
     Err(Error::refused(format!(
         "{name} runs without KVM, by the translator of QEMU {version}, which misses pages that a guest writes while it \
-         moves: it would arrive damaged. Pause it (`transhume vm pause {name}`), move it, and let it run again there \
-         (`transhume vm resume {name}`); QEMU 9.0 and newer, and KVM, do not have this fault"
+         moves: it may arrive damaged. Pause it (`transhume vm pause {name}`), move it, and let it run again there \
+         (`transhume vm resume {name}`); KVM, and the translator of QEMU 9.0 to 10.0, do not have this fault. For a VM that \
+         may be damaged, `missed-writes = \"accept\"` in its definition lets it move"
     )))
 }
 
