@@ -95,8 +95,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     ]
 }
 
-/// Those that take long, or are not right yet: with QEMU 11.1 as a source a page of a guest that writes all the time was
-/// wrong after 2 of some 24 moves.
+/// Those that take long.
 pub(super) fn long_scenarios() -> Vec<Scenario> {
     vec![
         Scenario {
