@@ -1,7 +1,7 @@
 //! A client of QEMU's machine protocol: one JSON object a line, over a unix socket.
 
 use super::lines::Lines;
-use super::shutdown::Shutdown;
+use super::shutdown::{GuestEnd, Shutdown};
 use super::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -228,6 +228,11 @@ impl Qmp {
     /// Why QEMU ends, or stands still for good, if it has said so.
     pub fn shutdown(&self) -> Option<Shutdown> {
         self.shared.shutdown.borrow().clone()
+    }
+
+    /// How the guest ended by itself, if QEMU has said that it did.
+    pub fn guest_end(&self) -> Option<GuestEnd> {
+        self.shutdown()?.guest()
     }
 
     /// Waits until QEMU says why it ends; for ever if it does not say.

@@ -370,14 +370,16 @@ impl Vm {
         }
     }
 
-    /// Whether its QEMU ends within `patience`. All that it said was read then: [`Qmp::shutdown`] tells why, unless it
-    /// crashed or was killed.
+    /// Waits until its QEMU has ended, and all that it said was read: [`Qmp::shutdown`] tells why, unless it crashed or was
+    /// killed.
+    pub async fn ended(&self) {
+        self.gone().await;
+        self.qmp.closed().await;
+    }
+
+    /// Whether [`Self::ended`] comes within `patience`.
     pub async fn ends_within(&self, patience: Duration) -> bool {
-        let all_said = async {
-            self.gone().await;
-            self.qmp.closed().await;
-        };
-        tokio::time::timeout(patience, all_said).await.is_ok()
+        tokio::time::timeout(patience, self.ended()).await.is_ok()
     }
 
     /// Waits until its QEMU has ended. A lost QMP connection is not enough.

@@ -94,8 +94,9 @@ fn name(text: &mut String) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::link::some_offer;
     use transhume_protocol::link::{
-        MAX_SMALL_PAYLOAD, Offer, OfferedVirtio, Signs, Stalls, encode_control,
+        MAX_SMALL_PAYLOAD, Offer, OfferedVirtio, Stalls, encode_control,
     };
 
     fn heard(message: &Control) -> Control {
@@ -129,27 +130,11 @@ mod tests {
             kind: format!("virtio-\u{1b}[2J\n{}", "x".repeat(1000)),
             lengths: vec![128],
         };
-        let Control::Offer(offer) = heard(&Control::Offer(Box::new(Offer {
-            from: "hosta".to_owned(),
-            job: 1,
-            first: 1,
-            attempt: 0,
-            definition: String::new(),
-            qemu: [10, 0, 0],
-            qemu_package: String::new(),
-            disks: Vec::new(),
-            cpu_flags: Vec::new(),
-            digest_key: [0; 16],
-            running: true,
-            dry_run: false,
-            source_job: 1,
-            autostart: false,
-            signs: Signs {
-                nonce: [0; 16],
-                made: 0,
-            },
+        let offer = Offer {
             virtio: vec![device],
-        }))) else {
+            ..some_offer()
+        };
+        let Control::Offer(offer) = heard(&Control::Offer(Box::new(offer))) else {
             panic!("another message");
         };
         let [device] = &offer.virtio[..] else {

@@ -209,6 +209,21 @@ pub(super) enum RelayError {
     Stopped,
 }
 
+/// Why the rest of a VM's memory does not follow it, at either host.
+#[derive(Debug)]
+pub(super) enum CutOff {
+    /// Its guest has ended by itself, so it needs none.
+    GuestEnded(GuestEnd),
+    /// The stream broke, or QEMU ended otherwise, for this reason.
+    Broken(String),
+}
+
+impl From<String> for CutOff {
+    fn from(cause: String) -> Self {
+        Self::Broken(cause)
+    }
+}
+
 impl From<link::GuestEnd> for GuestEnd {
     fn from(end: link::GuestEnd) -> Self {
         match end {

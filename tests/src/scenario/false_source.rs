@@ -74,14 +74,9 @@ impl Link {
         let mut taken = 0;
         for (sent, frame) in frames.iter().enumerate() {
             while sent >= taken + AHEAD {
-                let mut head = [0; FRAME_HEADER_LEN];
-                if self.0.read_exact(&mut head).is_err() {
+                let Some((header, _)) = self.frame()? else {
                     return Ok(());
-                }
-                let header = FrameHeader::decode(&head).map_err(wrong)?;
-                if self.0.read_exact(&mut vec![0; header.length]).is_err() {
-                    return Ok(());
-                }
+                };
                 taken = taken.max(usize::try_from(header.numbering.taken).unwrap_or(0));
             }
             if self.0.write_all(frame).is_err() {
@@ -93,19 +88,27 @@ impl Link {
 
     /// The next control message; `None` when the daemon hangs up.
     pub(super) fn hear(&mut self) -> Result<Option<Control>> {
-        loop {
-            let mut head = [0; FRAME_HEADER_LEN];
-            if self.0.read_exact(&mut head).is_err() {
-                return Ok(None);
-            }
-            let header = FrameHeader::decode(&head).map_err(wrong)?;
-            let mut payload = vec![0; header.length];
-            self.0.read_exact(&mut payload).map_err(lost)?;
-            header.check(Cover::Whole, &payload).map_err(wrong)?;
+        while let Some((header, payload)) = self.frame()? {
             if header.kind == FrameKind::Control {
                 return decode_control(&payload).map(Some).map_err(wrong);
             }
         }
+        Ok(None)
+    }
+
+    /// The next frame; `None` when the daemon hangs up.
+    fn frame(&mut self) -> Result<Option<(FrameHeader, Vec<u8>)>> {
+        let mut head = [0; FRAME_HEADER_LEN];
+        if self.0.read_exact(&mut head).is_err() {
+            return Ok(None);
+        }
+        let header = FrameHeader::decode(&head).map_err(wrong)?;
+        let mut payload = vec![0; header.length];
+        if self.0.read_exact(&mut payload).is_err() {
+            return Ok(None);
+        }
+        header.check(Cover::Whole, &payload).map_err(wrong)?;
+        Ok(Some((header, payload)))
     }
 }
 

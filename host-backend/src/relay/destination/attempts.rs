@@ -162,30 +162,14 @@ impl Attempts {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::link::some_offer;
     use std::sync::atomic::{AtomicU32, Ordering};
-    use transhume_protocol::link::Signs;
 
     fn offer(job: u64, attempt: u16) -> Offer {
         Offer {
-            from: "hosta".to_owned(),
             job,
-            first: 1,
             attempt,
-            definition: String::new(),
-            qemu: [10, 0, 0],
-            qemu_package: String::new(),
-            disks: Vec::new(),
-            cpu_flags: Vec::new(),
-            digest_key: [0; 16],
-            running: true,
-            dry_run: false,
-            source_job: 1,
-            autostart: false,
-            signs: Signs {
-                nonce: [0; 16],
-                made: 0,
-            },
-            virtio: Vec::new(),
+            ..some_offer()
         }
     }
 

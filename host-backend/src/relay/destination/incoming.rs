@@ -12,7 +12,7 @@ use super::agent;
 use super::arrivals::Stage;
 use super::engine::{Engine, Target, Way};
 use super::look::{self, Fit};
-use super::postcopy::{self, CutOff};
+use super::postcopy;
 use super::recovery;
 use super::rehearsal;
 use super::resume;
@@ -27,7 +27,7 @@ use crate::hypervisor::{self, LaunchSettings, Vm, stream};
 use crate::link::session::{Ready, Session};
 use crate::link::{self, Connection};
 use crate::pages::digest::Digester;
-use crate::relay::error::RelayError;
+use crate::relay::error::{CutOff, RelayError};
 use crate::volume;
 
 /// How long QEMU may take to load the VM once all of it is there, and how often it is looked at.

@@ -18,7 +18,7 @@ use crate::hypervisor::qmp::Event;
 use crate::hypervisor::{GuestEnd, Qmp, Vm};
 use crate::pages::PageKey;
 use crate::pages::bitmap::Bitmap;
-use crate::relay::error::RelayError;
+use crate::relay::error::{CutOff, RelayError};
 
 /// How often QEMU is asked whether all memory is there.
 const GLANCE: Duration = Duration::from_millis(100);
@@ -185,14 +185,6 @@ pub(super) fn unsupported(host: &str, error: &crate::hypervisor::Error) -> Strin
     )
 }
 
-/// Why not all of a VM's memory comes.
-pub(super) enum CutOff {
-    /// Its guest has ended by itself, so it needs none.
-    GuestEnded(GuestEnd),
-    /// The stream broke, or QEMU ended otherwise, for this reason.
-    Broken(String),
-}
-
 /// Waits until all memory of a VM that runs here is here.
 pub(super) async fn complete(
     engine: &Engine,
@@ -209,7 +201,7 @@ pub(super) async fn complete(
             },
             () = tokio::time::sleep(GLANCE) => {}
         }
-        if let Some(how) = guest_end(vm) {
+        if let Some(how) = vm.qmp().guest_end() {
             return Err(CutOff::GuestEnded(how));
         }
         // The source's QEMU waits for the last thing that this one says.
@@ -223,7 +215,7 @@ pub(super) async fn complete(
 async fn last_word(vm: &Vm, error: &RelayError) -> Result<(), CutOff> {
     let deadline = Instant::now() + LAST_WORD;
     loop {
-        if let Some(how) = guest_end(vm) {
+        if let Some(how) = vm.qmp().guest_end() {
             return Err(CutOff::GuestEnded(how));
         }
         if is_complete(vm.qmp()).await {
@@ -239,15 +231,11 @@ async fn last_word(vm: &Vm, error: &RelayError) -> Result<(), CutOff> {
     }
 }
 
-fn guest_end(vm: &Vm) -> Option<GuestEnd> {
-    vm.qmp().shutdown()?.guest()
-}
-
 /// Why a QEMU ended that is gone, or is about to be.
 async fn qemu_ended(vm: &Vm) -> CutOff {
     // By then all that it said was read.
     let ended = vm.ends_within(LAST_WORD).await;
-    match guest_end(vm) {
+    match vm.qmp().guest_end() {
         Some(how) => CutOff::GuestEnded(how),
         None if ended => CutOff::Broken("QEMU has ended".to_owned()),
         None => CutOff::Broken("the QMP connection to QEMU is lost".to_owned()),

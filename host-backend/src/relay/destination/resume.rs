@@ -15,13 +15,13 @@ use super::arrivals::{Arrival, Arrivals, Stage};
 use super::engine::{Engine, Target, Way};
 use super::forgotten::Forgotten;
 use super::incoming::{FAREWELL, MOST_CONNECTIONS};
-use super::postcopy::CutOff;
 use super::sessions::Open;
 use super::{Host, Outcomes, postcopy, recovery, send};
 use crate::hypervisor::{Error, GuestEnd, Vm, stream};
 use crate::link::Connection;
 use crate::link::session::{Ready, Session};
 use crate::pages::digest::Digester;
+use crate::relay::error::CutOff;
 
 /// The name of QEMU's socket in the VM's run directory.
 const SOCKET: &str = "resume.sock";
@@ -165,11 +165,8 @@ pub(super) fn whole(host: &dyn Host, vm: &Vm, job: u64) {
 pub(super) fn forget_when_gone(arrivals: &Arrivals, vm: &Arc<Vm>, job: u64) {
     let (arrivals, vm) = (arrivals.clone(), Arc::clone(vm));
     tokio::spawn(async move {
-        vm.gone().await;
-        // By then all that it said was read.
-        vm.qmp().closed().await;
-        let guest = vm.qmp().shutdown().and_then(|said| said.guest());
-        let ended = guest.map_or(Stage::Lost, Stage::Ended);
+        vm.ended().await;
+        let ended = vm.qmp().guest_end().map_or(Stage::Lost, Stage::Ended);
         let stage = arrivals.of(job).map(|arrival| arrival.stage);
         if stage == Some(Stage::PostCopy) {
             arrivals.note_surely(job, vm.name(), ended);

@@ -92,7 +92,7 @@ impl Migration {
                 let _ = qmp.status().await;
             }
         }
-        qmp.shutdown().is_some_and(|said| said.guest().is_some())
+        qmp.guest_end().is_some()
     }
 
     /// All of the VM is at the destination: nothing of it is kept here.

@@ -25,12 +25,12 @@ use super::migration::{Copied, Migration, PAUSED_PATIENCE, Stop, link_away_while
 use super::resume::Rest;
 use super::shared::Shared;
 use super::stream::StreamReader;
+use crate::hypervisor::Vm;
 use crate::hypervisor::qmp::Event;
 use crate::hypervisor::qmp_commands::Migration as Said;
-use crate::hypervisor::{GuestEnd, Vm};
 use crate::link::PATIENCE;
 use crate::relay::Error;
-use crate::relay::error::RelayError;
+use crate::relay::error::{CutOff, RelayError};
 use crate::relay::progress::{Counter, Phase, PostCopy, Progress, Summary};
 
 /// How often QEMU is asked how far it is.
@@ -425,20 +425,6 @@ fn show(shared: &Shared, said: Option<&Said>, progress: &Progress) {
 pub(super) async fn stalls(shared: &Shared) -> Option<Stalls> {
     let told = timeout(STALLS_PATIENCE, shared.stalls()).await;
     told.ok().flatten()
-}
-
-/// Why the rest of the memory does not follow.
-pub(super) enum CutOff {
-    /// Nobody wants it any more.
-    GuestEnded(GuestEnd),
-    /// The stream broke, for this reason.
-    Broken(String),
-}
-
-impl From<String> for CutOff {
-    fn from(cause: String) -> Self {
-        Self::Broken(cause)
-    }
 }
 
 /// Waits until QEMU has sent the rest and the destination's has it.

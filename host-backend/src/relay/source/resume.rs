@@ -14,7 +14,7 @@ use transhume_protocol::qemu::Block;
 use super::flow::Flow;
 use super::hints::Hints;
 use super::link_rate::LinkRate;
-use super::postcopy::{self, CutOff};
+use super::postcopy;
 use super::preparation::connections;
 use super::request::Destination;
 use super::shared::{Shared, Sockets};
@@ -22,7 +22,7 @@ use super::transmit::Packer;
 use crate::hypervisor::{GuestEnd, Vm, stream};
 use crate::link::session::{Rejoin, Session};
 use crate::link::{Connection, START_PATIENCE};
-use crate::relay::error::RelayError;
+use crate::relay::error::{CutOff, RelayError};
 use crate::relay::progress::{Phase, Progress};
 use crate::relay::{Error, table};
 

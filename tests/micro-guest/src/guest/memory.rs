@@ -444,9 +444,7 @@ impl Memory {
             }
         }
     }
-}
 
-impl Memory {
     /// What a page holds that should be of that generation.
     fn holds(&self, pfn: u64, generation: u32, page: &Page) -> Holds {
         /// So many generations are looked through.

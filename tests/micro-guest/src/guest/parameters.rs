@@ -61,6 +61,14 @@ pub(crate) enum Lie {
     Garbage,
 }
 
+fn yes_or_no(value: &str) -> Option<bool> {
+    match value {
+        "yes" => Some(true),
+        "no" => Some(false),
+        _ => None,
+    }
+}
+
 impl Parameters {
     /// Reads `name=value` words; the error says which word is wrong.
     pub(crate) fn parse(command_line: &str) -> Result<Self, String> {
@@ -107,20 +115,8 @@ impl Parameters {
             "zero" => self.zero = size(value)?,
             "rate" => self.rate = size(value)?,
             "hot" => self.hot = size(value)?,
-            "flush" => {
-                self.flush = match value {
-                    "yes" => true,
-                    "no" => false,
-                    _ => return None,
-                }
-            }
-            "names" => {
-                self.names = match value {
-                    "yes" => true,
-                    "no" => false,
-                    _ => return None,
-                }
-            }
+            "flush" => self.flush = yes_or_no(value)?,
+            "names" => self.names = yes_or_no(value)?,
             "cache-rate" => self.cache_rate = size(value)?,
             "churn" => self.churn = size(value)?,
             "lie" => self.lie = value.parse().ok()?,

@@ -87,7 +87,6 @@ pub(super) const MOVED: &str = "moved";
 
 /// A case by its name, what it comes to, and what must hold in it.
 pub(super) fn one(contents: &Contents, name: &str) -> Result<()> {
-    let case = CASES.into_iter().find(|case| case.name() == name);
     let qemu = Packages::new(&contents.layout).qemu(Qemu::V10_0)?;
     if name == MOVED {
         let seen = moves(contents, &qemu, CASES[0])?;
@@ -99,6 +98,7 @@ pub(super) fn one(contents: &Contents, name: &str) -> Result<()> {
             table(&seen)
         };
     }
+    let case = CASES.into_iter().find(|case| case.name() == name);
     let case = case.ok_or_else(|| Error::Check(format!("There is no case {name}")))?;
     let seen = moves(contents, &qemu, case)?;
     agent_answered(&seen)?;
