@@ -128,6 +128,23 @@ impl Incoming {
 }
 
 impl Config {
+    /// Directories for VMs from other hosts that are not there, each with the part that names it.
+    pub(super) fn missing_paths(&self) -> Vec<(String, &Path)> {
+        let all = self
+            .incoming
+            .paths
+            .iter()
+            .map(|path| ("incoming".to_owned(), path));
+        let own = self.hosts.iter().flat_map(|(host, peer)| {
+            let place = move |path| (format!("hosts.{host}"), path);
+            peer.paths.iter().map(place)
+        });
+        all.chain(own)
+            .filter(|(_, path)| !path.is_dir())
+            .map(|(place, path)| (place, path.as_path()))
+            .collect()
+    }
+
     /// The host that a VM is to move to, if it may.
     pub(super) fn may_take(&self, to: &str) -> Result<&Peer> {
         let (host, file) = (&self.host, self.file.display());

@@ -194,3 +194,16 @@ fn what_changes_something_is_noted_before_it_is_done() {
     assert!(note(&migrate("hosta")).contains("decision=\"refused\""));
     assert_eq!(note(&Request::VmList { all: false }), "");
 }
+
+#[test]
+fn a_directory_that_is_not_there_is_found_at_once() {
+    let config = config(
+        "[incoming]\npaths = [\"/\", \"/none\"]\n[hosts.hosta]\naddress = \"a:1\"\npaths = [\"/nor-this\"]\n",
+    );
+    let missing = config.missing_paths();
+    let expected = [("incoming", "/none"), ("hosts.hosta", "/nor-this")];
+    assert_eq!(
+        missing,
+        expected.map(|(place, path)| (place.to_owned(), Path::new(path)))
+    );
+}

@@ -3,7 +3,7 @@
 use super::access::{Incoming, Peer};
 use super::{Error, Result};
 use crate::hypervisor::definition::is_name;
-use crate::hypervisor::{LaunchSettings, Size};
+use crate::hypervisor::{LaunchSettings, Size, User};
 use crate::link::{Files, Security};
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -43,6 +43,12 @@ pub struct Config {
     /// The QEMU for VMs whose definition names none.
     #[serde(default = "default_qemu")]
     pub qemu: PathBuf,
+    /// Who QEMU runs as; without its capabilities, in any case.
+    #[serde(default = "default_qemu_user")]
+    pub qemu_user: String,
+    /// `qemu_user` as it was found on this host; root's own if there is none.
+    #[serde(skip)]
+    pub user: Option<User>,
     /// Through how many channels (`multifd`) QEMU hands a VM's memory over; 1 for its stream alone.
     #[serde(default = "default_qemu_channels")]
     pub qemu_channels: u8,
@@ -95,6 +101,10 @@ fn default_log_size() -> Size {
     Size::from_bytes(1 << 20)
 }
 
+fn default_qemu_user() -> String {
+    "transhume-qemu".into()
+}
+
 fn default_qemu_channels() -> u8 {
     1
 }
@@ -117,12 +127,15 @@ impl Config {
                     "it cannot be read: {source}; write it (`host = \"NAME\"` and [tls]) or name another by --config"
                 ),
             })?;
-        let config = Self::parse(&text).map_err(|cause| Error::Config {
+        let wrong = |cause| Error::Config {
             path: path.to_owned(),
             cause,
-        })?;
+        };
+        let config = Self::parse(&text).map_err(wrong)?;
+        let user = User::find(&config.qemu_user).map_err(wrong)?;
         Ok(Self {
             file: path.to_owned(),
+            user,
             ..config
         })
     }
@@ -195,6 +208,7 @@ impl Config {
             run_directory: self.run_directory.clone(),
             log_directory: self.log_directory.clone(),
             qemu: self.qemu.clone(),
+            user: self.user.clone(),
         }
     }
 

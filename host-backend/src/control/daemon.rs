@@ -78,6 +78,13 @@ impl Daemon {
         tokio::spawn(keep_house(Arc::downgrade(&daemon)));
         tokio::spawn(logs::keep(Arc::downgrade(&daemon)));
         daemon.autostart();
+        for (place, path) in daemon.config.missing_paths() {
+            tracing::warn!(
+                path = %path.display(),
+                "[{place}] lets VMs from other hosts use a directory that is not there: they find no disk in it until it \
+                 is made or mounted"
+            );
+        }
         let settings = daemon.launch_settings();
         tokio::spawn(async move { preflight::look_at_qemu(&settings).await });
         Ok(daemon)

@@ -14,7 +14,7 @@ async fn service() -> Service {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("transhumed.toml");
     let text = format!(
-        "host = \"hosta\"\nplain-link = true\nrun-directory = \"{0}/run\"\nstate-directory = \"{0}/state\"\n\
+        "host = \"hosta\"\nqemu-user = \"nobody\"\nplain-link = true\nrun-directory = \"{0}/run\"\nstate-directory = \"{0}/state\"\n\
          qemu = \"/nowhere/qemu\"\n[hosts.hostb]\naddress = \"127.0.0.1:1\"\n",
         folder.path().display()
     );

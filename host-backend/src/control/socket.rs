@@ -13,8 +13,9 @@ use tokio::net::{UnixListener, UnixStream};
 
 /// Everybody gets through to the control socket, and nobody sees what else there is.
 const RUN_MODE: u32 = 0o711;
-/// The VMs' monitors and consoles, which a group of the control socket has no business with.
-const VMS_MODE: u32 = 0o700;
+/// QEMU's user gets through to the folder of its VM that is its own. Monitors and consoles, which a group of the
+/// control socket has no business with, are root's, each by its own mode.
+const VMS_MODE: u32 = 0o711;
 
 /// Listens for the command line.
 pub(super) async fn bind(config: &Config) -> Result<UnixListener> {

@@ -54,13 +54,17 @@ impl Daemon {
             return Err(Error::Unfit(refusals));
         }
         self.refuse_elsewhere(&name, anyway).await?;
+        let opened = hypervisor::OpenedFiles::open_in_time(&definition, &settings, None).await?;
         // Noted before it runs: a service that is killed in between finds it again.
         let record = Record {
             autostart: self.table.is_autostarted(&name),
             ..Record::new(definition.clone(), settings.files(&name).qmp(), None)
         };
         self.table.note(&record)?;
-        let vm = match Vm::launch(&definition, &settings, Start::Running).await {
+        let launched = Vm::launch(&definition, &settings, Start::Running, &opened).await;
+        // A lock of QEMU's would last as long as these.
+        drop(opened);
+        let vm = match launched {
             Ok(vm) => Arc::new(vm),
             Err(error) => {
                 let cause = explain(&definition, &settings.host, &error);
@@ -159,13 +163,13 @@ impl Daemon {
         definition.check_host(&settings.host)?;
         let files = settings.files(&definition.name);
         let binary = settings.binary(&definition).display().to_string();
-        let arguments = command_line::arguments(
+        let names = hypervisor::Names::paths(
             &definition,
             &settings.host,
             &files,
-            Start::Running,
             hypervisor::is_block_device,
         );
+        let arguments = command_line::arguments(&definition, &files, Start::Running, &names);
         Ok(Response::Arguments([vec![binary], arguments].concat()))
     }
 

@@ -1,14 +1,18 @@
-//! What other files a qcow2 image names: QEMU opens them with the image, so whoever may name an image names
-//! them too. The format is QEMU's `docs/interop/qcow2.txt`.
+//! A disk's image with all that it is based on: whoever may name an image names those files too. Each is opened here,
+//! once, and is looked at as it was opened; QEMU gets the descriptors, and what to make of each, and opens nothing by
+//! itself. The format is QEMU's `docs/interop/qcow2.txt`.
 
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use super::definition::Format;
+use nix::fcntl::OFlag;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Images on top of each other.
 const MAX_CHAIN: usize = 32;
 /// The header with its extensions is no longer; QEMU wants it within the first cluster.
-const MAX_HEADER: u64 = 64 << 10;
+const MAX_HEADER: usize = 64 << 10;
 /// As QEMU's.
 const MAX_NAME: usize = 1023;
 const MAGIC: &[u8] = b"QFI\xfb";
@@ -17,25 +21,100 @@ const EXTERNAL_DATA: u64 = 1 << 2;
 const EXTENSION_END: u32 = 0;
 const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 
+/// Direct reads are made in multiples of this many bytes, to memory at such.
+const BLOCK: usize = 4096;
+
+/// One file of a disk.
+#[derive(Debug)]
+pub struct Node {
+    /// Its name, for messages and for whoever looks at the running QEMU.
+    pub path: PathBuf,
+    /// What it is read as.
+    pub format: Format,
+    /// It, past the host's page cache.
+    pub file: File,
+    /// Whether it is a block device.
+    pub block_device: bool,
+    /// Whether it is opened for reading alone.
+    pub read_only: bool,
+}
+
+/// A disk: its image, and below it what that is based on.
+#[derive(Debug)]
+pub struct Image {
+    /// At least one.
+    pub nodes: Vec<Node>,
+}
+
+impl Image {
+    /// Opens an image and all that it is based on. `admit` sees each file before anything is read from it.
+    ///
+    /// # Errors
+    /// Of files; [`io::ErrorKind::InvalidData`] with the cause for images that leave to QEMU what to open, and
+    /// whatever `admit` says.
+    pub fn open(
+        path: &Path,
+        format: Format,
+        read_only: bool,
+        admit: impl Fn(&Path, &File) -> io::Result<()>,
+    ) -> io::Result<Self> {
+        let (mut path, mut format, mut read_only) = (path.to_owned(), format, read_only);
+        let mut nodes = Vec::new();
+        loop {
+            let (file, block_device) = open_direct(&path, read_only)?;
+            admit(&path, &file)?;
+            let next = match format {
+                Format::Raw => None,
+                Format::Qcow2 => next(&file, &path)?,
+            };
+            nodes.push(Node {
+                path,
+                format,
+                file,
+                block_device,
+                read_only,
+            });
+            let Some((below, is_image)) = next else {
+                return Ok(Self { nodes });
+            };
+            if nodes.len() > MAX_CHAIN {
+                return Err(too_many());
+            }
+            (path, format, read_only) = (
+                below,
+                if is_image { Format::Qcow2 } else { Format::Raw },
+                true,
+            );
+        }
+    }
+}
+
 /// The files below an image, nearest first. A file that is no qcow2 image, as its first bytes say, has none.
 ///
 /// # Errors
 /// Of files; [`io::ErrorKind::InvalidData`] with the cause for images that leave to QEMU what to open.
 pub fn below(image: &Path) -> io::Result<Vec<PathBuf>> {
     let mut found: Vec<PathBuf> = Vec::new();
-    while let Some(next) = next(found.last().map_or(image, PathBuf::as_path))? {
-        let (path, is_image) = next;
+    loop {
+        let image = found.last().map_or(image, PathBuf::as_path);
+        let (file, _) = open(image, OFlag::empty(), true)?;
+        let Some((path, is_image)) = next(&file, image)? else {
+            return Ok(found);
+        };
         found.push(path);
         if !is_image {
-            break;
+            return Ok(found);
         }
         if found.len() >= MAX_CHAIN {
-            return Err(wrong(format!(
-                "more than {MAX_CHAIN} images are on top of each other"
-            )));
+            return Err(too_many());
         }
     }
-    Ok(found)
+}
+
+fn too_many() -> io::Error {
+    wrong(format!(
+        "more than {MAX_CHAIN} images are on top of each other"
+    ))
 }
 
 fn wrong(cause: impl Into<String>) -> io::Error {
@@ -43,10 +122,8 @@ fn wrong(cause: impl Into<String>) -> io::Error {
 }
 
 /// The file that an image is based on, and whether that is a qcow2 image again.
-fn next(image: &Path) -> io::Result<Option<(PathBuf, bool)>> {
-    let mut file = open(image)?;
-    let mut header = Vec::new();
-    file.by_ref().take(MAX_HEADER).read_to_end(&mut header)?;
+fn next(file: &File, image: &Path) -> io::Result<Option<(PathBuf, bool)>> {
+    let header = read_header(file)?;
     if !header.starts_with(MAGIC) {
         return Ok(None);
     }
@@ -79,10 +156,19 @@ fn next(image: &Path) -> io::Result<Option<(PathBuf, bool)>> {
             "{shown} names a backing file of {size} bytes"
         )));
     }
-    let mut name = vec![0; size];
-    file.seek(SeekFrom::Start(at))?;
-    file.read_exact(&mut name)?;
-    let name = String::from_utf8(name)
+    let far = || {
+        wrong(format!(
+            "{shown} names its backing file beyond the first {} KiB",
+            MAX_HEADER >> 10
+        ))
+    };
+    let at = usize::try_from(at).map_err(|_| far())?;
+    let end = at.saturating_add(size);
+    if end > MAX_HEADER {
+        return Err(far());
+    }
+    let name = header.get(at..end).ok_or_else(short)?;
+    let name = String::from_utf8(name.to_vec())
         .ok()
         .filter(|name| !name.is_empty() && !name.chars().any(char::is_control))
         .ok_or_else(|| wrong(format!("{shown} names a backing file that is no text")))?;
@@ -95,14 +181,7 @@ fn next(image: &Path) -> io::Result<Option<(PathBuf, bool)>> {
             "{shown} is based on {name:?}, which is no path"
         )));
     }
-    let end = usize::try_from(at).ok().filter(|end| *end <= header.len());
-    let Some(end) = end else {
-        return Err(wrong(format!(
-            "{shown} names its backing file beyond the first {} KiB",
-            MAX_HEADER >> 10
-        )));
-    };
-    let format = backing_format(&header[..end], length as usize).map_err(|cause| {
+    let format = backing_format(&header[..at], length as usize).map_err(|cause| {
         wrong(format!(
             "{shown} {cause}, which can be read in two ways; write its header anew: qemu-img rebase -u -b {name:?} -F \
              raw|qcow2 {shown}"
@@ -122,17 +201,50 @@ fn next(image: &Path) -> io::Result<Option<(PathBuf, bool)>> {
     Ok(Some((image.parent().unwrap_or(image).join(name), is_image)))
 }
 
-/// A file or a block device: to open a pipe would wait for its other end.
-fn open(path: &Path) -> io::Result<File> {
-    use std::os::unix::fs::FileTypeExt;
-    let kind = std::fs::metadata(path)?.file_type();
+/// Opens a file as QEMU wants to have it.
+fn open_direct(path: &Path, read_only: bool) -> io::Result<(File, bool)> {
+    open(path, OFlag::O_DIRECT, read_only)
+}
+
+/// Opens a file or a block device, and tells if it is one. To open a pipe does not wait for its other end.
+fn open(path: &Path, flags: OFlag, read_only: bool) -> io::Result<(File, bool)> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(!read_only)
+        .custom_flags((flags | OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
+        .open(path)?;
+    let kind = file.metadata()?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         return Err(wrong(format!(
             "{} is neither a file nor a block device",
             path.display()
         )));
     }
-    File::open(path)
+    Ok((file, kind.is_block_device()))
+}
+
+/// The first bytes of an image, for a file that may be open for direct reads.
+fn read_header(file: &File) -> io::Result<Vec<u8>> {
+    let mut memory = vec![0; MAX_HEADER + BLOCK];
+    let skip = memory.as_ptr().align_offset(BLOCK);
+    let blocks = memory
+        .get_mut(skip..)
+        .and_then(|rest| rest.get_mut(..MAX_HEADER))
+        .ok_or_else(|| wrong("memory cannot be aligned"))?;
+    let mut done = 0;
+    while done < MAX_HEADER {
+        match file.read_at(&mut blocks[done..], done as u64) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error),
+        }
+        // The file ends there, and a direct read cannot begin there.
+        if !done.is_multiple_of(BLOCK) {
+            break;
+        }
+    }
+    Ok(blocks[..done].to_vec())
 }
 
 fn word(bytes: &[u8], at: usize) -> Option<u32> {

@@ -2,8 +2,10 @@
 //! same machine, or the stream of the one does not load at the other: so nothing is left to QEMU's
 //! defaults that its binary or its order of arguments would decide, PCI slots above all.
 
-use super::definition::{AgentPort, Backend, Definition, Disk, Nic};
+use super::definition::{AgentPort, Definition, Disk, Format, Nic};
 use super::files::RunFiles;
+use super::handed::{Names, NodeName, escape};
+use serde_json::{Value, json};
 use std::path::Path;
 
 /// Slot 0 is the host bridge's; 1 (pc) and 31 (q35) are the south bridge's.
@@ -33,13 +35,15 @@ pub(super) struct PciDevice {
     pub(super) device: u16,
 }
 
-/// The arguments for QEMU. `is_block_device` tells of a path on this host whether it is one.
+/// What a QEMU may not do that was handed what it needs, even where its user may.
+const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
+/// The arguments for QEMU, with what it uses of this host by these names.
 pub fn arguments(
     definition: &Definition,
-    host: &str,
     files: &RunFiles,
     start: Start,
-    is_block_device: impl Fn(&Path) -> bool,
+    names: &Names,
 ) -> Vec<String> {
     let bus = root_bus(&definition.machine);
     let mut line = Line(Vec::new());
@@ -48,7 +52,14 @@ pub fn arguments(
     line.flag("-no-user-config");
     line.add("-display", "none");
     line.add("-msg", "timestamp=on");
-    line.add("-pidfile", text(&files.pid()));
+    if names.handed {
+        line.add("-sandbox", SANDBOX);
+    } else {
+        line.add("-pidfile", text(&files.pid()));
+    }
+    for set in &names.add_fds {
+        line.add("-add-fd", set);
+    }
     line.add("-machine", &definition.machine);
     line.add("-accel", definition.accelerator.to_string());
     line.add("-cpu", definition.cpu_model());
@@ -66,25 +77,23 @@ pub fn arguments(
         "-smp",
         format!("cpus={vcpus},sockets=1,cores={vcpus},threads=1"),
     );
-    line.add("-chardev", socket("qmp", &files.qmp()));
+    line.add("-chardev", socket("qmp", &names.qmp));
     line.add("-mon", "chardev=qmp,mode=control");
     if let Some(boot) = &definition.boot {
-        line.add("-kernel", text(&boot.kernel));
-        if let Some(initrd) = &boot.initrd {
-            line.add("-initrd", text(initrd));
+        if let Some(kernel) = &names.kernel {
+            line.add("-kernel", kernel);
+        }
+        if let Some(initrd) = &names.initrd {
+            line.add("-initrd", initrd);
         }
         if let Some(append) = &boot.append {
             line.add("-append", append);
         }
     }
     if definition.console.serial {
-        let log = escape(&text(&files.serial_log()));
         line.add(
             "-chardev",
-            format!(
-                "{},logfile={log},logappend=on",
-                socket("serial0", &files.serial())
-            ),
+            format!("{},{}", socket("serial0", &names.serial), names.serial_log),
         );
         line.add("-serial", "chardev:serial0");
     }
@@ -93,24 +102,16 @@ pub fn arguments(
             "-device",
             format!("VGA,id=screen,bus={bus},addr={SLOT_SCREEN:#x}"),
         );
-        line.add("-vnc", format!("unix:{}", escape(&text(&files.vnc()))));
+        line.add("-vnc", format!("unix:{}", escape(&text(&names.vnc))));
     }
-    add_agent(&mut line, definition.agent.port, bus, files);
-    for (index, disk) in definition.disks.iter().enumerate() {
-        let path = definition.disk_path(disk, host);
+    add_agent(&mut line, definition.agent.port, bus, &names.agent);
+    for (index, (disk, nodes)) in definition.disks.iter().zip(&names.disks).enumerate() {
         let boots = index == 0 && definition.boot.is_none();
-        add_disk(
-            &mut line,
-            disk,
-            path,
-            is_block_device(path),
-            bus,
-            SLOT_DISKS + index,
-            boots,
-        );
+        add_nodes(&mut line, disk, nodes, names.handed);
+        add_disk(&mut line, disk, bus, SLOT_DISKS + index, boots);
     }
-    for (index, nic) in definition.nics.iter().enumerate() {
-        add_nic(&mut line, nic, index, bus);
+    for (index, (nic, plug)) in definition.nics.iter().zip(&names.nics).enumerate() {
+        add_nic(&mut line, nic, plug, index, bus);
     }
     line.flag("-S");
     if start == Start::Incoming {
@@ -169,26 +170,18 @@ fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
 
-/// QEMU ends a value at a comma; two of them stand for one.
-fn escape(value: &str) -> String {
-    value.replace(',', ",,")
+fn socket(id: &str, address: &str) -> String {
+    format!("socket,id={id},{address},server=on,wait=off")
 }
 
-fn socket(id: &str, path: &Path) -> String {
-    format!(
-        "socket,id={id},path={},server=on,wait=off",
-        escape(&text(path))
-    )
-}
-
-fn add_agent(line: &mut Line, port: AgentPort, bus: &str, files: &RunFiles) {
+fn add_agent(line: &mut Line, port: AgentPort, bus: &str, address: &str) {
     let ports = match port {
         AgentPort::None => return,
         AgentPort::Serial => "",
         // One port, or the guest would need the multiport feature to find it.
         AgentPort::Console => ",max_ports=1",
     };
-    line.add("-chardev", socket("agent", &files.agent()));
+    line.add("-chardev", socket("agent", address));
     line.add(
         "-device",
         format!("virtio-serial-pci,id=agent-bus,bus={bus},addr={SLOT_AGENT:#x}{ports}"),
@@ -202,29 +195,43 @@ fn add_agent(line: &mut Line, port: AgentPort, bus: &str, files: &RunFiles) {
     line.add("-device", device);
 }
 
-fn add_disk(
-    line: &mut Line,
-    disk: &Disk,
-    path: &Path,
-    block_device: bool,
-    bus: &str,
-    slot: usize,
-    boots: bool,
-) {
-    let Disk { id, format, .. } = disk;
-    let driver = if block_device { "host_device" } else { "file" };
-    let read_only = if disk.read_only { "on" } else { "off" };
-    // Around the host's page cache: the other host would not see what it holds.
-    let shared = format!("cache.direct=on,read-only={read_only}");
-    let path = escape(&text(path));
-    line.add(
-        "-blockdev",
-        format!("driver={driver},node-name=file-{id},filename={path},aio=threads,{shared}"),
-    );
-    line.add(
-        "-blockdev",
-        format!("driver={format},node-name=disk-{id},file=file-{id},{shared}"),
-    );
+/// A disk's nodes, from the lowest: QEMU makes each of what it has already. One that is `complete` names what it is
+/// based on or that it is based on nothing; else that is left to what the image says.
+fn add_nodes(line: &mut Line, disk: &Disk, nodes: &[NodeName], complete: bool) {
+    let id = &disk.id;
+    let name = |kind: &str, depth: usize| match depth {
+        0 => format!("{kind}-{id}"),
+        _ => format!("{kind}-{id}-{depth}"),
+    };
+    for (depth, node) in nodes.iter().enumerate().rev() {
+        let driver = if node.block_device {
+            "host_device"
+        } else {
+            "file"
+        };
+        // Around the host's page cache: the other host would not see what it holds.
+        let cache = json!({"direct": true});
+        let file = json!({
+            "driver": driver, "node-name": name("file", depth), "filename": node.filename,
+            "aio": "threads", "cache": cache, "read-only": node.read_only,
+        });
+        let mut format = json!({
+            "driver": node.format.to_string(), "node-name": name("disk", depth), "file": name("file", depth),
+            "cache": cache, "read-only": node.read_only,
+        });
+        if complete && node.format == Format::Qcow2 {
+            format["backing"] = match nodes.get(depth + 1) {
+                Some(_) => Value::String(name("disk", depth + 1)),
+                None => Value::Null,
+            };
+        }
+        line.add("-blockdev", file.to_string());
+        line.add("-blockdev", format.to_string());
+    }
+}
+
+fn add_disk(line: &mut Line, disk: &Disk, bus: &str, slot: usize, boots: bool) {
+    let id = &disk.id;
     let bootindex = if boots { ",bootindex=1" } else { "" };
     line.add(
         "-device",
@@ -234,17 +241,9 @@ fn add_disk(
     );
 }
 
-fn add_nic(line: &mut Line, nic: &Nic, index: usize, bus: &str) {
-    let name = |name: &Option<String>| escape(name.as_deref().unwrap_or_default());
-    let backend = match nic.backend {
-        Backend::Tap => format!(
-            "tap,id=net{index},ifname={},script=no,downscript=no",
-            name(&nic.ifname)
-        ),
-        Backend::Bridge => format!("bridge,id=net{index},br={}", name(&nic.bridge)),
-        Backend::User => format!("user,id=net{index}"),
-    };
-    line.add("-netdev", backend);
+fn add_nic(line: &mut Line, nic: &Nic, plug: &(&str, String), index: usize, bus: &str) {
+    let (kind, rest) = plug;
+    line.add("-netdev", format!("{kind},id=net{index}{rest}"));
     // Without its boot ROM: that is a block of memory in the stream, as large as the file of the
     // host's package, and two packages with different files would not take each other's VMs.
     line.add(

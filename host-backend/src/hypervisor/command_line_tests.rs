@@ -1,4 +1,6 @@
+use super::super::backing::tests::header;
 use super::super::files::LaunchSettings;
+use super::super::handed::{Handed, OpenedFiles};
 use super::*;
 
 fn files() -> RunFiles {
@@ -7,15 +9,17 @@ fn files() -> RunFiles {
         run_directory: "/run/transhume".into(),
         log_directory: "/var/log/transhume".into(),
         qemu: "/usr/bin/qemu-system-x86_64".into(),
+        user: None,
     };
     settings.files("web1")
 }
 
 fn lines(definition: &str, start: Start) -> Vec<String> {
     let definition = Definition::parse(definition).expect("a definition");
-    let arguments = arguments(&definition, "hosta", &files(), start, |path| {
+    let names = Names::paths(&definition, "hosta", &files(), |path| {
         path.starts_with("/dev")
     });
+    let arguments = arguments(&definition, &files(), start, &names);
     // An option and its value on one line.
     let mut lines: Vec<String> = Vec::new();
     for argument in arguments {
@@ -56,11 +60,11 @@ fn a_full_machine() {
         "-chardev socket,id=agent,path=/run/transhume/vms/web1/agent.sock,server=on,wait=off",
         "-device virtio-serial-pci,id=agent-bus,bus=pcie.0,addr=0x3",
         "-device virtserialport,id=agent-port,bus=agent-bus.0,nr=1,chardev=agent,name=org.transhume.agent.0",
-        "-blockdev driver=file,node-name=file-root,filename=/srv/a,,b.raw,aio=threads,cache.direct=on,read-only=off",
-        "-blockdev driver=raw,node-name=disk-root,file=file-root,cache.direct=on,read-only=off",
+        r#"-blockdev {"aio":"threads","cache":{"direct":true},"driver":"file","filename":"/srv/a,b.raw","node-name":"file-root","read-only":false}"#,
+        r#"-blockdev {"cache":{"direct":true},"driver":"raw","file":"file-root","node-name":"disk-root","read-only":false}"#,
         "-device virtio-blk-pci,id=blk-root,bus=pcie.0,addr=0x4,drive=disk-root,serial=root",
-        "-blockdev driver=file,node-name=file-data,filename=/srv/data.qcow2,aio=threads,cache.direct=on,read-only=on",
-        "-blockdev driver=qcow2,node-name=disk-data,file=file-data,cache.direct=on,read-only=on",
+        r#"-blockdev {"aio":"threads","cache":{"direct":true},"driver":"file","filename":"/srv/data.qcow2","node-name":"file-data","read-only":true}"#,
+        r#"-blockdev {"cache":{"direct":true},"driver":"qcow2","file":"file-data","node-name":"disk-data","read-only":true}"#,
         "-device virtio-blk-pci,id=blk-data,bus=pcie.0,addr=0x5,drive=disk-data,serial=data",
         "-netdev tap,id=net0,ifname=tap0,script=no,downscript=no",
         "-device virtio-net-pci,id=nic0,bus=pcie.0,addr=0x14,netdev=net0,mac=52:54:00:12:34:56,romfile=",
@@ -106,8 +110,8 @@ fn a_small_machine_that_waits_for_its_state() {
         "-chardev socket,id=agent,path=/run/transhume/vms/web1/agent.sock,server=on,wait=off",
         "-device virtio-serial-pci,id=agent-bus,bus=pci.0,addr=0x3,max_ports=1",
         "-device virtconsole,id=agent-port,bus=agent-bus.0,chardev=agent",
-        "-blockdev driver=host_device,node-name=file-root,filename=/dev/vg/web1,aio=threads,cache.direct=on,read-only=off",
-        "-blockdev driver=raw,node-name=disk-root,file=file-root,cache.direct=on,read-only=off",
+        r#"-blockdev {"aio":"threads","cache":{"direct":true},"driver":"host_device","filename":"/dev/vg/web1","node-name":"file-root","read-only":false}"#,
+        r#"-blockdev {"cache":{"direct":true},"driver":"raw","file":"file-root","node-name":"disk-root","read-only":false}"#,
         "-device virtio-blk-pci,id=blk-root,bus=pci.0,addr=0x4,drive=disk-root,serial=root,bootindex=1",
         "-netdev bridge,id=net0,br=br0",
         "-device virtio-net-pci,id=nic0,bus=pci.0,addr=0x14,netdev=net0,mac=52:54:00:12:34:56,romfile=",
@@ -139,4 +143,88 @@ fn knows_each_machines_root_bus() {
     ] {
         assert_eq!(root_bus(machine), bus, "{machine}");
     }
+}
+
+#[test]
+fn what_was_handed_over_is_all_that_is_opened() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = folder.path().join("run");
+    let path = |name: &str| folder.path().join(name);
+    let write = |name: &str, bytes: &[u8]| std::fs::write(path(name), bytes).expect("written");
+    write("base.raw", &[0; 4096]);
+    write("middle", &header("base.raw", Some("raw"), 0));
+    write("top,", &header("middle", Some("qcow2"), 0));
+    write("kernel", b"k");
+    let settings = LaunchSettings {
+        host: "hosta".to_owned(),
+        run_directory: run,
+        log_directory: path("log"),
+        qemu: "/usr/bin/qemu-system-x86_64".into(),
+        user: None,
+    };
+    let text = format!(
+        "name = \"web1\"\nmachine = \"q35\"\nmemory = \"64MiB\"\nvcpus = 1\n\
+         [boot]\nkernel = \"{}\"\n[[disk]]\nid = \"root\"\nformat = \"qcow2\"\npath = \"{}\"\n",
+        path("kernel").display(),
+        path("top,").display()
+    );
+    let definition = Definition::parse(&text).expect("a definition");
+    let files = settings.files("web1");
+    files.prepare(None).expect("a run directory");
+    let opened = OpenedFiles::open(&definition, &settings, None).expect("all is there");
+    let handed = Handed::make(&definition, &files, &opened).expect("it can be made");
+    let line = arguments(&definition, &files, Start::Running, &handed.names);
+    let after = |option: &str| -> Vec<&str> {
+        let pairs = line.windows(2).filter(|pair| pair[0] == option);
+        pairs.map(|pair| pair[1].as_str()).collect()
+    };
+    assert_eq!(after("-sandbox"), [SANDBOX]);
+    assert!(after("-kernel")[0].starts_with("/proc/self/fd/"));
+    for address in after("-chardev") {
+        assert!(
+            address.contains(",fd=") && !address.contains("path="),
+            "{address}"
+        );
+    }
+    let nodes: Vec<serde_json::Value> = after("-blockdev")
+        .iter()
+        .map(|node| serde_json::from_str(node).expect("JSON"))
+        .collect();
+    let files: Vec<&str> = nodes
+        .iter()
+        .filter_map(|node| node["filename"].as_str())
+        .collect();
+    assert_eq!(files, ["/dev/fdset/3", "/dev/fdset/2", "/dev/fdset/1"]);
+    let based: Vec<_> = nodes
+        .iter()
+        .filter(|node| node["driver"] == "qcow2")
+        .map(|node| (&node["node-name"], &node["backing"], &node["read-only"]))
+        .collect();
+    assert_eq!(
+        format!("{based:?}"),
+        "[(String(\"disk-root-1\"), String(\"disk-root-2\"), Bool(true)), \
+         (String(\"disk-root\"), String(\"disk-root-1\"), Bool(false))]"
+    );
+    // What is based on nothing says so, lest the image says otherwise later.
+    write("top,", &header("", None, 0));
+    let opened = OpenedFiles::open(&definition, &settings, None).expect("all is there");
+    settings
+        .files("web1")
+        .prepare(None)
+        .expect("a run directory");
+    let handed = Handed::make(&definition, &settings.files("web1"), &opened).expect("made");
+    let line = arguments(
+        &definition,
+        &settings.files("web1"),
+        Start::Running,
+        &handed.names,
+    );
+    assert!(
+        line.iter().any(|word| word.contains("\"backing\":null")),
+        "{line:?}"
+    );
+    assert!(
+        line.iter()
+            .any(|word| word.contains("opaque=") && word.ends_with("top,,"))
+    );
 }

@@ -40,6 +40,7 @@ pub(crate) fn settings(folder: &Path) -> LaunchSettings {
         run_directory: folder.to_owned(),
         log_directory: folder.join("log"),
         qemu: "/none".into(),
+        user: None,
     }
 }
 

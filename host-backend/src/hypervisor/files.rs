@@ -1,5 +1,6 @@
 //! Where a host keeps what belongs to a running VM.
 
+use super::confine::{User, give};
 use super::logs::Logs;
 use super::{Definition, Error, Result};
 use std::path::{Path, PathBuf};
@@ -15,6 +16,8 @@ pub struct LaunchSettings {
     pub log_directory: PathBuf,
     /// The QEMU for VMs whose definition names none.
     pub qemu: PathBuf,
+    /// Who QEMU runs as; nobody else than we if there is none.
+    pub user: Option<User>,
 }
 
 impl LaunchSettings {
@@ -68,9 +71,14 @@ impl RunFiles {
         self.logs.join("serial.log")
     }
 
+    /// Where QEMU makes the sockets that it can only be told of by a path. The rest of the folder is not QEMU's.
+    pub fn qemu_folder(&self) -> PathBuf {
+        self.folder.join("qemu")
+    }
+
     /// The screen's socket.
     pub fn vnc(&self) -> PathBuf {
-        self.folder.join("vnc.sock")
+        self.qemu_folder().join("vnc.sock")
     }
 
     /// What QEMU wrote to its standard error.
@@ -88,11 +96,12 @@ impl RunFiles {
         Logs::new(self.logs.clone())
     }
 
-    /// Makes the folder, for its owner's and group's eyes only, and removes what an ended QEMU left.
-    pub(super) fn prepare(&self) -> Result<()> {
-        use std::os::unix::fs::DirBuilderExt;
+    /// Makes the folder, with one in it that is the user's, and removes what an ended QEMU left. Others get through
+    /// it, and see nothing.
+    pub(super) fn prepare(&self, user: Option<&User>) -> Result<()> {
+        use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
         // The longest of its sockets.
-        let socket = self.serial();
+        let socket = self.qemu_folder().join("resume.sock");
         if socket.as_os_str().len() > MAX_SOCKET_PATH {
             return Err(Error::Unfit {
                 cause: format!(
@@ -105,17 +114,27 @@ impl RunFiles {
         }
         std::fs::DirBuilder::new()
             .recursive(true)
-            .mode(0o750)
+            .mode(0o711)
             .create(&self.folder)
+            .and_then(|()| {
+                let mode = std::fs::Permissions::from_mode(0o711);
+                std::fs::set_permissions(&self.folder, mode)
+            })
             .map_err(|error| Error::file("create", &self.folder, error))?;
         self.logs().prepare()?;
-        for path in [
-            self.qmp(),
-            self.agent(),
-            self.serial(),
-            self.vnc(),
-            self.pid(),
-        ] {
+        let own = self.qemu_folder();
+        match std::fs::remove_dir_all(&own) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::file("remove", own, error));
+            }
+            _ => {}
+        }
+        std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&own)
+            .map_err(|error| Error::file("create", &own, error))?;
+        give(&own, user)?;
+        for path in [self.qmp(), self.agent(), self.serial(), self.pid()] {
             match std::fs::remove_file(&path) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                     return Err(Error::file("remove", path, error));

@@ -6,6 +6,7 @@ use super::definition::{Accelerator, AgentPort};
 use super::{Definition, Error, Qmp, Result};
 use serde::Deserialize;
 use serde_json::Value;
+use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -162,6 +163,7 @@ struct Cache {
 async fn check_disks(qmp: &Qmp, definition: &Definition, host: &str) -> Result<()> {
     let blocks: Vec<Block> = qmp.query("query-block", Value::Null).await?;
     let mut found = Vec::new();
+    let handed = handed_files(qmp).await?;
     for block in &blocks {
         let qdev = block.qdev.as_deref().unwrap_or_default();
         let serial = match qdev {
@@ -189,7 +191,7 @@ async fn check_disks(qmp: &Qmp, definition: &Definition, host: &str) -> Result<(
                 "insert one, or leave the disk out of both",
             ));
         };
-        check_disk(inserted, disk, definition.disk_path(disk, host))?;
+        check_disk(inserted, disk, definition.disk_path(disk, host), &handed)?;
         found.push(serial);
     }
     match definition
@@ -205,10 +207,47 @@ async fn check_disks(qmp: &Qmp, definition: &Definition, host: &str) -> Result<(
     }
 }
 
-fn check_disk(inserted: &Inserted, disk: &super::definition::Disk, path: &Path) -> Result<()> {
+/// The paths of files that QEMU was handed, by the names that it has for them.
+async fn handed_files(qmp: &Qmp) -> Result<HashMap<PathBuf, PathBuf>> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct Set {
+        fdset_id: u64,
+        fds: Vec<Descriptor>,
+    }
+    #[derive(Deserialize)]
+    struct Descriptor {
+        opaque: Option<PathBuf>,
+    }
+    let sets: Vec<Set> = qmp.query("query-fdsets", Value::Null).await?;
+    let named = sets.into_iter().filter_map(|set| {
+        let path = set.fds.into_iter().find_map(|one| one.opaque)?;
+        Some((PathBuf::from(format!("/dev/fdset/{}", set.fdset_id)), path))
+    });
+    Ok(named.collect())
+}
+
+/// The file of an image, for which QEMU has a name in JSON where more than a path was said of it.
+fn image_file(name: &Path) -> PathBuf {
+    let file = || {
+        let json = name.to_str()?.strip_prefix("json:")?;
+        let value: Value = serde_json::from_str(json).ok()?;
+        let file = value["file"]["filename"].as_str();
+        file.or(value["filename"].as_str()).map(PathBuf::from)
+    };
+    file().unwrap_or_else(|| name.to_owned())
+}
+
+fn check_disk(
+    inserted: &Inserted,
+    disk: &super::definition::Disk,
+    path: &Path,
+    handed: &HashMap<PathBuf, PathBuf>,
+) -> Result<()> {
     let id = &disk.id;
-    let runs = &inserted.image.filename;
-    if runs != path && !same_file(runs, path) {
+    let file = image_file(&inserted.image.filename);
+    let runs = handed.get(&file).unwrap_or(&file);
+    if runs.as_path() != path && !same_file(runs, path) {
         return Err(differs(
             format!(
                 "its disk {id} is {}, and the definition says {}",
@@ -389,6 +428,16 @@ fn socket_path(filename: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn reads_qemus_names_of_images() {
+        let name = |text: &str| image_file(Path::new(text)).display().to_string();
+        let json = "json:{\"backing\": {\"driver\": \"raw\", \"file\": {\"driver\": \"file\", \"filename\": \"/dev/fdset/2\"}}, \
+                    \"driver\": \"qcow2\", \"file\": {\"driver\": \"file\", \"filename\": \"/dev/fdset/1\"}}";
+        assert_eq!(name(json), "/dev/fdset/1");
+        assert_eq!(name("/srv/a.qcow2"), "/srv/a.qcow2");
+        assert_eq!(name("json:{"), "json:{");
+    }
 
     #[test]
     fn reads_qemus_names_of_sockets() {

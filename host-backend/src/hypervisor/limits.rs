@@ -5,7 +5,9 @@ use super::definition::{Accelerator, Backend};
 use super::preflight::{PATIENCE, Refusal};
 use super::{Definition, LaunchSettings, backing};
 use std::fmt::Display;
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::{Component, Path, PathBuf};
 
 /// What VMs that arrive from a host may use; nothing else.
@@ -93,6 +95,25 @@ impl Limits {
         }
     }
 
+    /// Whether a file may be used that was opened by that path: where it was found is what counts.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(super) fn admit(&self, path: &Path, file: &File) -> io::Result<()> {
+        let found = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+        let listed = |directory: &PathBuf| {
+            resolve(directory).is_ok_and(|real| leads_below(path, &found, directory, &real))
+        };
+        if self.paths.iter().any(listed) {
+            return Ok(());
+        }
+        let refusal = self.refusal(path.display(), "paths", &self.paths);
+        Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            refusal.to_string(),
+        ))
+    }
+
     fn check_files(&self, definition: &Definition, settings: &LaunchSettings) -> Vec<Refusal> {
         let mut refusals = Vec::new();
         for disk in &definition.disks {
@@ -135,12 +156,26 @@ impl Limits {
         }
     }
 
-    /// The answer does not tell whether there is such a file, nor where a link leads.
+    /// The answer does not tell whether there is such a file. A link is named with what is written in it, if it is in a
+    /// directory that is open to the other host.
     fn check_path(&self, what: &str, path: &Path) -> Result<(), Refusal> {
         if self.paths.iter().any(|directory| is_below(path, directory)) {
             return Ok(());
         }
-        Err(self.refusal(format!("{what}: {}", path.display()), "paths", &self.paths))
+        let mut cause = format!("{what}: {}", path.display());
+        let link = self
+            .paths
+            .iter()
+            .find_map(|directory| link_in(path, directory));
+        if let Some((link, to)) = link {
+            let link = if link == path {
+                "is a link".to_owned()
+            } else {
+                format!("goes by the link {}", link.display())
+            };
+            cause = format!("{cause}, which {link} to {}", to.display());
+        }
+        Err(self.refusal(cause, "paths", &self.paths))
     }
 
     fn refusal(&self, cause: impl Display, key: &str, listed: &[impl Shown]) -> Refusal {
@@ -193,8 +228,12 @@ fn is_below(path: &Path, directory: &Path) -> bool {
     let (Ok(path_real), Ok(directory_real)) = (resolve(path), resolve(directory)) else {
         return false;
     };
+    leads_below(path, &path_real, directory, &directory_real)
+}
+
+fn leads_below(path: &Path, path_real: &Path, directory: &Path, directory_real: &Path) -> bool {
     let strictly = |path: &Path, directory: &Path| path != directory && path.starts_with(directory);
-    if strictly(&path_real, &directory_real) {
+    if strictly(path_real, directory_real) {
         return true;
     }
     // The links in /dev are udev's, and lead to devices elsewhere in it: /dev/san/web1 to /dev/dm-3. But
@@ -205,6 +244,21 @@ fn is_below(path: &Path, directory: &Path) -> bool {
         && path_real.starts_with(dev)
         && !path.starts_with("/dev/shm")
         && !path.components().any(|part| part == Component::ParentDir)
+}
+
+/// The first link on a path below a directory, and what is written in it.
+fn link_in(path: &Path, directory: &Path) -> Option<(PathBuf, PathBuf)> {
+    let mut link = directory.to_owned();
+    for part in path.strip_prefix(directory).ok()?.components() {
+        let Component::Normal(name) = part else {
+            return None;
+        };
+        link.push(name);
+        if let Ok(to) = std::fs::read_link(&link) {
+            return Some((link, to));
+        }
+    }
+    None
 }
 
 /// Where a path leads; what of it does not exist is taken as it is written.

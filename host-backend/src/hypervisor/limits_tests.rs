@@ -1,3 +1,4 @@
+use super::super::OpenedFiles;
 use super::super::backing::tests::header;
 use super::*;
 use std::os::unix::fs::symlink;
@@ -28,6 +29,7 @@ impl Host {
                 run_directory: folder.path().join("run"),
                 log_directory: folder.path().join("log"),
                 qemu: "/usr/bin/qemu-system-x86_64".into(),
+                user: None,
             },
             folder,
         }
@@ -117,14 +119,24 @@ fn paths_are_judged_by_where_they_lead() {
         ];
         host.refused("raw", path, &words);
     }
-    // Whether there is such a file, and where a link leads, is not said.
-    let said = |path: &str| {
-        host.disk("raw", &host.path(path))
-            .concat()
-            .replace(path, "")
+    // Whether there is such a file is not said; what is written in a link is, where the other host may look anyway.
+    let said = |path: &str, link: &str| {
+        let said = host.disk("raw", &host.path(path)).concat();
+        said.replace(path, "").replace(link, "")
     };
-    assert_eq!(said("secret"), said("absent"));
-    assert_eq!(said("vms/out"), said("vms/dangling"));
+    assert_eq!(said("secret", ""), said("absent", ""));
+    assert_eq!(
+        said("vms/out", "../secret"),
+        said("vms/dangling", "../not-there-yet")
+    );
+    host.refused("raw", "vms/out", &["is a link to ../secret,"]);
+    host.refused(
+        "raw",
+        "vms/up/secret",
+        &["goes by the link", "vms/up to ..,"],
+    );
+    symlink("secret", host.path("elsewhere")).expect("a link");
+    assert!(!said("elsewhere", "").contains("link"));
 }
 
 #[test]
@@ -170,6 +182,36 @@ fn an_image_brings_the_files_that_it_names() {
     host.refused("qcow2", "vms/guess.qcow2", &["qemu-img rebase"]);
     // A raw disk is what it is, whatever its guest writes to its first sector.
     host.allowed("vms/out.qcow2");
+}
+
+#[test]
+fn a_file_that_was_swapped_after_the_look_is_not_handed_over() {
+    let host = Host::new();
+    host.write("vms/web1.raw", b"");
+    host.write("vms/base", &[0; 4096]);
+    let disk = |format: &str, name: &str| {
+        let text = format!(
+            "name = \"web1\"\nmachine = \"q35\"\nmemory = \"64MiB\"\nvcpus = 1\n[[disk]]\nid = \"root\"\n\
+             format = \"{format}\"\npath = \"{}\"\n",
+            host.path(name).display()
+        );
+        let definition = Definition::parse(&text).expect("a definition");
+        OpenedFiles::open(&definition, &host.settings, Some(&host.limits)).map(drop)
+    };
+    disk("raw", "vms/web1.raw").expect("it lies there");
+    std::fs::remove_file(host.path("vms/web1.raw")).expect("it was there");
+    symlink("../secret", host.path("vms/web1.raw")).expect("a link");
+    let said = disk("raw", "vms/web1.raw")
+        .expect_err("it leads out")
+        .to_string();
+    assert!(said.contains("`paths`"), "{said}");
+    host.write("vms/top", &header("base", Some("raw"), 0));
+    disk("qcow2", "vms/top").expect("all of it lies there");
+    host.write("vms/top", &header("../secret", Some("raw"), 0));
+    let said = disk("qcow2", "vms/top")
+        .expect_err("it is based on more")
+        .to_string();
+    assert!(said.contains("`paths`"), "{said}");
 }
 
 #[test]

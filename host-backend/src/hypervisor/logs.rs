@@ -76,6 +76,12 @@ impl Logs {
         open(&path).map_err(|error| Error::file("open", path, error))
     }
 
+    /// The guest's console, to append to.
+    pub(super) fn open_serial(&self) -> Result<File> {
+        let path = self.serial();
+        open(&path).map_err(|error| Error::file("open", path, error))
+    }
+
     /// Keeps each of them within `most` bytes, and as much of what was before in `NAME.1`.
     ///
     /// # Errors

@@ -26,6 +26,7 @@ fn host(script: &str) -> Host {
         run_directory: folder.path().join("run"),
         log_directory: folder.path().join("log"),
         qemu,
+        user: None,
     };
     Host { folder, settings }
 }

@@ -1,5 +1,6 @@
 //! QEMU as a process: started so that it outlives us, watched and ended without mistaking another.
 
+use super::confine::Confinement;
 use super::{Error, Result};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
@@ -83,15 +84,24 @@ pub(super) struct Child {
 }
 
 impl Child {
-    /// Starts `binary` away from our terminal and our process group, its output going to `log`.
-    pub(super) fn spawn(binary: &Path, arguments: &[String], log: File) -> Result<Self> {
+    /// Starts `binary`, confined, away from our terminal and our process group, its output going to `log`.
+    pub(super) fn spawn(
+        binary: &Path,
+        arguments: &[String],
+        log: File,
+        confinement: Confinement,
+    ) -> Result<Self> {
         let twin = log
             .try_clone()
             .map_err(|error| Error::file("open", "qemu.log", error))?;
         let mut command = Command::new(binary);
-        // SAFETY: between fork and exec it calls getrlimit and setrlimit alone, which take no lock and
-        // allocate nothing.
-        unsafe { command.pre_exec(lift_memory_limit) };
+        // SAFETY: between fork and exec it makes system calls alone, which take no lock and allocate nothing.
+        unsafe {
+            command.pre_exec(move || {
+                lift_memory_limit()?;
+                confinement.apply()
+            })
+        };
         let mut child = command
             .args(arguments)
             .stdin(Stdio::null())
@@ -175,7 +185,8 @@ mod tests {
     fn spawn(folder: &Path, script: &str) -> Child {
         let arguments = ["-c".to_owned(), script.to_owned()];
         let log = File::create(folder.join("log")).expect("a log");
-        Child::spawn(Path::new("/bin/sh"), &arguments, log).expect("a shell")
+        let confinement = Confinement::of(None, Vec::new());
+        Child::spawn(Path::new("/bin/sh"), &arguments, log, confinement).expect("a shell")
     }
 
     #[tokio::test]
@@ -237,6 +248,7 @@ mod tests {
             &folder.path().join("qemu"),
             &[],
             File::create(folder.path().join("log")).expect("a log"),
+            Confinement::of(None, Vec::new()),
         );
         let error = error.err().expect("no such binary").to_string();
         assert!(error.contains("apt install qemu-system-x86"), "{error}");

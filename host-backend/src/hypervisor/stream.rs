@@ -60,14 +60,14 @@ pub struct Door {
 
 impl Door {
     /// A door for the QEMU of that process id in the run directory `folder`. `None` if that QEMU sees another
-    /// folder by that name or none, or is another user's: it could not open the door.
+    /// folder by that name or none, or is of a user who does not get through to it: it could not open the door.
     ///
     /// # Errors
     /// When the socket cannot be made.
     pub fn open(folder: &Path, process: u32) -> io::Result<Option<Self>> {
-        if !sees(process, folder) {
+        let Some(owner) = sees(process, folder) else {
             return Ok(None);
-        }
+        };
         let path = folder.join(NAME);
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -81,6 +81,9 @@ impl Door {
         };
         // Until then its folder keeps others out, and `accept` does anyway.
         std::fs::set_permissions(&door.path, std::fs::Permissions::from_mode(0o600))?;
+        if owner != nix::unistd::geteuid().as_raw() {
+            std::os::unix::fs::chown(&door.path, Some(owner), None)?;
+        }
         Ok(Some(door))
     }
 
@@ -123,21 +126,16 @@ impl Drop for Door {
     }
 }
 
-/// Whether a process is of our user and finds the same folder by that path.
-fn sees(process: u32, folder: &Path) -> bool {
+/// The user of a process that finds the same folder by that path and gets through to it.
+fn sees(process: u32, folder: &Path) -> Option<u32> {
     let root = PathBuf::from(format!("/proc/{process}/root"));
-    let theirs = folder
-        .strip_prefix("/")
-        .ok()
-        .and_then(|below| std::fs::metadata(root.join(below)).ok());
-    let owner = std::fs::metadata(format!("/proc/{process}")).map(|process| process.uid());
-    let us = nix::unistd::geteuid().as_raw();
-    match (theirs, std::fs::metadata(folder), owner) {
-        (Some(theirs), Ok(ours), Ok(owner)) => {
-            owner == us && (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino())
-        }
-        _ => false,
-    }
+    let theirs = std::fs::metadata(root.join(folder.strip_prefix("/").ok()?)).ok()?;
+    let ours = std::fs::metadata(folder).ok()?;
+    let owner = std::fs::metadata(format!("/proc/{process}")).ok()?.uid();
+    let open = |folder: &Path| std::fs::metadata(folder).is_ok_and(|it| it.mode() & 0o001 != 0);
+    let gets_through = owner == nix::unistd::geteuid().as_raw() || folder.ancestors().all(open);
+    let same = (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino());
+    (same && gets_through).then_some(owner)
 }
 
 #[cfg(test)]

@@ -1,7 +1,9 @@
 //! A running VM: started here, or found running.
 
 use super::command_line::{self, Start};
+use super::confine::Confinement;
 use super::files::{LaunchSettings, RunFiles};
+use super::handed::{Handed, OpenedFiles};
 use super::process::{Child, Process};
 use super::qmp::Status;
 use super::{Definition, Error, Identity, Qmp, Result, inspect};
@@ -40,7 +42,7 @@ pub struct Vm {
 impl Vm {
     /// Starts a VM as a process that outlives ours, and waits until its QEMU answers. With
     /// [`Start::Incoming`] it then waits for `migrate-incoming`, and stands still after its state has
-    /// come until it is told to `cont`.
+    /// come until it is told to `cont`. It gets the files as they were opened.
     ///
     /// # Errors
     /// [`Error::Exited`] with QEMU's own words if it ends at once. Whatever the error, its process has ended.
@@ -48,8 +50,9 @@ impl Vm {
         definition: &Definition,
         settings: &LaunchSettings,
         start: Start,
+        opened: &OpenedFiles,
     ) -> Result<Self> {
-        Self::launch_within(START_PATIENCE, definition, settings, start).await
+        Self::launch_within(START_PATIENCE, definition, settings, start, opened).await
     }
 
     async fn launch_within(
@@ -57,19 +60,29 @@ impl Vm {
         definition: &Definition,
         settings: &LaunchSettings,
         start: Start,
+        opened: &OpenedFiles,
     ) -> Result<Self> {
         definition.validate()?;
         definition.check_host(&settings.host)?;
         let files = settings.files(&definition.name);
         refuse_running(&files, &definition.name).await?;
-        files.prepare()?;
+        let user = settings.user.as_ref();
+        files.prepare(user)?;
         let logs = files.logs();
         logs.note(&format!("QEMU is started at {}", settings.host))?;
-        let arguments =
-            command_line::arguments(definition, &settings.host, &files, start, is_block_device);
+        let handed = Handed::make(definition, &files, opened).inspect_err(|_| {
+            if let Err(error) = files.remove() {
+                tracing::warn!(vm = definition.name, %error, "its run directory stays");
+            }
+        })?;
+        let arguments = command_line::arguments(definition, &files, start, &handed.names);
         let binary = settings.binary(definition);
         tracing::debug!(vm = definition.name, qemu = %binary.display(), ?arguments, "starting QEMU");
-        let mut child = match Child::spawn(binary, &arguments, logs.open_qemu()?) {
+        let confinement = Confinement::of(user, handed.descriptors());
+        let started = Child::spawn(binary, &arguments, logs.open_qemu()?, confinement);
+        // What is left of them is QEMU's: a lock ends with it, and its sockets are closed with it.
+        drop(handed);
+        let mut child = match started {
             Ok(child) => child,
             Err(error) => {
                 if let Err(error) = files.remove() {
@@ -110,6 +123,9 @@ impl Vm {
             }
         };
         let process = child.detach();
+        if let Err(error) = std::fs::write(files.pid(), format!("{}\n", process.id())) {
+            tracing::warn!(vm = definition.name, %error, "its process id is not noted");
+        }
         tracing::info!(
             vm = definition.name,
             pid = process.id(),
@@ -508,11 +524,13 @@ mod tests {
             run_directory: folder.path().to_owned(),
             log_directory: folder.path().join("log"),
             qemu,
+            user: None,
         };
         let text = "name = \"web1\"\nmachine = \"q35\"\nmemory = \"64MiB\"\nvcpus = 1\n";
         let definition = Definition::parse(text).unwrap();
         let patience = Duration::from_secs(2);
-        let error = Vm::launch_within(patience, &definition, &settings, Start::Incoming)
+        let opened = OpenedFiles::open(&definition, &settings, None).unwrap();
+        let error = Vm::launch_within(patience, &definition, &settings, Start::Incoming, &opened)
             .await
             .expect_err("nobody answers");
         assert!(matches!(error, Error::Timeout { .. }), "{error}");

@@ -1,6 +1,8 @@
 //! Real disks: raw files, and qcow2 images made and exported by QEMU's own programs.
 
 use super::*;
+use crate::hypervisor::backing::Image;
+use crate::hypervisor::confine::tests::{nobody, program};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
@@ -34,6 +36,11 @@ fn run(program: &str, arguments: &[&str]) {
         "{program}: {}",
         String::from_utf8_lossy(&output.stderr)
     );
+}
+
+fn qcow2_reader(path: &Path, settings: &Settings) -> qcow2::Qcow2Reader {
+    let image = Image::open(path, Format::Qcow2, true, |_, _| Ok(())).unwrap();
+    qcow2::Qcow2Reader::open(&image, settings).unwrap()
 }
 
 struct Bed {
@@ -323,7 +330,7 @@ fn the_storage_daemon_ends_with_its_reader() {
     let path = bed.qcow2(&content(1 << 16));
     // Opened by a thread that is gone when the reader is used, as a pool's thread may be.
     let (reader, settings) = (path, bed.settings.clone());
-    let reader = thread::spawn(move || qcow2::Qcow2Reader::open(&reader, &settings).unwrap())
+    let reader = thread::spawn(move || qcow2_reader(&reader, &settings))
         .join()
         .unwrap();
     let pid = reader.pid();
@@ -334,10 +341,45 @@ fn the_storage_daemon_ends_with_its_reader() {
 }
 
 #[test]
+fn the_storage_daemon_may_read_and_nothing_else() {
+    let mut bed = Bed::new();
+    bed.settings.user = nobody(&program("qemu-storage-daemon"));
+    let bytes = content(1 << 20);
+    let path = bed.qcow2(&bytes);
+    // For its owner's eyes only, as disks are.
+    run("chmod", &["600", path.to_str().unwrap()]);
+    let reader = qcow2_reader(&path, &bed.settings);
+    let mut buffer = vec![0; 1 << 16];
+    reader.read_at(0, &mut buffer).unwrap();
+    assert!(buffer == bytes[..buffer.len()]);
+    let status = std::fs::read_to_string(format!("/proc/{}/status", reader.pid())).unwrap();
+    let field = |name: &str| {
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .unwrap();
+        line.split_whitespace().next().unwrap().to_owned()
+    };
+    assert_eq!(field("NoNewPrivs:"), "1");
+    if let Some(user) = &bed.settings.user
+        && nix::unistd::geteuid().is_root()
+    {
+        let uid = nix::unistd::User::from_name(user.name())
+            .unwrap()
+            .unwrap()
+            .uid;
+        assert_eq!(field("Uid:"), uid.to_string());
+        for set in ["CapEff:", "CapPrm:", "CapBnd:"] {
+            assert_eq!(field(set), "0000000000000004", "{set}");
+        }
+    }
+}
+
+#[test]
 fn reads_fail_when_the_storage_daemon_is_killed() {
     let bed = Bed::new();
     let path = bed.qcow2(&content(1 << 20));
-    let reader = qcow2::Qcow2Reader::open(&path, &bed.settings).unwrap();
+    let reader = qcow2_reader(&path, &bed.settings);
     let pid = reader.pid();
     run("kill", &["-9", &pid.to_string()]);
     wait_for_end(pid);
@@ -358,7 +400,7 @@ fn victim() {
     };
     let run = tempfile::tempdir().unwrap();
     let settings = Settings::new(run.path());
-    let reader = qcow2::Qcow2Reader::open(Path::new(&image), &settings).unwrap();
+    let reader = qcow2_reader(Path::new(&image), &settings);
     drop(run);
     println!("\nstorage daemon {}", reader.pid());
     loop {

@@ -1,14 +1,18 @@
 //! A read-only export of a qcow2 disk by QEMU's storage daemon.
 
 use super::nbd::{Client, printable};
-use super::{Error, Settings};
+use super::{Error, Format, Settings};
+use crate::hypervisor::backing::{Image, Node};
+use crate::hypervisor::confine::{Confinement, DAC_READ_SEARCH};
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 use nix::unistd::{getpid, getppid, mkdtemp};
+use std::fs::{File, OpenOptions};
 use std::io::Read;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -32,23 +36,34 @@ pub(super) struct Export {
 }
 
 impl Export {
-    pub(super) fn start(path: &Path, settings: &Settings) -> Result<Self, Error> {
+    pub(super) fn start(image: &Image, settings: &Settings) -> Result<Self, Error> {
         let connections = settings.connections.clamp(1, MAX_CONNECTIONS);
         let (listener, streams) = sockets(&settings.run_directory, connections)?;
+        let files = for_reading(image)?;
         let mut command = Command::new(&settings.storage_daemon);
         command
-            .args(arguments(path, connections)?)
+            .args(arguments(image, &files, connections))
             .stdin(Stdio::from(OwnedFd::from(listener)))
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
-        let (process, ended) = Process::start(command).map_err(|source| Error::Start {
-            program: settings.storage_daemon.clone(),
-            source,
-        })?;
+        let descriptors = files.iter().map(AsRawFd::as_raw_fd);
+        // It takes no descriptors, and opens them once more by their numbers: for files of whatever owner it needs one
+        // right, which is to read.
+        let confinement =
+            Confinement::of(settings.user.as_ref(), descriptors.collect()).keeping(DAC_READ_SEARCH);
+        let (process, ended) =
+            Process::start(command, confinement).map_err(|source| Error::Start {
+                program: settings.storage_daemon.clone(),
+                source,
+            })?;
         match Client::start(streams, NAME, settings.patience) {
             Ok(client) => Ok(Self { process, client }),
             Err(source) => Err(Error::Export {
-                path: path.to_owned(),
+                path: image
+                    .nodes
+                    .first()
+                    .map(|top| top.path.clone())
+                    .unwrap_or_default(),
                 said: process.last_words(&ended),
                 source: Box::new(source),
             }),
@@ -100,47 +115,63 @@ fn sockets(
     made.map_err(failed)
 }
 
-/// The storage daemon's command line.
-fn arguments(path: &Path, connections: usize) -> Result<Vec<String>, Error> {
-    let failed = |source| Error::Open {
-        path: path.to_owned(),
-        source,
+/// The files of an image once more, to read alone: what is open may be writable, and its locks are QEMU's.
+fn for_reading(image: &Image) -> Result<Vec<File>, Error> {
+    let open = |node: &Node| {
+        OpenOptions::new()
+            .read(true)
+            .custom_flags(OFlag::O_DIRECT.bits())
+            .open(format!("/proc/self/fd/{}", node.file.as_raw_fd()))
+            .map_err(|source| Error::Open {
+                path: node.path.clone(),
+                source,
+            })
     };
-    let kind = fs::metadata(path).map_err(failed)?.file_type();
-    let driver = if kind.is_block_device() {
-        "host_device"
-    } else if kind.is_file() {
-        "file"
-    } else {
-        return Err(Error::Kind(path.to_owned()));
+    image.nodes.iter().map(open).collect()
+}
+
+/// The storage daemon's command line: the image node by node, from the lowest, so that it opens nothing else.
+fn arguments(image: &Image, files: &[File], connections: usize) -> Vec<String> {
+    let name = |depth: usize| match depth {
+        0 => NAME.to_owned(),
+        _ => format!("{NAME}-{depth}"),
     };
-    let filename = path.to_str().ok_or_else(|| {
-        failed(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "its path is not UTF-8",
-        ))
-    })?;
-    // The source's QEMU holds the image's lock and goes on writing: this side takes no lock. Both nodes
-    // say cache.direct, as backing files take it from the upper one. Metadata that the source has
-    // written since is seen at the latest when the cache of tables was cleaned.
-    let file = serde_json::json!({
-        "node-name": "file", "driver": driver, "filename": filename, "read-only": true,
-        "locking": "off", "cache": {"direct": true},
-    });
-    let disk = serde_json::json!({
-        "node-name": NAME, "driver": "qcow2", "file": "file", "read-only": true,
-        "cache": {"direct": true}, "cache-clean-interval": 1,
-    });
-    Ok(vec![
-        "--blockdev".into(),
-        file.to_string(),
-        "--blockdev".into(),
-        disk.to_string(),
+    let mut arguments = Vec::new();
+    for (depth, (node, open)) in image.nodes.iter().zip(files).enumerate().rev() {
+        let driver = if node.block_device {
+            "host_device"
+        } else {
+            "file"
+        };
+        // The source's QEMU holds the image's lock and goes on writing: this side takes no lock. Metadata that the
+        // source has written since is seen at the latest when the cache of tables was cleaned.
+        let file = serde_json::json!({
+            "node-name": format!("file-{depth}"), "driver": driver,
+            "filename": format!("/proc/self/fd/{}", open.as_raw_fd()), "read-only": true,
+            "locking": "off", "cache": {"direct": true},
+        });
+        let mut disk = serde_json::json!({
+            "node-name": name(depth), "driver": node.format.to_string(), "file": format!("file-{depth}"),
+            "read-only": true, "cache": {"direct": true},
+        });
+        if node.format == Format::Qcow2 {
+            disk["cache-clean-interval"] = 1.into();
+            disk["backing"] = match image.nodes.get(depth + 1) {
+                Some(_) => name(depth + 1).into(),
+                None => serde_json::Value::Null,
+            };
+        }
+        for node in [file, disk] {
+            arguments.extend(["--blockdev".to_owned(), node.to_string()]);
+        }
+    }
+    arguments.extend([
         "--nbd-server".into(),
         format!("addr.type=fd,addr.str=0,max-connections={connections}"),
         "--export".into(),
         format!("type=nbd,id=export,node-name={NAME},name={NAME},writable=off"),
-    ])
+    ]);
+    arguments
 }
 
 /// A child process that is killed with this value, and with our own process.
@@ -158,7 +189,7 @@ impl Process {
     /// sends the parent-death signal when the thread that started a child ends, not the process.
     ///
     /// Also returns what breaks when the child has said its last.
-    fn start(mut command: Command) -> io::Result<(Self, Receiver<()>)> {
+    fn start(mut command: Command, confinement: Confinement) -> io::Result<(Self, Receiver<()>)> {
         let shared = Arc::new(Shared {
             child: Mutex::new(None),
             said: Mutex::new(Vec::new()),
@@ -166,10 +197,12 @@ impl Process {
         let (started, answer) = mpsc::channel();
         let (alive, ended) = mpsc::channel();
         let parent = getpid();
-        // SAFETY: between fork and exec only prctl and getppid are called, which are safe to call
-        // there, and an error is made without allocating.
+        // SAFETY: between fork and exec system calls alone are made, which are safe to make there, and an
+        // error is made without allocating.
         unsafe {
             command.pre_exec(move || {
+                // Before the signal is asked for, which a change of user takes back.
+                confinement.apply()?;
                 set_pdeathsig(Signal::SIGKILL)?;
                 // The parent may have died before the signal was asked for.
                 if getppid() == parent {

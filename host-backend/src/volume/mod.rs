@@ -17,10 +17,13 @@ mod qcow2;
 mod raw;
 pub mod same;
 
+use crate::hypervisor::User;
+use crate::hypervisor::backing::Image;
 pub use crate::hypervisor::definition::Format;
 pub use buffer::AlignedBuffer;
 pub use error::Error;
 
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -40,6 +43,8 @@ pub struct Settings {
     pub connections: usize,
     /// After this long without an answer, a read of a qcow2 disk fails.
     pub patience: Duration,
+    /// Who the storage daemon runs as; nobody else than we if there is none.
+    pub user: Option<User>,
 }
 
 impl Settings {
@@ -50,6 +55,7 @@ impl Settings {
             run_directory: run_directory.into(),
             connections: 8,
             patience: Duration::from_secs(30),
+            user: None,
         }
     }
 
@@ -82,10 +88,39 @@ pub trait Reader: Send + Sync {
 ///
 /// For qcow2 this starts a process, which ends with the reader, and with this process.
 pub fn open(path: &Path, format: Format, settings: &Settings) -> Result<Box<dyn Reader>, Error> {
-    Ok(match format {
-        Format::Raw => Box::new(raw::RawReader::open(path)?),
-        Format::Qcow2 => Box::new(qcow2::Qcow2Reader::open(path, settings)?),
+    let kind = std::fs::metadata(path)
+        .map_err(|error| refused(path, error))?
+        .file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(Error::Kind(path.to_owned()));
+    }
+    let image = Image::open(path, format, true, |_, _| Ok(()));
+    open_image(&image.map_err(|error| refused(path, error))?, settings)
+}
+
+/// The same of a disk that was opened and checked: what its files' names stand for by now does not matter.
+pub fn open_image(image: &Image, settings: &Settings) -> Result<Box<dyn Reader>, Error> {
+    let Some(top) = image.nodes.first() else {
+        return Err(Error::Open {
+            path: PathBuf::new(),
+            source: std::io::ErrorKind::NotFound.into(),
+        });
+    };
+    Ok(match top.format {
+        Format::Raw => Box::new(raw::RawReader::reopen(&top.path, &top.file)?),
+        Format::Qcow2 => Box::new(qcow2::Qcow2Reader::open(image, settings)?),
     })
+}
+
+fn refused(path: &Path, source: std::io::Error) -> Error {
+    match source.kind() {
+        // Of O_DIRECT.
+        std::io::ErrorKind::InvalidInput => Error::NoDirect(path.to_owned()),
+        _ => Error::Open {
+            path: path.to_owned(),
+            source,
+        },
+    }
 }
 
 /// Refuses a range that is not of whole sectors, or not within a disk of `size` bytes.

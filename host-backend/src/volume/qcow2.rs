@@ -2,7 +2,8 @@
 
 use super::export::Export;
 use super::{Error, Reader, Settings, check_range};
-use std::path::{Path, PathBuf};
+use crate::hypervisor::backing::Image;
+use std::path::PathBuf;
 
 pub(super) struct Qcow2Reader {
     path: PathBuf,
@@ -10,10 +11,14 @@ pub(super) struct Qcow2Reader {
 }
 
 impl Qcow2Reader {
-    pub(super) fn open(path: &Path, settings: &Settings) -> Result<Self, Error> {
+    pub(super) fn open(image: &Image, settings: &Settings) -> Result<Self, Error> {
         Ok(Self {
-            path: path.to_owned(),
-            export: Export::start(path, settings)?,
+            path: image
+                .nodes
+                .first()
+                .map(|top| top.path.clone())
+                .unwrap_or_default(),
+            export: Export::start(image, settings)?,
         })
     }
 

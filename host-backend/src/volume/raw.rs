@@ -12,6 +12,7 @@ use super::{AlignedBuffer, Error, Reader, SECTOR, check_range};
 use nix::fcntl::OFlag;
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -26,20 +27,36 @@ pub(super) struct RawReader {
 }
 
 impl RawReader {
+    /// Opens a file or a block device.
     pub(super) fn open(path: &Path) -> Result<Self, Error> {
+        let kind = std::fs::metadata(path)
+            .map_err(|source| Error::Open {
+                path: path.to_owned(),
+                source,
+            })?
+            .file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(Error::Kind(path.to_owned()));
+        }
+        Self::named(path, path)
+    }
+
+    /// Opens once more, for reading, what is open; `path` is its name, for messages.
+    pub(super) fn reopen(path: &Path, opened: &File) -> Result<Self, Error> {
+        let number = format!("/proc/self/fd/{}", opened.as_raw_fd());
+        Self::named(path, Path::new(&number))
+    }
+
+    fn named(path: &Path, name: &Path) -> Result<Self, Error> {
         let failed = |source| Error::Open {
             path: path.to_owned(),
             source,
         };
-        let kind = std::fs::metadata(path).map_err(failed)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(Error::Kind(path.to_owned()));
-        }
         // O_NONBLOCK: should a pipe have taken the file's place by now, opening must not wait for it.
         let mut file = OpenOptions::new()
             .read(true)
             .custom_flags((OFlag::O_DIRECT | OFlag::O_NONBLOCK).bits())
-            .open(path)
+            .open(name)
             .map_err(|source| match source.kind() {
                 ErrorKind::InvalidInput => Error::NoDirect(path.to_owned()),
                 _ => failed(source),

@@ -8,9 +8,11 @@ use serde_json::Value;
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
+use std::sync::Once;
 use std::time::{Duration, Instant, SystemTime};
 
 /// The daemons' port on the link.
@@ -74,6 +76,73 @@ fn certificates(hosts: &Hosts, host: &Host, programs: &Path) -> Result<String> {
     ))
 }
 
+/// Who a QEMU runs as: somebody without rights, if there is anybody and others get through to that QEMU, which is
+/// unpacked below this tree; else root, which is said.
+pub(crate) fn qemu_user(qemu: &Path) -> &'static str {
+    static SAID: Once = Once::new();
+    let closed = |folder: &&Path| {
+        fs::metadata(folder).is_ok_and(|found| found.permissions().mode() & 0o001 == 0)
+    };
+    match nix::unistd::User::from_name("nobody") {
+        Ok(Some(_)) => {}
+        _ => return "root",
+    }
+    let Some(folder) = qemu.ancestors().skip(1).find(closed) else {
+        return "nobody";
+    };
+    SAID.call_once(|| {
+        println!(
+            "  QEMU runs as root (without capabilities), as users without rights do not get through {}: chmod o+x lets \
+             them",
+            folder.display()
+        );
+    });
+    "root"
+}
+
+/// A script that gives a host files of its own: what lies over others, and devices where this machine's are for root
+/// alone, which udev's rules do on hosts. It ends in "&&" if there is anything to do.
+fn own_files(host: &Host, qemu: &Path) -> Result<String> {
+    const SYSCTL: &str = "/proc/sys/vm/unprivileged_userfaultfd";
+    let mut script = Vec::new();
+    let folder = host.folder.join("devices");
+    let folder = folder.display();
+    // It knows no device: the kernel lets it only by this switch.
+    let is_old = qemu.components().any(|part| part.as_os_str() == "qemu-7.2");
+    if is_old && fs::read_to_string(SYSCTL).is_ok_and(|value| value.trim() == "0") {
+        println!("  vm.unprivileged_userfaultfd = 1, for QEMU 7.2");
+        fs::write(SYSCTL, "1").map_err(Error::file("write", SYSCTL))?;
+    }
+    for name in ["kvm", "userfaultfd"] {
+        let device = Path::new("/dev").join(name);
+        let is_covered = host.covered.iter().any(|(_, under)| *under == device);
+        let Ok(found) = fs::metadata(&device) else {
+            continue;
+        };
+        if is_covered || found.permissions().mode() & 0o006 == 0o006 {
+            continue;
+        }
+        if script.is_empty() {
+            script.push(format!(
+                "mkdir -p {folder} && mount -t tmpfs -o mode=755 tmpfs {folder}"
+            ));
+        }
+        let (major, minor) = (
+            nix::sys::stat::major(found.rdev()),
+            nix::sys::stat::minor(found.rdev()),
+        );
+        script.push(format!(
+            "mknod -m 666 {folder}/{name} c {major} {minor} && mount --bind {folder}/{name} /dev/{name}"
+        ));
+    }
+    for (over, under) in &host.covered {
+        let (over, under) = (over.display(), under.display());
+        script.push(format!("mount --bind '{over}' '{under}'"));
+    }
+    script.push(String::new());
+    Ok(script.join(" && "))
+}
+
 impl Daemon {
     /// Starts a host's daemon and waits until it answers.
     pub fn start(hosts: &Hosts, host: &Host, programs: &Path, qemu: &Path) -> Result<Self> {
@@ -104,25 +173,18 @@ impl Daemon {
             .map_err(Error::file("open", &log))?;
         let errors = output.try_clone().map_err(Error::file("copy", &log))?;
         let program = programs.join("transhumed");
-        let mut script = String::new();
-        for (over, under) in &host.covered {
-            let _ = write!(
-                script,
-                "mount --bind '{}' '{}' && ",
-                over.display(),
-                under.display()
-            );
-        }
-        // The limit as the unit has it, by what hosts that run as guests have too; in KiB.
-        script.push_str("ulimit -S -d \"$0\" && exec \"$@\"");
-        let run = if host.covered.is_empty() {
+        let own = own_files(host, qemu)?;
+        let run = if own.is_empty() {
             host.run("sh")?
         } else {
             // In a mount namespace of its own.
-            host.run("unshare")?.args(["--mount", "sh"])
+            host.run("unshare")?
+                .args(["--mount", "--propagation", "slave", "sh"])
         };
         let run = run
-            .args(["-c", &script])
+            // The limit as the unit has it, by what hosts that run as guests have too; in KiB.
+            .arg("-c")
+            .arg(format!("{own}ulimit -S -d \"$0\" && exec \"$@\""))
             .arg((2 << 20).to_string())
             .arg(program);
         let mut run = run
@@ -159,8 +221,9 @@ impl Daemon {
         }
         let _ = write!(
             text,
-            "host = \"{}\"\nlisten = \"{}:{PORT}\"\nrun-directory = \"{}\"\nstate-directory = \"{}\"\nlog-directory = \"{}\"\nlog-size = \"64KiB\"\nqemu = \"{}\"\n{link}\n{rules}",
+            "host = \"{}\"\nqemu-user = \"{}\"\nlisten = \"{}:{PORT}\"\nrun-directory = \"{}\"\nstate-directory = \"{}\"\nlog-directory = \"{}\"\nlog-size = \"64KiB\"\nqemu = \"{}\"\n{link}\n{rules}",
             host.name,
+            qemu_user(qemu),
             host.address,
             host.folder.join("run").display(),
             host.folder.join("state").display(),

@@ -7,6 +7,7 @@ mod bed;
 mod broken_start;
 mod channels;
 mod choice;
+mod confined;
 mod converge;
 mod die;
 mod fake_host;
@@ -73,6 +74,7 @@ pub fn all() -> Vec<Scenario> {
         broken_start::scenarios(),
         any_moment::scenarios(),
         random_failures::scenarios(),
+        confined::scenarios(),
         refused::scenarios(),
         storage::scenarios(),
         peers::scenarios(),

@@ -13,7 +13,7 @@ use crate::{Error, Result};
 use serde_json::Value;
 use std::fs;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -325,6 +325,14 @@ impl<'a> Pair<'a> {
         self.wait("the other host's QEMU to be gone", || {
             Ok(self.qemus(other).is_empty())
         })
+    }
+
+    /// The QEMU that a host has.
+    pub(super) fn qemu(&self, at: At) -> &Path {
+        match at {
+            At::A => &self.qemus.0,
+            At::B => &self.qemus.1,
+        }
     }
 
     /// The QEMUs of guests on a host.

@@ -23,7 +23,7 @@ use crate::hypervisor::command_line::Start;
 use crate::hypervisor::definition::Definition;
 use crate::hypervisor::memory::GuestMemory;
 use crate::hypervisor::qmp::{Event, Version};
-use crate::hypervisor::{self, LaunchSettings, Vm, stream};
+use crate::hypervisor::{self, LaunchSettings, OpenedFiles, Vm, stream};
 use crate::link::session::{Ready, Session};
 use crate::link::{self, Connection};
 use crate::pages::digest::Digester;
@@ -227,11 +227,16 @@ pub(super) async fn take(
         vm: name.clone(),
         outcome: outcomes.begin(offer.job, &offer.from),
     };
-    let prepared = match decision.note(Stage::Waiting) {
-        Ok(()) => Prepared::new(&fit, &settings, &offer, switchover_ack, post_copy, comparer).await,
-        Err(reason) => Err(reason),
-    };
-    let prepared = match prepared {
+    let prepared = Prepared::new(
+        &decision,
+        &fit,
+        &settings,
+        &offer,
+        switchover_ack,
+        post_copy,
+        comparer,
+    );
+    let prepared = match prepared.await {
         Ok(prepared) => prepared,
         Err(reason) => {
             tracing::warn!(vm = name, reason, "QEMU cannot be prepared");
@@ -376,22 +381,17 @@ async fn rehearse(
     mut accepted: Control,
     comparer: Comparer,
 ) -> Result<Control, String> {
-    let post_copy = PostCopy::Perhaps;
-    let prepared = match decision.note(Stage::Waiting) {
-        Ok(()) => {
-            Prepared::new(
-                fit,
-                settings,
-                offer,
-                fit.switchover_ack,
-                post_copy,
-                comparer,
-            )
-            .await
-        }
-        Err(reason) => Err(reason),
-    };
-    let prepared = prepared.inspect_err(|_| decision.end(Stage::Refused))?;
+    let prepared = Prepared::new(
+        decision,
+        fit,
+        settings,
+        offer,
+        fit.switchover_ack,
+        PostCopy::Perhaps,
+        comparer,
+    )
+    .await
+    .inspect_err(|_| decision.end(Stage::Refused))?;
     decision.abandon(&prepared.vm).await;
     if let Control::Accepted { no_post_copy, .. } = &mut accepted {
         *no_post_copy = no_post_copy.take().or(prepared.no_post_copy);
@@ -541,6 +541,7 @@ struct Prepared {
 
 impl Prepared {
     async fn new(
+        decision: &Decision,
         fit: &Fit,
         settings: &LaunchSettings,
         offer: &Offer,
@@ -548,7 +549,12 @@ impl Prepared {
         post_copy: PostCopy,
         comparer: Comparer,
     ) -> Result<Self, String> {
-        let volumes = open_volumes(fit, settings);
+        decision.note(Stage::Waiting)?;
+        let limits = decision.host.may_send(&offer.from)?;
+        // Once for QEMU and for the relay's own reading, and checked as it was opened.
+        let opened = OpenedFiles::open_in_time(&fit.definition, settings, Some(&limits)).await;
+        let opened = Arc::new(opened.map_err(|error| error.to_string())?);
+        let volumes = open_volumes(fit, settings, Arc::clone(&opened));
         let files = settings.files(&fit.definition.name);
         let folder = files.folder();
         let text = fit
@@ -560,8 +566,10 @@ impl Prepared {
         let logs = files.logs();
         logs.note(&format!("the VM comes from {}", offer.from))
             .map_err(|error| error.to_string())?;
-        let launched = Vm::launch(&fit.definition, settings, Start::Incoming);
+        let launched = Vm::launch(&fit.definition, settings, Start::Incoming, &opened);
         let (launched, volumes) = tokio::join!(launched, volumes);
+        // A lock of QEMU's would last as long as these.
+        drop(opened);
         let vm = match launched {
             Ok(vm) => vm,
             Err(error) => {
@@ -626,28 +634,15 @@ async fn reach_memory(vm: &Vm) -> Option<GuestMemory> {
 async fn open_volumes(
     fit: &Fit,
     settings: &LaunchSettings,
+    files: Arc<OpenedFiles>,
 ) -> Result<Vec<Box<dyn volume::Reader>>, String> {
-    let run = volume::Settings::new(settings.run_directory.clone())
+    let mut run = volume::Settings::new(settings.run_directory.clone())
         .beside(settings.binary(&fit.definition));
-    let disks: Vec<_> = fit
-        .definition
-        .disks
-        .iter()
-        .map(|disk| {
-            let format = match disk.format {
-                crate::hypervisor::definition::Format::Raw => volume::Format::Raw,
-                crate::hypervisor::definition::Format::Qcow2 => volume::Format::Qcow2,
-            };
-            (
-                fit.definition.disk_path(disk, &settings.host).to_owned(),
-                format,
-            )
-        })
-        .collect();
+    run.user.clone_from(&settings.user);
     let opened = tokio::task::spawn_blocking(move || {
-        disks
-            .iter()
-            .map(|(path, format)| volume::open(path, *format, &run))
+        let images = files.images.iter();
+        images
+            .map(|image| volume::open_image(image, &run))
             .collect::<Result<Vec<_>, _>>()
     });
     opened

@@ -328,6 +328,7 @@ mod tests {
             run_directory: run.path().into(),
             log_directory: run.path().join("log"),
             qemu: "qemu-system-x86_64".into(),
+            user: None,
         };
         let arrivals = Arrivals::open(run.path()).unwrap();
         let folder = |vm: &str| run.path().join("vms").join(vm);

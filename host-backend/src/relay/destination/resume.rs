@@ -253,7 +253,14 @@ async fn is_whole(vm: &Vm) -> bool {
 
 /// Gives QEMU a new stream.
 async fn new_stream(vm: &Vm, host: &str) -> Result<UnixStream, Not> {
-    let path = vm.files().folder().join(SOCKET);
+    // QEMU makes this socket. One that an earlier version started has no folder of its own, and may do it beside.
+    let own = vm.files().qemu_folder();
+    let folder = if own.is_dir() {
+        own
+    } else {
+        vm.files().folder().to_owned()
+    };
+    let path = folder.join(SOCKET);
     let deadline = Instant::now() + PAUSE_PATIENCE;
     loop {
         remove(&path);
