@@ -336,8 +336,8 @@ impl<'a> Scene<'a> {
                 error.contains("cannot take it back") || error.contains("The VM does not run at");
             Ok(job["state"] != "running" && job["in-doubt"] != true)
         })?;
-        // A link is waited for. A journal that cannot be written at the last moment may find QEMU half in post-copy.
-        let may = matches!(failure, Failure::Daemon(_) | Failure::FullDisk(_));
+        // A link is waited for, and room for the journal is kept.
+        let may = matches!(failure, Failure::Daemon(_));
         check(!lost || may, || {
             format!("{failure:?} cost the guest: {answer}")
         })?;
