@@ -3,6 +3,7 @@
 use super::api::{
     DiskInfo, Failure, FailureKind, JobInfo, JobState, MachineInfo, Request, Response, VmInfo,
 };
+use super::certificates;
 use super::config::Config;
 use super::jobs::{Begun, Ending, Job, Jobs};
 use super::logs;
@@ -77,6 +78,7 @@ impl Daemon {
         daemon.finish_interrupted();
         tokio::spawn(keep_house(Arc::downgrade(&daemon)));
         tokio::spawn(logs::keep(Arc::downgrade(&daemon)));
+        tokio::spawn(certificates::watch(Arc::downgrade(&daemon)));
         daemon.autostart();
         for (place, path) in daemon.config.missing_paths() {
             tracing::warn!(

@@ -2,6 +2,7 @@
 
 pub mod access;
 pub mod api;
+mod certificates;
 pub mod cli;
 mod cli_vms;
 pub mod client;

@@ -202,10 +202,14 @@ fn refusal(error: &rustls::Error) -> String {
             format!("the other host's certificate {what}")
         }
         Error::NoCertificatesPresented => "the other host has no certificate".to_owned(),
+        Error::AlertReceived(Alert::CertificateExpired) => {
+            "the other host says that this host's certificate has expired, or is not valid yet; `transhume pki show` tells \
+             when it is, and `transhume pki issue --renew` makes a new one"
+                .to_owned()
+        }
         Error::AlertReceived(
             Alert::UnknownCA
             | Alert::BadCertificate
-            | Alert::CertificateExpired
             | Alert::CertificateRequired
             | Alert::AccessDenied
             | Alert::DecryptError,

@@ -25,6 +25,8 @@ pub use error::Error;
 const CLOCKS: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(86_400);
 const MAX_FILE: u64 = 256 * 1024;
+/// A certificate of which less is left, in seconds, is to be made anew; or less than a third of its life if that is shorter.
+const SOON: i64 = 30 * 86_400;
 
 /// An authority: a folder with its certificate (`ca.crt`) and its key (`ca.key`).
 #[derive(Debug)]
@@ -61,6 +63,30 @@ pub struct Shown {
     pub validity: String,
     /// Whether it is valid now.
     pub valid: bool,
+}
+
+/// What an operator has to know of a certificate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Concern {
+    /// No other host believes it now, for this reason.
+    Invalid(&'static str),
+    /// So many whole days are left.
+    Expires(i64),
+}
+
+impl Shown {
+    /// What an operator has to know of it at a time in seconds since 1970, if anything.
+    pub fn concern(&self, now: i64) -> Option<Concern> {
+        let left = self.not_after.saturating_sub(now);
+        let life = self.not_after.saturating_sub(self.not_before);
+        if now < self.not_before {
+            Some(Concern::Invalid("is not valid yet: is the clock right?"))
+        } else if left < 0 {
+            Some(Concern::Invalid("has expired"))
+        } else {
+            (left < SOON.min(life / 3)).then_some(Concern::Expires(left / 86_400))
+        }
+    }
 }
 
 impl Authority {

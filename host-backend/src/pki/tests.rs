@@ -2,6 +2,24 @@ use super::*;
 use std::os::unix::fs::PermissionsExt;
 
 #[test]
+fn a_certificate_is_warned_of_before_it_expires() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::at(&folder.path().join("pki"));
+    authority.init(3650).unwrap();
+    for (days, early) in [(825, 30), (30, 9)] {
+        let issued = authority.issue("hosta", days, folder.path(), true).unwrap();
+        let shown = show(&issued.certificate).unwrap();
+        let before_end = |days: i64| shown.concern(shown.not_after - days * 86_400);
+        assert_eq!(before_end(early + 2), None);
+        assert_eq!(before_end(early - 1), Some(Concern::Expires(early - 1)));
+        assert_eq!(before_end(0), Some(Concern::Expires(0)));
+        assert!(matches!(before_end(-1), Some(Concern::Invalid(why)) if why.contains("expired")));
+        let early = shown.concern(shown.not_before - 1);
+        assert!(matches!(early, Some(Concern::Invalid(why)) if why.contains("clock")));
+    }
+}
+
+#[test]
 fn an_authority_makes_certificates_for_hosts() {
     let folder = tempfile::tempdir().unwrap();
     let authority = Authority::at(&folder.path().join("pki"));
