@@ -41,7 +41,11 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
 /// Writes over what is there, without giving its room up first.
 fn write(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut options = OpenOptions::new();
-    let mut file = options.write(true).create(true).truncate(false).open(path)?;
+    let mut file = options
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)?;
     file.write_all(content)?;
     file.set_len(content.len() as u64)?;
     file.sync_all()
