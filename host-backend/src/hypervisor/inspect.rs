@@ -2,7 +2,7 @@
 //! would be given a different machine at its destination, which cannot load its state.
 
 use super::command_line::{self, AGENT_PORT, PciDevice};
-use super::definition::{Accelerator, AgentPort};
+use super::definition::AgentPort;
 use super::{Definition, Error, Qmp, Result};
 use serde::Deserialize;
 use serde_json::Value;
@@ -49,16 +49,7 @@ async fn check_machine(qmp: &Qmp, definition: &Definition) -> Result<String> {
 }
 
 async fn check_accelerator(qmp: &Qmp, definition: &Definition) -> Result<()> {
-    #[derive(Deserialize)]
-    struct Kvm {
-        enabled: bool,
-    }
-    let kvm: Kvm = qmp.query("query-kvm", Value::Null).await?;
-    let runs = if kvm.enabled {
-        Accelerator::Kvm
-    } else {
-        Accelerator::Tcg
-    };
+    let runs = qmp.accelerator().await?;
     if runs == definition.accelerator {
         return Ok(());
     }

@@ -76,6 +76,22 @@ pub struct Version {
     pub micro: u32,
 }
 
+impl From<[u32; 3]> for Version {
+    fn from([major, minor, micro]: [u32; 3]) -> Self {
+        Self {
+            major,
+            minor,
+            micro,
+        }
+    }
+}
+
+impl From<Version> for [u32; 3] {
+    fn from(version: Version) -> Self {
+        [version.major, version.minor, version.micro]
+    }
+}
+
 impl std::fmt::Display for Version {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(formatter, "{}.{}.{}", self.major, self.minor, self.micro)

@@ -1,6 +1,7 @@
 //! The QMP commands that Transhume uses, with types.
 
 use super::Result;
+use super::definition::Accelerator;
 use super::qmp::{Machine, Qmp, Status};
 use super::stream::Door;
 use serde::Deserialize;
@@ -100,6 +101,20 @@ impl Qmp {
         self.execute("system_powerdown", Value::Null)
             .await
             .map(drop)
+    }
+
+    /// What runs the VM's vCPUs (`query-kvm`).
+    pub async fn accelerator(&self) -> Result<Accelerator> {
+        #[derive(Deserialize)]
+        struct Kvm {
+            enabled: bool,
+        }
+        let kvm: Kvm = self.query("query-kvm", Value::Null).await?;
+        Ok(if kvm.enabled {
+            Accelerator::Kvm
+        } else {
+            Accelerator::Tcg
+        })
     }
 
     /// Names of the migration capabilities that this QEMU knows, each with its state.

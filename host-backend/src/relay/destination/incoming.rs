@@ -427,13 +427,7 @@ async fn admit(
 
 /// Whether the source's QEMU keeps the VM until its devices are loaded here.
 fn loads_first(offer: &Offer) -> bool {
-    let [major, minor, micro] = offer.qemu;
-    let version = Version {
-        major,
-        minor,
-        micro,
-    };
-    version.keeps_until_loaded()
+    Version::from(offer.qemu).keeps_until_loaded()
 }
 
 /// Waits for the source's commit, and for QEMU's or the relay's failure. `loaded` tells whether the source may have

@@ -22,13 +22,8 @@ const SWITCHOVER_ACK_SINCE: (u32, u32) = (8, 1);
 
 /// Looks whether the VM could run here; every reason against it is named.
 pub(super) async fn at(offer: &Offer, settings: &LaunchSettings) -> Result<Fit, Vec<String>> {
-    let [major, minor, micro] = offer.qemu;
     let there = Build {
-        version: Version {
-            major,
-            minor,
-            micro,
-        },
+        version: Version::from(offer.qemu),
         package: offer.qemu_package.clone(),
     };
     let judged = preflight::Offer {
@@ -58,7 +53,7 @@ pub(super) async fn at(offer: &Offer, settings: &LaunchSettings) -> Result<Fit, 
     Ok(Fit {
         no_post_copy: there.no_post_copy_to(&here, &settings.host),
         definition,
-        qemu: [version.major, version.minor, version.micro],
+        qemu: version.into(),
         switchover_ack: (version.major, version.minor) >= SWITCHOVER_ACK_SINCE,
     })
 }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use transhume_protocol::link::{Offer, OfferedDisk, OfferedVirtio, Signs};
 
 use super::request::Request;
-use crate::hypervisor::definition::MissedWrites;
+use crate::hypervisor::definition::{Accelerator, MissedWrites};
 use crate::hypervisor::layout::{Layout, Region};
 use crate::hypervisor::{Vm, preflight, virtqueues};
 use crate::pages::digest;
@@ -120,7 +120,7 @@ pub(super) async fn examine(request: &Request) -> Result<Facts, Error> {
         first: job,
         attempt: 0,
         definition: vm_offer.definition,
-        qemu: [version.major, version.minor, version.micro],
+        qemu: version.into(),
         qemu_package: qmp.package().to_owned(),
         disks: vm_offer.disks.into_iter().map(disk).collect(),
         cpu_flags: vm_offer.cpu_flags,
@@ -171,19 +171,14 @@ async fn refuse_virtio_mem(vm: &Vm) -> Result<(), Error> {
 /// Some QEMUs that run a VM by their translator do not see all that the guest writes while it migrates: pages arrive as
 /// they once were. See [`crate::hypervisor::build`].
 async fn refuse_missed_writes(vm: &Vm) -> Result<(), Error> {
-    #[derive(Deserialize)]
-    struct Kvm {
-        enabled: bool,
-    }
     let (qmp, name) = (vm.qmp(), vm.name());
     let version = qmp.version();
     let definition = vm.definition();
     if version.translator_notes_writes(definition.memory.bytes()) {
         return Ok(());
     }
-    let asked = qmp.query("query-kvm", serde_json::Value::Null).await;
-    let kvm: Kvm = asked.map_err(Error::refused)?;
-    if kvm.enabled {
+    let runs = qmp.accelerator().await.map_err(Error::refused)?;
+    if runs == Accelerator::Kvm {
         return Ok(());
     }
     if definition.missed_writes == MissedWrites::Accept {

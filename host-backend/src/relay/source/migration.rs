@@ -26,7 +26,7 @@ use super::switchover::Switchover;
 use super::transmit::Packer;
 use crate::hypervisor;
 use crate::hypervisor::layout::main_memory_end;
-use crate::hypervisor::qmp::Event;
+use crate::hypervisor::qmp::{Event, Version};
 use crate::link::session::Session;
 use crate::pages::PAGE_SIZE;
 use crate::pages::digest::Digester;
@@ -114,7 +114,7 @@ pub async fn migrate(
 }
 
 fn plan(request: &Request, facts: &Facts, accepted: &Accepted) -> Plan {
-    let version = |v: [u32; 3]| format!("{}.{}.{}", v[0], v[1], v[2]);
+    let version = |version: [u32; 3]| Version::from(version).to_string();
     Plan {
         vm: request.vm.name().to_owned(),
         from: request.from.clone(),

@@ -89,13 +89,7 @@ pub(super) fn connections() -> u8 {
 /// Whether the channels of a QEMU of that version are known to be in an order that can be told; see
 /// `docs/decisions/0013-multifd.md`.
 pub(super) fn tells_order(version: [u32; 3]) -> bool {
-    let [major, minor, micro] = version;
-    let untried = Version {
-        major,
-        minor,
-        micro,
-    };
-    !untried.is_untried() && !([8, 1, 0]..[10, 0, 0]).contains(&version)
+    !Version::from(version).is_untried() && !([8, 1, 0]..[10, 0, 0]).contains(&version)
 }
 
 impl Migration {
