@@ -1,34 +1,31 @@
 //! Takes one VM in.
 
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{broadcast, watch};
+use tokio::sync::broadcast;
 use tokio::time::timeout;
-use transhume_protocol::link::{Control, Offer, PostCopy};
+use transhume_protocol::link::{Control, Offer};
 
 use super::agent;
 use super::arrivals::Stage;
-use super::engine::{Engine, Target, Way};
+use super::decision::{Decision, Reservation};
+use super::engine::Engine;
 use super::look::{self, Fit};
 use super::postcopy;
+use super::prepared::{Prepared, rehearse};
 use super::recovery;
-use super::rehearsal;
 use super::resume;
 use super::sessions::Open;
-use super::storage::{Comparer, Shown};
+use super::storage::Shown;
 use super::{Host, Outcomes, held, send};
-use crate::hypervisor::command_line::Start;
 use crate::hypervisor::definition::Definition;
-use crate::hypervisor::memory::GuestMemory;
-use crate::hypervisor::qmp::{Event, Version};
-use crate::hypervisor::{self, LaunchSettings, OpenedFiles, Vm, stream};
+use crate::hypervisor::qmp::Event;
+use crate::hypervisor::{self, LaunchSettings, Vm};
 use crate::link::session::{Ready, Session};
 use crate::link::{self, Connection};
 use crate::pages::digest::Digester;
 use crate::relay::error::{CutOff, RelayError};
-use crate::volume;
 
 /// How long QEMU may take to load the VM once all of it is there, and how often it is looked at.
 const LOAD_PATIENCE: Duration = Duration::from_secs(5);
@@ -42,85 +39,6 @@ const END_PATIENCE: Duration = Duration::from_secs(2);
 pub(super) const MOST_CONNECTIONS: u8 = 8;
 /// How long the last words to the source may take.
 pub(super) const FAREWELL: Duration = Duration::from_millis(500);
-
-/// Keeps a name until the VM has arrived.
-struct Reservation {
-    host: Arc<dyn Host>,
-    vm: String,
-    kept: bool,
-}
-
-impl Reservation {
-    fn make(host: &Arc<dyn Host>, vm: &Definition) -> Result<Self, String> {
-        host.reserve(vm)?;
-        Ok(Self {
-            host: Arc::clone(host),
-            vm: vm.name.clone(),
-            kept: false,
-        })
-    }
-}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        if !self.kept {
-            self.host.release(&self.vm);
-        }
-    }
-}
-
-/// What is decided on a migration: journalled, and told to whoever asks.
-struct Decision {
-    host: Arc<dyn Host>,
-    job: u64,
-    vm: String,
-    outcome: watch::Sender<Option<bool>>,
-}
-
-impl Decision {
-    fn note(&self, stage: Stage) -> Result<(), String> {
-        let noted = self.host.arrivals().note(self.job, &self.vm, stage);
-        noted.map_err(|error| {
-            format!(
-                "{} cannot write its journal: {error}; is its `state-directory` full?",
-                self.host.name()
-            )
-        })
-    }
-
-    /// The VM runs here, and part of its memory is still to come.
-    fn follows(&self) {
-        let arrivals = self.host.arrivals();
-        arrivals.note_surely(self.job, &self.vm, Stage::PostCopy);
-        let _ = self.outcome.send(Some(true));
-    }
-
-    /// It is decided. A note that cannot be written is made up for later, or after a restart.
-    fn end(&self, stage: Stage) {
-        let arrivals = self.host.arrivals();
-        arrivals.note_surely(self.job, &self.vm, stage);
-        let _ = self.outcome.send(Some(stage == Stage::Taken));
-    }
-
-    /// Ends a QEMU that never ran the VM, and removes what was made for it.
-    async fn abandon(&self, vm: &Vm) {
-        match vm.kill().await {
-            Ok(()) => {
-                if let Err(error) = vm.files().remove() {
-                    tracing::warn!(%error, "run directory of a VM that did not come");
-                }
-                self.end(Stage::Refused);
-            }
-            // Without a word the source must not run it either.
-            Err(error) => tracing::error!(vm = vm.name(), %error, "QEMU cannot be ended"),
-        }
-    }
-}
-
-/// A migration as people know it: its number at its source, by which they find it there.
-pub(super) fn label(offer: &Offer) -> String {
-    format!("{}/{}", offer.from, offer.source_job)
-}
 
 /// Answers an offer, and takes the VM if it comes.
 pub(super) async fn take(
@@ -371,34 +289,6 @@ pub(super) async fn take(
     Ok(())
 }
 
-/// A dry run: prepares a QEMU for the VM, and ends it. What that shows is added to what is `accepted`; an error is why the
-/// VM cannot come.
-async fn rehearse(
-    decision: &Decision,
-    fit: &Fit,
-    settings: &LaunchSettings,
-    offer: &Offer,
-    mut accepted: Control,
-    comparer: Comparer,
-) -> Result<Control, String> {
-    let prepared = Prepared::new(
-        decision,
-        fit,
-        settings,
-        offer,
-        fit.switchover_ack,
-        PostCopy::Perhaps,
-        comparer,
-    )
-    .await
-    .inspect_err(|_| decision.end(Stage::Refused))?;
-    decision.abandon(&prepared.vm).await;
-    if let Control::Accepted { no_post_copy, .. } = &mut accepted {
-        *no_post_copy = no_post_copy.take().or(prepared.no_post_copy);
-    }
-    Ok(accepted)
-}
-
 /// Looks whether the VM fits here, and keeps its name; or why not. An earlier migration of it that has just
 /// failed may still be ending here: that is waited for.
 async fn admit(
@@ -423,11 +313,6 @@ async fn admit(
         }
         tokio::time::sleep(ENDING_GLANCE).await;
     }
-}
-
-/// Whether the source's QEMU keeps the VM until its devices are loaded here.
-fn loads_first(offer: &Offer) -> bool {
-    Version::from(offer.qemu).keeps_until_loaded()
 }
 
 /// Waits for the source's commit, and for QEMU's or the relay's failure. `loaded` tells whether the source may have
@@ -523,184 +408,4 @@ async fn run(vm: &Vm, decision: &Decision, offer: &Offer, engine: &Engine) -> Re
             Ok(())
         }
     }
-}
-
-/// A QEMU that waits for its stream.
-struct Prepared {
-    vm: Vm,
-    target: Target,
-    /// Why it does not wait for one in post-copy, which was left to it.
-    no_post_copy: Option<String>,
-}
-
-impl Prepared {
-    async fn new(
-        decision: &Decision,
-        fit: &Fit,
-        settings: &LaunchSettings,
-        offer: &Offer,
-        switchover_ack: bool,
-        post_copy: PostCopy,
-        comparer: Comparer,
-    ) -> Result<Self, String> {
-        decision.note(Stage::Waiting)?;
-        let limits = decision.host.may_send(&offer.from)?;
-        // Once for QEMU and for the relay's own reading, and checked as it was opened.
-        let opened = OpenedFiles::open_in_time(&fit.definition, settings, Some(&limits)).await;
-        let opened = Arc::new(opened.map_err(|error| error.to_string())?);
-        let volumes = open_volumes(fit, settings, Arc::clone(&opened));
-        let files = settings.files(&fit.definition.name);
-        let folder = files.folder();
-        let text = fit
-            .definition
-            .to_toml()
-            .map_err(|error| error.to_string())?;
-        recovery::begin(folder, &text, offer.job, &label(offer))
-            .map_err(|error| format!("{}: {error}", folder.display()))?;
-        let logs = files.logs();
-        logs.note(&format!("the VM comes from {}", offer.from))
-            .map_err(|error| error.to_string())?;
-        let launched = Vm::launch(&fit.definition, settings, Start::Incoming, &opened);
-        let (launched, volumes) = tokio::join!(launched, volumes);
-        // A lock of QEMU's would last as long as these.
-        drop(opened);
-        let vm = match launched {
-            Ok(vm) => vm,
-            Err(error) => {
-                // The error has QEMU's last words. Another QEMU of that name would keep its files.
-                if UnixStream::connect(files.qmp()).is_err()
-                    && let Err(error) = files.remove()
-                {
-                    tracing::warn!(%error, "run directory of a QEMU that did not start");
-                }
-                return Err(error.to_string());
-            }
-        };
-        let volumes = volumes.and_then(|volumes| check_sizes(fit, offer, volumes));
-        let volumes = rehearsal::check_queues(&vm, offer, &settings.host)
-            .await
-            .and(volumes);
-        let taken = take_post_copy(&vm, post_copy, &settings.host).await;
-        let stream = match &taken {
-            Err(reason) if post_copy == PostCopy::Yes => Err(reason.clone()),
-            _ => connect(&vm, switchover_ack, offer.running).await,
-        };
-        match (stream, volumes) {
-            (Ok(qemu), Ok(volumes)) => Ok(Self {
-                target: Target {
-                    qemu,
-                    volumes,
-                    comparer: Some(comparer),
-                    memory: reach_memory(&vm).await,
-                    memory_bytes: fit.definition.memory.bytes(),
-                    way: match taken {
-                        Ok(true) => Way::PostCopy {
-                            loads_first: loads_first(offer),
-                        },
-                        _ => Way::PreCopy,
-                    },
-                },
-                vm,
-                no_post_copy: taken.err(),
-            }),
-            (Err(reason), _) | (_, Err(reason)) => {
-                if vm.kill().await.is_ok() {
-                    let _ = vm.files().remove();
-                }
-                Err(reason)
-            }
-        }
-    }
-}
-
-/// The guest's memory; without it all pages go by QEMU's stream, which is slower.
-async fn reach_memory(vm: &Vm) -> Option<GuestMemory> {
-    match GuestMemory::of(vm).await {
-        Ok(memory) => Some(memory),
-        Err(error) => {
-            tracing::warn!(vm = vm.name(), %error, "pages go by QEMU's stream");
-            None
-        }
-    }
-}
-
-/// Opens the disks for reading, away from the event loop.
-async fn open_volumes(
-    fit: &Fit,
-    settings: &LaunchSettings,
-    files: Arc<OpenedFiles>,
-) -> Result<Vec<Box<dyn volume::Reader>>, String> {
-    let mut run = volume::Settings::new(settings.run_directory.clone())
-        .beside(settings.binary(&fit.definition));
-    run.user.clone_from(&settings.user);
-    let opened = tokio::task::spawn_blocking(move || {
-        let images = files.images.iter();
-        images
-            .map(|image| volume::open_image(image, &run))
-            .collect::<Result<Vec<_>, _>>()
-    });
-    opened
-        .await
-        .map_err(|error| error.to_string())?
-        .map_err(|error| error.to_string())
-}
-
-/// The disks as they were opened: what was looked at before may have been another file.
-fn check_sizes(
-    fit: &Fit,
-    offer: &Offer,
-    volumes: Vec<Box<dyn volume::Reader>>,
-) -> Result<Vec<Box<dyn volume::Reader>>, String> {
-    for (disk, volume) in fit.definition.disks.iter().zip(&volumes) {
-        let offered = offer.disks.iter().find(|offered| offered.id == disk.id);
-        let (here, there) = (volume.size(), offered.map(|offered| offered.size));
-        if there != Some(here) {
-            return Err(format!(
-                "disk {} has {} bytes at the source, and {here} here; see whether both hosts name the same disk",
-                disk.id,
-                there.unwrap_or_default(),
-            ));
-        }
-    }
-    Ok(volumes)
-}
-
-/// Lets QEMU take a VM in post-copy if one may come so, which is returned, or tells why it does not.
-async fn take_post_copy(vm: &Vm, post_copy: PostCopy, host: &str) -> Result<bool, String> {
-    if post_copy == PostCopy::No {
-        return Ok(false);
-    }
-    // QEMU looks at the kernel then.
-    let set = vm.qmp().migrate_set_capabilities(&[("postcopy-ram", true)]);
-    set.await
-        .map_err(|error| postcopy::unsupported(host, &error))?;
-    // How long CPUs stand still then is good to know, and not needed.
-    let set = vm
-        .qmp()
-        .migrate_set_capabilities(&[("postcopy-blocktime", true)]);
-    if let Err(error) = set.await {
-        tracing::debug!(%error, "postcopy-blocktime");
-    }
-    Ok(true)
-}
-
-/// Lets QEMU take the stream from a socket of ours.
-async fn connect(vm: &Vm, switchover_ack: bool, running: bool) -> Result<UnixStream, String> {
-    let text = |error: crate::hypervisor::Error| error.to_string();
-    let mut capabilities = vec![("return-path", true), ("events", true)];
-    if running {
-        // The disks' locks are taken by `cont` alone: until then the source can have them back. A VM that
-        // stays paused takes them now: QEMU before 8.1 cannot move it again otherwise.
-        capabilities.push(("late-block-activate", true));
-    }
-    if switchover_ack {
-        capabilities.push(("switchover-ack", true));
-    }
-    vm.qmp()
-        .migrate_set_capabilities(&capabilities)
-        .await
-        .map_err(text)?;
-    let (ours, theirs) = stream::pair().map_err(|error| error.to_string())?;
-    vm.qmp().migrate_incoming(theirs).await.map_err(text)?;
-    Ok(ours)
 }

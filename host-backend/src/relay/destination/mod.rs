@@ -7,6 +7,7 @@ mod access;
 mod agent;
 mod arrivals;
 mod attempts;
+mod decision;
 mod disks;
 mod engine;
 mod forgotten;
@@ -21,10 +22,10 @@ mod placement;
 #[cfg(test)]
 mod placement_tests;
 mod postcopy;
+mod prepared;
 mod reads;
 mod receive;
 mod recovery;
-mod rehearsal;
 mod reply;
 mod resume;
 mod sessions;
@@ -254,7 +255,7 @@ async fn greet(
             let is_from = connection.peer_is(&offer.from);
             match peer.admit(is_from, &offer, &*host).await {
                 Ok(()) => {
-                    let job = incoming::label(&offer);
+                    let job = prepared::label(&offer);
                     let span = tracing::info_span!("arrival", job);
                     let taken = incoming::take(connection, *offer, host, outcomes);
                     let taken = taken.instrument(span).await;

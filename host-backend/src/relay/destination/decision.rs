@@ -1,0 +1,84 @@
+//! Whose a VM is that arrives: its name is kept for it, and what is decided is journalled before it is acted on.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use super::Host;
+use super::arrivals::Stage;
+use crate::hypervisor::Vm;
+use crate::hypervisor::definition::Definition;
+
+/// Keeps a name until the VM has arrived.
+pub(super) struct Reservation {
+    pub(super) host: Arc<dyn Host>,
+    pub(super) vm: String,
+    pub(super) kept: bool,
+}
+
+impl Reservation {
+    pub(super) fn make(host: &Arc<dyn Host>, vm: &Definition) -> Result<Self, String> {
+        host.reserve(vm)?;
+        Ok(Self {
+            host: Arc::clone(host),
+            vm: vm.name.clone(),
+            kept: false,
+        })
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if !self.kept {
+            self.host.release(&self.vm);
+        }
+    }
+}
+
+/// What is decided on a migration: journalled, and told to whoever asks.
+pub(super) struct Decision {
+    pub(super) host: Arc<dyn Host>,
+    pub(super) job: u64,
+    pub(super) vm: String,
+    pub(super) outcome: watch::Sender<Option<bool>>,
+}
+
+impl Decision {
+    pub(super) fn note(&self, stage: Stage) -> Result<(), String> {
+        let noted = self.host.arrivals().note(self.job, &self.vm, stage);
+        noted.map_err(|error| {
+            format!(
+                "{} cannot write its journal: {error}; is its `state-directory` full?",
+                self.host.name()
+            )
+        })
+    }
+
+    /// The VM runs here, and part of its memory is still to come.
+    pub(super) fn follows(&self) {
+        let arrivals = self.host.arrivals();
+        arrivals.note_surely(self.job, &self.vm, Stage::PostCopy);
+        let _ = self.outcome.send(Some(true));
+    }
+
+    /// It is decided. A note that cannot be written is made up for later, or after a restart.
+    pub(super) fn end(&self, stage: Stage) {
+        let arrivals = self.host.arrivals();
+        arrivals.note_surely(self.job, &self.vm, stage);
+        let _ = self.outcome.send(Some(stage == Stage::Taken));
+    }
+
+    /// Ends a QEMU that never ran the VM, and removes what was made for it.
+    pub(super) async fn abandon(&self, vm: &Vm) {
+        match vm.kill().await {
+            Ok(()) => {
+                if let Err(error) = vm.files().remove() {
+                    tracing::warn!(%error, "run directory of a VM that did not come");
+                }
+                self.end(Stage::Refused);
+            }
+            // Without a word the source must not run it either.
+            Err(error) => tracing::error!(vm = vm.name(), %error, "QEMU cannot be ended"),
+        }
+    }
+}
