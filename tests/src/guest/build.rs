@@ -28,6 +28,9 @@ pub(crate) fn run_name() -> &'static str {
     })
 }
 
+/// What [`once`] calls them.
+const HOST_PROGRAMS: &str = "host-programs";
+
 /// Builds something once a run, and returns its path: cargo and make take seconds to find that nothing has changed.
 pub(super) fn once(
     layout: &Layout,
@@ -226,11 +229,39 @@ fn build_micro_guest(layout: &Layout) -> Result<PathBuf> {
 
 /// Builds the two programs of the hosts, and returns their folder.
 pub fn host_programs(layout: &Layout) -> Result<PathBuf> {
-    once(layout, "host-programs", || build_host_programs(layout))
+    once(layout, HOST_PROGRAMS, || build_host_programs(layout))
+}
+
+/// Has this run use the hosts' programs that `cargo test --workspace` has just built, for the tests of what is packaged: with
+/// the features that unit tests ask of dependencies, so that nothing is compiled twice. Where they were not built so, this
+/// does nothing.
+pub fn take_tested_host_programs(layout: &Layout) -> Result<()> {
+    if layout.released {
+        return Ok(());
+    }
+    let told = cargo()
+        .folder(&layout.source)
+        .args(["test", "--quiet", "--workspace", "--no-run"])
+        .args(["--message-format", "json"])
+        .text()?;
+    let program = |name: &str| {
+        let mut built = told.lines().filter_map(|line| {
+            let told: serde_json::Value = serde_json::from_str(line).ok()?;
+            let is_it = told["target"]["name"] == name && told["profile"]["test"] == false;
+            let path = told["executable"].as_str().filter(|_| is_it)?;
+            Path::new(path).parent().map(Path::to_owned)
+        });
+        built.next()
+    };
+    if let (Some(folder), Some(other)) = (program("transhumed"), program("transhume"))
+        && folder == other
+    {
+        once(layout, HOST_PROGRAMS, || Ok(folder))?;
+    }
+    Ok(())
 }
 
 fn build_host_programs(layout: &Layout) -> Result<PathBuf> {
-    // All of the workspace, so that dependencies have the features that unit tests build them with.
     let (arguments, folder): (&[&str], _) = if layout.released {
         (&["--release", "--package", "transhume-host"], "release")
     } else {

@@ -1,6 +1,6 @@
 //! The checks that need no guest. What they print is shown.
 
-use crate::guest::build::{cargo, kernel_module};
+use crate::guest::build::{cargo, kernel_module, take_tested_host_programs};
 use crate::packages::{Kernel, Qemu, tools};
 use crate::progress::step;
 use crate::scenario::Bed;
@@ -50,7 +50,8 @@ pub(super) const CHECKS: [Check; 6] = [
         packages: true,
         run: |bed| {
             let all = ["test", "--quiet", "--workspace", "--no-fail-fast"];
-            cargo_says(bed, &all, Some(path_with_qemu(bed)?))
+            cargo_says(bed, &all, Some(path_with_qemu(bed)?))?;
+            take_tested_host_programs(&bed.layout)
         },
     },
     Check {
