@@ -486,11 +486,12 @@ fn ordered(answer: &Answer, b: &Daemon, console: &Console) -> Result<()> {
     Ok(())
 }
 
-/// Succeeds in a guest whose hook is gone, and everybody who slept behind it, and whose kernel has nothing to complain
-/// of.
-pub(super) const GATE_IS_GONE: &str = "mkdir -p /tmp/t; mount -t tracefs t /tmp/t; \
-    ! grep -E 'handle_mm_fault|filemap_|generic_perform_write|iomap_file_buffered' /tmp/t/enabled_functions && \
-    ! grep -lE 'gate_(fault|wait_for)' /proc/[0-9]*/stack 2>/dev/null && \
+/// Succeeds in a guest whose hook goes away, and everybody who slept behind it, and whose kernel has nothing to complain
+/// of. The module lets everybody go first, and takes its hook out then.
+pub(super) const GATE_IS_GONE: &str = "mkdir -p /tmp/t; mount -t tracefs t /tmp/t; i=0; \
+    hooked() { grep $1 -E 'handle_mm_fault|filemap_|generic_perform_write|iomap_file_buffered' /tmp/t/enabled_functions; }; \
+    while hooked -q && [ $i -lt 30 ]; do sleep 1; i=$((i + 1)); done; \
+    ! hooked && ! grep -lE 'gate_(fault|wait_for)' /proc/[0-9]*/stack 2>/dev/null && \
     ! dmesg | grep -E 'WARNING:|BUG:|Oops|Bad page'";
 
 /// Processes slept for absent pages, none sleeps on, and the kernel has nothing to complain of.
