@@ -520,8 +520,9 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let jobs = jobs(folder.path());
         let job = jobs.begin(begun("web1", "hostb", false)).expect("a job");
-        // Nothing can be made in it: the file's twin is a folder.
+        // Nothing can be written: the file beside it is a folder.
         let twin = folder.path().join("jobs/1.new");
+        std::fs::remove_file(&twin).expect("room for the next");
         std::fs::create_dir(&twin).expect("a folder");
         jobs.finish(&job, failed());
         for _ in 0..2 {
