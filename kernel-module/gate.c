@@ -83,9 +83,10 @@ static void gate_end(int state)
 static void gate_expire(struct work_struct *work)
 {
 	unsigned long deadline = READ_ONCE(gate.deadline);
+	unsigned long now = jiffies;
 
-	if (gate_is_active() && time_before(jiffies, deadline)) {
-		schedule_delayed_work(&gate_watchdog, deadline - jiffies);
+	if (gate_is_active() && time_before(now, deadline)) {
+		schedule_delayed_work(&gate_watchdog, deadline - now);
 		return;
 	}
 	if (gate_is_active())

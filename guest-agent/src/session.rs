@@ -136,10 +136,10 @@ impl Session {
     }
 
     /// Gives up the walk that is under way, as when the host has not taken anything for long: a walk
-    /// may hold something of the guest's, and a gate that was only prepared does. The report begins anew with the next
+    /// may hold something of the guest's, and so does a gate behind which nobody sleeps. The report begins anew with the next
     /// [`Self::poll`].
     pub fn interrupt<C: PageCache>(&mut self, cache: &mut C, gate: &mut impl Gate) {
-        self.gating.give_up_preparation(gate);
+        self.gating.give_up_unused(gate);
         let was_reporting = self.is_reporting();
         self.stop();
         if was_reporting {
@@ -259,6 +259,7 @@ impl Session {
         let message = match self.channel {
             Channel::Closed => return Action::Idle,
             Channel::Refusing { oldest, newest } => {
+                self.gating.forget(gate);
                 self.channel = Channel::Closed;
                 let _ = write!(
                     self.trouble,

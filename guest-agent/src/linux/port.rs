@@ -145,7 +145,10 @@ fn speak(
     let mut link = Link::new(port.as_fd());
     let mut is_interrupted = false;
     loop {
+        let last_read = link.last_read;
         let is_connected = link.receive(session, gate)?;
+        // What a host said before it hung up can come late, and begin something anew.
+        is_interrupted &= link.last_read == last_read;
         if session.is_mid_frame() && link.last_read.elapsed() >= link.bearable_silence() {
             session.give_up_frame(gate);
         }

@@ -7,9 +7,9 @@ use core::fmt::Write as _;
 use core::time::Duration;
 use transhume_protocol::agent::{AgentMessage, FrameList, FrameRun, FrameRunEncoder, HostMessage};
 
-/// How long a gate behind which nothing is absent stays open without a word of the host, which says several times a second
+/// How long a gate behind which nobody sleeps stays open without a word of the host, which says several times a second
 /// that it is there. The guest's clock stands still while it moves, so the pause of a move is no silence.
-const PREPARED_PATIENCE: Duration = Duration::from_secs(2);
+const UNUSED_PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
@@ -28,6 +28,13 @@ enum Stage {
     Open,
     /// The host wants an end.
     Closing,
+}
+
+impl Stage {
+    /// A gate is open, and nobody sleeps behind it: no process was walked.
+    const fn is_unused(self) -> bool {
+        matches!(self, Self::Left | Self::Prepared | Self::Naming)
+    }
 }
 
 /// How far it is.
@@ -63,18 +70,18 @@ impl Gating {
         self.held = None;
     }
 
-    /// The host has left, or takes nothing. Nobody sleeps behind a gate that was only prepared: it is closed.
-    pub(super) fn give_up_preparation(&mut self, gate: &mut impl Gate) {
-        if matches!(self.stage, Stage::Left | Stage::Prepared) {
+    /// The host has left, or takes nothing: a gate behind which nobody sleeps is closed. Any other ends by the
+    /// module's rule.
+    pub(super) fn give_up_unused(&mut self, gate: &mut impl Gate) {
+        if self.stage.is_unused() {
             self.forget(gate);
         }
     }
 
-    /// When a gate that was only prepared is to be closed for want of a word.
+    /// When a gate behind which nobody sleeps is to be closed for want of a word.
     pub(super) fn silent_at(&self) -> Option<Duration> {
-        let is_prepared = matches!(self.stage, Stage::Left | Stage::Prepared);
-        let heard_at = self.heard_at.filter(|_| is_prepared)?;
-        Some(heard_at.saturating_add(PREPARED_PATIENCE))
+        let heard_at = self.heard_at.filter(|_| self.stage.is_unused())?;
+        Some(heard_at.saturating_add(UNUSED_PATIENCE))
     }
 
     /// Another host has come.
@@ -137,7 +144,7 @@ impl Gating {
     ) -> Option<Action> {
         self.heard_at.get_or_insert(now);
         if self.silent_at().is_some_and(|at| now >= at) {
-            self.give_up_preparation(gate);
+            self.give_up_unused(gate);
         }
         if core::mem::take(&mut self.announces) {
             return Some(sent(AgentMessage::GateReady.encode(out)));

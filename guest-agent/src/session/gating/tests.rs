@@ -1,5 +1,5 @@
 use super::super::{Action, Session};
-use super::PREPARED_PATIENCE;
+use super::UNUSED_PATIENCE;
 use crate::cache::{Disk, PageCache, Step};
 use crate::classes::NoClasses;
 use crate::gate::Gate;
@@ -170,6 +170,7 @@ impl Bench {
                         Ok(AgentMessage::GateRefused { text }) => format!("refused {text}"),
                         Ok(AgentMessage::GateReady) => "ready".into(),
                         Ok(AgentMessage::Hello { .. }) => "hello".into(),
+                        Ok(AgentMessage::Trouble { .. }) => "trouble".into(),
                         other => panic!("{other:?}"),
                     });
                 }
@@ -253,7 +254,7 @@ fn a_gate_that_one_host_prepared_is_used_by_the_next() {
 
 /// However a host ends that had only prepared a gate, with a word or without, none stays.
 #[test]
-fn a_gate_that_was_only_prepared_outlives_no_host() {
+fn a_gate_that_nobody_sleeps_behind_outlives_no_host() {
     let prepared = || {
         let mut bench = Bench::new();
         bench.say(HELLO);
@@ -283,11 +284,11 @@ fn a_gate_that_was_only_prepared_outlives_no_host() {
             bench.say(HELLO);
             assert_eq!(bench.heard(), ["hello"]);
         }
-        bench.now += PREPARED_PATIENCE / 2;
+        bench.now += UNUSED_PATIENCE / 2;
         bench.say(HostMessage::GateArrived(FrameRuns::NONE));
         assert_eq!(bench.heard(), [""; 0]);
-        let woken = bench.now + PREPARED_PATIENCE;
-        assert_eq!(bench.rest(), Action::Wait(PREPARED_PATIENCE));
+        let woken = bench.now + UNUSED_PATIENCE;
+        assert_eq!(bench.rest(), Action::Wait(UNUSED_PATIENCE));
         bench.now = woken.saturating_sub(Duration::from_millis(1));
         assert_eq!(bench.heard(), [""; 0]);
         assert!(bench.gate.is_open);
@@ -301,6 +302,31 @@ fn a_gate_that_was_only_prepared_outlives_no_host() {
     let mut bench = prepared();
     bench.session.interrupt(&mut Empty, &mut bench.gate);
     assert!(is_closed(&bench));
+
+    // It named frames, which may all have arrived: the module then waits for long.
+    for dies in [false, true] {
+        let mut bench = prepared();
+        bench.list(FrameList::Absent, &[(4, 1)]);
+        bench.list(FrameList::Arrived, &[(4, 1)]);
+        assert_eq!(bench.heard(), [""; 0]);
+        if dies {
+            bench.session.interrupt(&mut Empty, &mut bench.gate);
+        } else {
+            bench.now += UNUSED_PATIENCE;
+            assert_eq!(bench.heard(), [""; 0]);
+        }
+        assert!(is_closed(&bench));
+    }
+
+    // The next host speaks no version that the agent does.
+    let mut bench = prepared();
+    bench.say(HostMessage::Hello {
+        oldest: 9,
+        newest: 9,
+        session: 4,
+    });
+    assert_eq!(bench.heard(), ["trouble"]);
+    assert!(is_closed(&bench));
 }
 
 /// Processes may sleep behind one that is in use: it ends by `Gate`'s own rule.
@@ -310,8 +336,9 @@ fn a_gate_in_use_is_not_closed_for_silence() {
     bench.say(HELLO);
     bench.say(OPEN);
     bench.list(FrameList::Absent, &[(4, 1)]);
+    bench.say(HostMessage::GateWalk);
     assert_eq!(bench.heard(), ["hello", "ready"]);
-    bench.now += 10 * PREPARED_PATIENCE;
+    bench.now += 10 * UNUSED_PATIENCE;
     assert_eq!(bench.heard(), [""; 0]);
     bench.session.interrupt(&mut Empty, &mut bench.gate);
     assert!(bench.gate.is_open && bench.gate.closed == 0);
