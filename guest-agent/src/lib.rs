@@ -3,8 +3,8 @@
 //!
 //! [`Session`] is the agent's side of the channel without I/O and without allocation: bytes from the
 //! host go in, and it is asked for one frame at a time. What it reports comes from a [`PageCache`]; a [`Gate`]
-//! puts processes to sleep that touch memory which has not arrived, where there is one, and [`Classes`] tell which
-//! memory is wanted first.
+//! puts processes to sleep that touch memory which has not arrived, where there is one, [`Classes`] tell which
+//! memory is wanted first, and a [`Clock`] is set right that stood still while the guest moved.
 //! Without the feature `linux` nothing else is here, so that a guest without an operating system
 //! speaks the same code.
 //!
@@ -27,6 +27,7 @@
 
 mod cache;
 mod classes;
+mod clock;
 #[cfg(feature = "compare")]
 pub mod compare;
 mod gate;
@@ -38,6 +39,7 @@ mod text;
 
 pub use cache::{Disk, PageCache, Step};
 pub use classes::{Classes, Named, NoClasses};
+pub use clock::{Clock, NoClock};
 pub use gate::{Gate, NoGate};
 pub use session::{Action, Session};
 pub use text::Text;

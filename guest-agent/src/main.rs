@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 use transhume_agent::linux::{
-    First, Group, LinuxCache, LinuxClasses, PortPath, Preference, check, serve,
+    Correction, First, Group, LinuxCache, LinuxClasses, LinuxClock, PortPath, Preference, check,
+    serve,
 };
 
 const AGENT: &str = concat!("transhume-agent ", env!("CARGO_PKG_VERSION"));
@@ -40,6 +41,16 @@ struct Arguments {
         value_delimiter = ' '
     )]
     first: Vec<Group>,
+    /// How the clock, which stands still while this VM moves, is set right afterwards. One that a time daemon keeps is
+    /// left to it
+    #[arg(
+        long,
+        value_enum,
+        value_name = "HOW",
+        env = "TRANSHUME_CLOCK",
+        default_value_t
+    )]
+    clock: Correction,
     /// Make one report without a host, print what it found, and end
     #[arg(long)]
     check: bool,
@@ -69,5 +80,6 @@ fn main() -> ExitCode {
         };
     }
     let path = arguments.port.map_or(PortPath::Named, PortPath::At);
-    serve(&path, AGENT, &mut cache, &mut classes)
+    let mut clock = LinuxClock::new(arguments.clock);
+    serve(&path, AGENT, &mut cache, &mut classes, &mut clock)
 }

@@ -2,6 +2,7 @@
 
 use crate::cache::{PageCache, Step};
 use crate::classes::{Classes, NoClasses};
+use crate::clock::{Clock, NoClock};
 use crate::gate::{Gate, NoGate};
 use crate::pace::Pace;
 use crate::text::Text;
@@ -9,12 +10,14 @@ use core::fmt::Write as _;
 use core::time::Duration;
 use gating::Gating;
 use naming::Naming;
+use timing::Timing;
 use transhume_protocol::agent::{
     AgentMessage, Decoder, Encoded, HostMessage, Range, RangeEncoder, VERSION,
 };
 
 mod gating;
 mod naming;
+mod timing;
 
 /// Pause after a walk that failed, before the next try.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
@@ -103,6 +106,7 @@ pub struct Session {
     trouble: Text,
     gating: Gating,
     naming: Naming,
+    timing: Timing,
 }
 
 impl Session {
@@ -121,6 +125,7 @@ impl Session {
             trouble: Text::new(),
             gating: Gating::new(),
             naming: Naming::new(),
+            timing: Timing::new(),
         }
     }
 
@@ -128,6 +133,7 @@ impl Session {
     pub fn reset(&mut self, gate: &mut impl Gate) {
         self.gating.forget(gate);
         self.naming.forget();
+        self.timing.forget();
         self.decoder.reset();
         self.channel = Channel::Closed;
         self.stop();
@@ -189,9 +195,11 @@ impl Session {
             if matches!(message, HostMessage::Hello { .. }) {
                 self.gating.change_host(gate);
                 self.naming.forget();
+                self.timing.forget();
             } else if matches!(self.channel, Channel::Open | Channel::Greeting { .. }) {
                 self.gating.obey(message, gate);
                 self.naming.obey(message);
+                self.timing.obey(message);
             }
             if let Some(message) = without_runs(message) {
                 self.obey(message);
@@ -238,9 +246,10 @@ impl Session {
         self.held = None;
     }
 
-    /// [`Self::poll_for`] a guest that can neither put its processes to sleep nor tell classes of its memory.
+    /// [`Self::poll_for`] a guest that can neither put its processes to sleep nor tell classes of its memory, and has no
+    /// clock.
     pub fn poll<C: PageCache>(&mut self, cache: &mut C, now: Duration, out: &mut [u8]) -> Action {
-        self.poll_for(cache, &mut NoGate, &mut NoClasses, now, out)
+        self.poll_for(cache, &mut NoGate, &mut NoClasses, &mut NoClock, now, out)
     }
 
     /// What to do now. `now` is the time since a moment that stays the same; `out` should hold
@@ -250,6 +259,7 @@ impl Session {
         cache: &mut C,
         gate: &mut impl Gate,
         classes: &mut impl Classes,
+        clock: &mut impl Clock,
         now: Duration,
         out: &mut [u8],
     ) -> Action {
@@ -282,6 +292,10 @@ impl Session {
             Channel::Open => {
                 if !self.trouble.is_empty() || cache.notice(&mut self.trouble) {
                     return self.tell(out);
+                }
+                // Each moment that it takes makes the answer worse.
+                if let Some(action) = self.timing.poll(clock, out) {
+                    return action;
                 }
                 if let Some(action) = self.gating.poll(gate, now, out) {
                     return action;

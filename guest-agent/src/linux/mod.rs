@@ -3,6 +3,7 @@
 mod cache;
 mod check;
 mod classes;
+mod clock;
 mod device;
 mod disks;
 mod extents;
@@ -16,6 +17,7 @@ mod userspace;
 pub use cache::{LinuxCache, Preference};
 pub use check::{Summary, check};
 pub use classes::{First, Group, LinuxClasses};
+pub use clock::{Correction, LinuxClock};
 pub use gate::LinuxGate;
 pub use port::{PortPath, serve};
 

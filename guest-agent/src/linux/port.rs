@@ -4,6 +4,7 @@ use super::Error;
 use super::gate::LinuxGate;
 use crate::cache::PageCache;
 use crate::classes::Classes;
+use crate::clock::Clock;
 use crate::gate::Gate;
 use crate::session::{Action, Session};
 use core::time::Duration;
@@ -90,6 +91,7 @@ pub fn serve(
     agent: &'static str,
     cache: &mut impl PageCache,
     classes: &mut impl Classes,
+    clock: &mut impl Clock,
 ) -> ! {
     go_ahead();
     let mut gate = LinuxGate::default();
@@ -99,7 +101,7 @@ pub fn serve(
     loop {
         let ended = path.open().and_then(|port| {
             last_told = None;
-            speak(&port, &mut session, cache, &mut gate, classes)
+            speak(&port, &mut session, cache, &mut gate, classes, clock)
         });
         session.reset(&mut gate);
         cache.end();
@@ -134,6 +136,7 @@ fn speak(
     cache: &mut impl PageCache,
     gate: &mut LinuxGate,
     classes: &mut impl Classes,
+    clock: &mut impl Clock,
 ) -> Result<(), Error> {
     // Edge-triggered: while no host is connected, a port says all the time that it is hung up.
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(Error::call("epoll_create"))?;
@@ -155,7 +158,7 @@ fn speak(
         let wait = if is_connected && link.flush()? {
             is_interrupted = false;
             let now = started.elapsed();
-            match session.poll_for(cache, gate, classes, now, &mut link.frame) {
+            match session.poll_for(cache, gate, classes, clock, now, &mut link.frame) {
                 Action::Send(length) => {
                     link.to_send = 0..length;
                     continue;

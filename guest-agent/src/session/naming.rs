@@ -125,6 +125,7 @@ impl Naming {
 mod tests {
     use super::super::{Action, Session};
     use super::*;
+    use crate::clock::NoClock;
     use crate::gate::NoGate;
     use crate::session::tests::List;
     use proptest::prelude::*;
@@ -193,7 +194,7 @@ mod tests {
         for _ in 0..100_000 {
             let mut out = vec![0; MAX_FRAME_LEN];
             let now = Duration::ZERO;
-            match session.poll_for(&mut cache, &mut NoGate, script, now, &mut out) {
+            match session.poll_for(&mut cache, &mut NoGate, script, &mut NoClock, now, &mut out) {
                 Action::Send(length) => {
                     let mut decoder = Decoder::new();
                     decoder.push(&out[..length]);

@@ -9,6 +9,7 @@ use transhume_protocol::agent::{
     AgentMessage, Decoder, HostMessage, MAX_FRAME_LEN, ReportSource, VERSION,
 };
 
+use super::clock::{ClockReader, ClockSetter, Lead, monotonic_ns};
 use super::order::{MemoryOrder, OrderCollector};
 use super::report::{Collector, DiskName, GuestRange, Report};
 
@@ -33,6 +34,8 @@ pub enum Reported<'a> {
     Whole(Report),
     /// In which order the memory is wanted; see [`super::Questions`].
     Order(MemoryOrder),
+    /// How far the guest's clock is ahead of this host's monotonic one.
+    Clock(Lead),
 }
 
 /// A session with an agent.
@@ -42,6 +45,8 @@ pub struct Agent {
     session: u64,
     collector: Collector,
     order: OrderCollector,
+    clock: ClockReader,
+    pub(super) setter: Option<ClockSetter>,
 }
 
 /// A session that the agent was asked for, and has not agreed to.
@@ -146,6 +151,8 @@ impl Opening {
                                     session,
                                     collector,
                                     order: OrderCollector::default(),
+                                    clock: ClockReader::default(),
+                                    setter: None,
                                 },
                                 greeting,
                             ));
@@ -211,7 +218,7 @@ impl Agent {
     }
 
     /// Reads what the agent sends for as long as `go_on` says, and hands reports to `report`, as they grow
-    /// and whole, and each text for people to `trouble`. A channel that closes ends it, too.
+    /// and whole. Asks for the guest's clock, too, and hands each text for people to `trouble`. A channel that closes ends it, too.
     pub fn listen(
         &mut self,
         mut go_on: impl FnMut() -> bool,
@@ -220,6 +227,9 @@ impl Agent {
     ) -> io::Result<()> {
         let mut buffer = vec![0; 64 * 1024];
         while go_on() {
+            if let Some(question) = self.clock.poll(monotonic_ns()) {
+                send(&self.stream, &question)?;
+            }
             let Some(read) = read(&self.stream, &mut buffer)? else {
                 continue;
             };
@@ -241,6 +251,12 @@ impl Agent {
                             }
                             if let Some(order) = self.order.take(&message) {
                                 report(Reported::Order(order));
+                            }
+                            let now = monotonic_ns();
+                            if self.clock.take(&message, now)
+                                && let Some(lead) = self.clock.lead(now)
+                            {
+                                report(Reported::Clock(lead));
                             }
                         }
                         Err(error) => {

@@ -10,6 +10,7 @@ use transhume_protocol::agent::{
 };
 
 use super::channel::{Agent, Opening, printable, read, send, unusable};
+use super::clock::{ClockSet, ClockSetter, monotonic_ns};
 
 /// How long the agent may leave its channel full.
 const WRITE_PATIENCE: Duration = Duration::from_millis(500);
@@ -25,6 +26,8 @@ pub struct GateNews {
     pub wanted: Vec<FrameRun>,
     /// It is over, and that came of it.
     pub over: Option<GateCounts>,
+    /// What became of the guest's clock.
+    pub clock: Option<ClockSet>,
     /// It can be begun: `Ok`, or why not.
     ready: Option<Result<(), String>>,
 }
@@ -147,6 +150,31 @@ impl Agent {
         Err("the guest's agent does not answer; it may be an older one".to_owned())
     }
 
+    /// From now on sets the guest's clock right while [`Self::gate_news`] is called, which tells what became of it.
+    pub fn begin_clock(&mut self, setter: ClockSetter) {
+        self.setter = Some(setter);
+    }
+
+    /// Sets the guest's clock right; what became of it, or `None` if the agent knows of no clock.
+    ///
+    /// # Errors
+    /// If the channel cannot be used, for people.
+    pub fn set_clock(
+        &mut self,
+        setter: ClockSetter,
+        patience: Duration,
+    ) -> Result<Option<ClockSet>, String> {
+        let deadline = Instant::now() + patience;
+        self.begin_clock(setter);
+        while Instant::now() < deadline {
+            let news = self.gate_news().map_err(unusable)?;
+            if news.clock.is_some() {
+                return Ok(news.clock);
+            }
+        }
+        Ok(None)
+    }
+
     /// Says what has arrived.
     ///
     /// # Errors
@@ -193,6 +221,13 @@ impl Agent {
     /// If the channel cannot be used, or was closed.
     pub fn gate_news(&mut self) -> io::Result<GateNews> {
         let mut news = GateNews::default();
+        if let Some(said) = self
+            .setter
+            .as_mut()
+            .and_then(|setter| setter.poll(monotonic_ns()))
+        {
+            send(&self.stream, &said)?;
+        }
         // It may have come with the session.
         self.take_news(&mut news);
         if news != GateNews::default() {
@@ -228,8 +263,15 @@ impl Agent {
                     news.wanted.extend(runs.take(room));
                 }
                 Ok(AgentMessage::GateOver(counts)) => news.over = Some(counts),
-                _ => {}
+                Ok(message) => {
+                    if let Some(setter) = &mut self.setter {
+                        setter.take(&message, monotonic_ns());
+                    }
+                }
+                Err(_) => {}
             }
         }
+        let set = self.setter.as_mut().and_then(ClockSetter::take_done);
+        news.clock = news.clock.or(set);
     }
 }

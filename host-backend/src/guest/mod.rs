@@ -5,12 +5,14 @@
 //! disks is left out, and what remains only says where to look: the digests decide.
 
 mod channel;
+mod clock;
 mod gate;
 mod order;
 mod report;
 
 pub(crate) use channel::unusable;
 pub use channel::{Agent, Greeting, Opening, Reported, connect, open};
+pub use clock::{Best, ClockReader, ClockSet, ClockSetter, Lead, monotonic_ns};
 pub use gate::{GateNews, Preparation};
 pub use order::{MemoryOrder, Questions};
 pub use report::{Collector, DiskName, GuestRange, Report};

@@ -78,7 +78,10 @@ pub(crate) fn decode(payload: &[u8]) -> Result<Control, LinkError> {
         | Control::Located(_)
         | Control::Compare(_)
         | Control::Compared(_)
-        | Control::GuestEnded(_) => {}
+        | Control::GuestEnded(_)
+        | Control::ClockWanted
+        | Control::Clock { .. }
+        | Control::GuestClock(_) => {}
     }
     Ok(message)
 }

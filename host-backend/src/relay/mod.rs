@@ -8,6 +8,7 @@
 //!      ◄─ return path ──────────────────────────────────────── return path ──
 //! ```
 
+mod agent;
 pub mod destination;
 mod error;
 mod mode;

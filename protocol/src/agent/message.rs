@@ -40,6 +40,8 @@ pub(super) mod kind {
     pub(super) const GATE_CLOSE: u8 = 0x08;
     pub(super) const WATCH: u8 = 0x09;
     pub(super) const CLASSES_WANTED: u8 = 0x0a;
+    pub(super) const CLOCK_WANTED: u8 = 0x0b;
+    pub(super) const CLOCK_ADJUST: u8 = 0x0c;
     pub(super) const AGENT_HELLO: u8 = 0x81;
     pub(super) const DISK: u8 = 0x82;
     pub(super) const EPOCH_BEGIN: u8 = 0x83;
@@ -52,6 +54,8 @@ pub(super) mod kind {
     pub(super) const GATE_OVER: u8 = 0x8a;
     pub(in crate::agent) const CLASS: u8 = 0x8b;
     pub(super) const CLASSES_END: u8 = 0x8c;
+    pub(super) const CLOCK: u8 = 0x8d;
+    pub(super) const CLOCK_ADJUSTED: u8 = 0x8e;
 }
 
 /// What the host says to the agent. Runs of frames borrow from the frame.
@@ -98,6 +102,47 @@ pub enum HostMessage<'a> {
         /// No page frame number reaches this.
         frames: u64,
     },
+    /// Asks what the guest's clock shows. Answered at once by [`AgentMessage::Clock`], or by nothing if the agent does not
+    /// know of it. One that comes before the answer takes its place.
+    ClockWanted {
+        /// A number of the host's choice, returned by the agent.
+        number: u64,
+    },
+    /// The guest's clock stood still, and is to go forward by so much. Answered by [`AgentMessage::ClockAdjusted`].
+    ClockAdjust {
+        /// In nanoseconds; backward if it is negative.
+        by_ns: i64,
+    },
+}
+
+/// What an agent did when its clock was to be adjusted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum ClockOutcome {
+    /// The clock was set, at once.
+    Stepped = 1,
+    /// The clock goes faster, or slower, until it is right.
+    Slewed = 2,
+    /// A time daemon keeps it, and will set it right.
+    Kept = 3,
+    /// The guest's administrator wants it left alone.
+    LeftAlone = 4,
+    /// The guest's kernel refused it.
+    Failed = 5,
+}
+
+impl ClockOutcome {
+    const ALL: [Self; 5] = [
+        Self::Stepped,
+        Self::Slewed,
+        Self::Kept,
+        Self::LeftAlone,
+        Self::Failed,
+    ];
+
+    fn from_byte(byte: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|outcome| *outcome as u8 == byte)
+    }
 }
 
 /// How the agent learns what the page cache holds.
@@ -175,6 +220,15 @@ pub enum AgentMessage<'a> {
     Class(MemoryClass, FrameRuns<'a>),
     /// All was named; how much there is of each class.
     ClassesEnd(ClassCounts),
+    /// The guest's clock.
+    Clock {
+        /// The number of the question.
+        number: u64,
+        /// Nanoseconds since 1970 that it showed when this was said.
+        real_ns: u64,
+    },
+    /// What became of [`HostMessage::ClockAdjust`].
+    ClockAdjusted(ClockOutcome),
 }
 
 /// What came of putting processes to sleep.
@@ -345,6 +399,12 @@ impl<'a> HostMessage<'a> {
             Self::ClassesWanted { frames } => writer
                 .bytes(&frames.to_le_bytes())?
                 .seal(kind::CLASSES_WANTED),
+            Self::ClockWanted { number } => writer
+                .bytes(&number.to_le_bytes())?
+                .seal(kind::CLOCK_WANTED),
+            Self::ClockAdjust { by_ns } => {
+                writer.bytes(&by_ns.to_le_bytes())?.seal(kind::CLOCK_ADJUST)
+            }
         }
     }
 
@@ -379,6 +439,12 @@ impl<'a> HostMessage<'a> {
             kind::WATCH => Self::Watch,
             kind::CLASSES_WANTED => Self::ClassesWanted {
                 frames: reader.u64()?,
+            },
+            kind::CLOCK_WANTED => Self::ClockWanted {
+                number: reader.u64()?,
+            },
+            kind::CLOCK_ADJUST => Self::ClockAdjust {
+                by_ns: reader.u64()?.cast_signed(),
             },
             other => return Err(MessageError::UnknownKind(other)),
         };
@@ -455,6 +521,13 @@ impl<'a> AgentMessage<'a> {
                     writer = writer.bytes(&count.to_le_bytes())?;
                 }
                 writer.seal(kind::CLASSES_END)
+            }
+            Self::Clock { number, real_ns } => writer
+                .bytes(&number.to_le_bytes())?
+                .bytes(&real_ns.to_le_bytes())?
+                .seal(kind::CLOCK),
+            Self::ClockAdjusted(outcome) => {
+                writer.bytes(&[outcome as u8])?.seal(kind::CLOCK_ADJUSTED)
             }
         }
     }
@@ -540,6 +613,14 @@ impl<'a> AgentMessage<'a> {
                 }
                 Self::ClassesEnd(ClassCounts::from_array(counts))
             }
+            kind::CLOCK => Self::Clock {
+                number: reader.u64()?,
+                real_ns: reader.u64()?,
+            },
+            kind::CLOCK_ADJUSTED => Self::ClockAdjusted(
+                ClockOutcome::from_byte(reader.u8()?)
+                    .ok_or(MessageError::OutOfBounds("outcome"))?,
+            ),
             other => return Err(MessageError::UnknownKind(other)),
         };
         reader.end(message)
@@ -691,6 +772,8 @@ mod tests {
                 HostMessage::GateClose,
                 HostMessage::Watch,
                 HostMessage::ClassesWanted { frames: session },
+                HostMessage::ClockWanted { number: session },
+                HostMessage::ClockAdjust { by_ns: session.cast_signed() },
             ] {
                 let mut out = [0; MAX_FRAME_LEN];
                 let length = message.encode(&mut out).unwrap();
@@ -722,6 +805,8 @@ mod tests {
                 AgentMessage::ClassesEnd(ClassCounts::from_array([
                     session, sectors, pages, cpu_us, 0, u64::MAX, 1, session,
                 ])),
+                AgentMessage::Clock { number: session, real_ns: sectors },
+                AgentMessage::ClockAdjusted(ClockOutcome::ALL[usize::from(index) % 5]),
             ] {
                 let mut out = [0; MAX_FRAME_LEN];
                 let length = message.encode(&mut out).unwrap();

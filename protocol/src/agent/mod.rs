@@ -47,6 +47,19 @@
 //!  |             Class.. ClassesEnd       |   or nothing
 //!  |<-------------------------------------|
 //! ```
+//!
+//! Both hosts ask for the guest's clock, which stands still while nobody runs the guest, and the second sets it right:
+//!
+//! ```text
+//!  | Hello, ClockWanted..                 |
+//!  |------------------------------------->|
+//!  |              Clock..                 |   or nothing
+//!  |<-------------------------------------|
+//!  | ClockAdjust                          |
+//!  |------------------------------------->|
+//!  |              ClockAdjusted           |
+//!  |<-------------------------------------|
+//! ```
 
 mod classes;
 mod frame;
@@ -57,8 +70,8 @@ pub use classes::{ClassCounts, MemoryClass, RANKS};
 pub use frame::{Decoder, FrameError, HEADER_LEN, MAX_FRAME_LEN, MAX_PAYLOAD_LEN, encode_frame};
 pub use frames::{FrameList, FrameRun, FrameRunEncoder, FrameRuns};
 pub use message::{
-    AgentMessage, Encoded, GateCounts, HostMessage, MAX_TEXT_LEN, MessageError, Range,
-    RangeEncoder, Ranges, ReportSource,
+    AgentMessage, ClockOutcome, Encoded, GateCounts, HostMessage, MAX_TEXT_LEN, MessageError,
+    Range, RangeEncoder, Ranges, ReportSource,
 };
 
 /// Name of the virtio-serial port that the agent opens in the guest.

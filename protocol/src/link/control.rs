@@ -126,6 +126,15 @@ pub enum GuestEnd {
     Rebooted,
 }
 
+/// The guest's clock, as it went at the source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestClock {
+    /// How far it was ahead of the destination's monotonic clock, in nanoseconds.
+    pub ahead_ns: i64,
+    /// How far off that may be, in nanoseconds.
+    pub within_ns: u64,
+}
+
 /// Messages that drive a migration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Control {
@@ -260,6 +269,15 @@ pub enum Control {
     /// Destination, of a VM in post-copy: its guest ended by itself and its QEMU with it, so the rest of its memory is
     /// not wanted any more. Also an answer to [`Control::Resume`].
     GuestEnded(GuestEnd),
+    /// Source, between `Accepted` and `Prepare`: what does your monotonic clock show? Answered at once.
+    ClockWanted,
+    /// Destination: that.
+    Clock {
+        /// Nanoseconds since a moment that stays the same while the host is up.
+        monotonic_ns: u64,
+    },
+    /// Source, in the session before it says [`Control::Commit`]: so the guest's clock would go on, had it not moved.
+    GuestClock(GuestClock),
 }
 
 fn configuration() -> impl bincode::config::Config {
@@ -320,6 +338,24 @@ mod tests {
     fn a_guest_that_ended_is_told_of() {
         for end in [GuestEnd::ShutDown, GuestEnd::Panicked, GuestEnd::Rebooted] {
             let message = Control::GuestEnded(end);
+            let bytes = encode_control(&message).unwrap();
+            assert_eq!(decode_control(&bytes), Ok(message));
+        }
+    }
+
+    #[test]
+    fn clocks_are_told() {
+        let guest = GuestClock {
+            ahead_ns: i64::MIN,
+            within_ns: u64::MAX,
+        };
+        for message in [
+            Control::ClockWanted,
+            Control::Clock {
+                monotonic_ns: u64::MAX,
+            },
+            Control::GuestClock(guest),
+        ] {
             let bytes = encode_control(&message).unwrap();
             assert_eq!(decode_control(&bytes), Ok(message));
         }

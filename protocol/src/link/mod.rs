@@ -45,8 +45,8 @@ pub use batch::{
     MAX_BATCH_DATA, MAX_BLOCKS, PAGE_LEN, Record, Records, SectionKind,
 };
 pub use control::{
-    Control, GuestEnd, Offer, OfferedDisk, OfferedVirtio, PostCopy, Presence, Stalls, Waits,
-    decode_control, encode_control,
+    Control, GuestClock, GuestEnd, Offer, OfferedDisk, OfferedVirtio, PostCopy, Presence, Stalls,
+    Waits, decode_control, encode_control,
 };
 pub use frame::{
     Cover, FRAME_HEADER_LEN, FrameHeader, FrameKind, MAX_FRAME_PAYLOAD, MAX_SMALL_PAYLOAD,

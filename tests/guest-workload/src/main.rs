@@ -4,7 +4,8 @@
 //! says `ready`. From then on it serves requests (each reads and hashes a piece of a file and compares
 //! it with what the piece was at first), writes memory at a set rate, and prints a beat some fifty
 //! times a second. Told `check`, it compares every byte. It can be told to compute instead of serving, to have
-//! its page cache read anew, and to have other processes walk through memory of their own at random ([`walk`]).
+//! its page cache read anew, and to have other processes walk through memory of their own at random ([`walk`]). With
+//! `keep-clock` it plays a time daemon and ends ([`clock`]).
 //!
 //! It talks over its standard input and output, a serial line, a line at a time:
 //!
@@ -19,6 +20,7 @@
 //!
 //! Its settings are on the kernel's command line, as `testbed.KEY=VALUE`.
 
+mod clock;
 mod files;
 mod memory;
 mod settings;
@@ -64,6 +66,9 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), String> {
+    if std::env::args().nth(1).as_deref() == Some("keep-clock") {
+        return clock::keep();
+    }
     let settings = Settings::read()?;
     if let Some(way) = std::env::args().nth(1).as_deref().and_then(Way::named) {
         return walk::run(&settings, way);

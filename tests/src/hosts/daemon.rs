@@ -266,6 +266,13 @@ impl Daemon {
         text.matches(words).count()
     }
 
+    /// The lines of its log that have these words.
+    pub fn lines_with(&self, words: &str) -> Vec<String> {
+        let text = fs::read_to_string(&self.log).unwrap_or_default();
+        let lines = text.lines().filter(|line| line.contains(words));
+        lines.map(str::to_owned).collect()
+    }
+
     /// Waits until it has ended by itself.
     pub fn wait(&mut self) -> Result<()> {
         self.process.wait().map(drop)

@@ -23,6 +23,8 @@ pub(super) enum Said {
     Refused(String),
     Wanted(Vec<FrameRun>),
     Over(GateCounts),
+    /// The number of a question, and ns since 1970.
+    Clock(u64, u64),
 }
 
 /// A host.
@@ -160,6 +162,7 @@ impl FakeHost {
                         Said::Wanted(runs.iter().map_while(Result::ok).collect())
                     }
                     Ok(AgentMessage::GateOver(counts)) => Said::Over(counts),
+                    Ok(AgentMessage::Clock { number, real_ns }) => Said::Clock(number, real_ns),
                     _ => continue,
                 };
                 self.said.push_back(said);

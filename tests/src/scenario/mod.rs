@@ -7,6 +7,7 @@ mod bed;
 mod broken_start;
 mod channels;
 mod choice;
+mod clock;
 mod confined;
 mod converge;
 mod die;
@@ -66,6 +67,7 @@ pub fn all() -> Vec<Scenario> {
         choice::scenarios(),
         postcopy::scenarios(),
         stress::scenarios(),
+        clock::scenarios(),
         gate::scenarios(),
         order::scenarios(),
         lie::scenarios(),

@@ -93,7 +93,7 @@ impl<'a> Scene<'a> {
         self.here().vm_folder(self.name).join("agent.sock")
     }
 
-    fn here(&self) -> &Daemon {
+    pub(super) fn here(&self) -> &Daemon {
         &self.daemons[self.at]
     }
 
@@ -108,6 +108,11 @@ impl<'a> Scene<'a> {
         let here = self.here();
         self.console
             .run(Self::SIDES[self.at], command, ANSWER, || here.alive())
+    }
+
+    /// Tells the guest's workload something.
+    pub(super) fn tell(&self, line: &str) -> Result<()> {
+        self.console.tell(Self::SIDES[self.at], line)
     }
 
     /// Moves by post-copy.
@@ -126,8 +131,18 @@ impl<'a> Scene<'a> {
 
     /// Moves as post-copy if there is need of it when that was asked for.
     pub(super) fn may_move_by_post_copy(&mut self) -> Result<Answer> {
+        self.moves_by(&POST)
+    }
+
+    /// The daemon that will have the guest next.
+    pub(super) fn there(&self) -> &Daemon {
+        &self.daemons[1 - self.at]
+    }
+
+    /// Moves with these options.
+    pub(super) fn moves_by(&mut self, options: &[&str]) -> Result<Answer> {
         let to = [HOST_B, HOST_A][self.at];
-        let arguments = [&["migrate", self.name, "--to", to], &POST[..]].concat();
+        let arguments = [&["migrate", self.name, "--to", to], options].concat();
         let answer = std::thread::scope(|scope| {
             // The socket is there once the destination's QEMU is.
             let attached = scope.spawn(|| self.attach(1 - self.at));

@@ -2,6 +2,7 @@ use super::super::{Action, Session};
 use super::UNUSED_PATIENCE;
 use crate::cache::{Disk, PageCache, Step};
 use crate::classes::NoClasses;
+use crate::clock::NoClock;
 use crate::gate::Gate;
 use core::convert::Infallible;
 use core::time::Duration;
@@ -142,8 +143,14 @@ impl Bench {
     fn rest(&mut self) -> Action {
         let mut out = vec![0; MAX_FRAME_LEN];
         let gate = &mut self.gate;
-        self.session
-            .poll_for(&mut Empty, gate, &mut NoClasses, self.now, &mut out)
+        self.session.poll_for(
+            &mut Empty,
+            gate,
+            &mut NoClasses,
+            &mut NoClock,
+            self.now,
+            &mut out,
+        )
     }
 
     /// All that the agent says until it rests.
@@ -152,9 +159,14 @@ impl Bench {
         for _ in 0..1000 {
             let mut out = vec![0; MAX_FRAME_LEN];
             let (cache, gate) = (&mut Empty, &mut self.gate);
-            let action = self
-                .session
-                .poll_for(cache, gate, &mut NoClasses, self.now, &mut out);
+            let action = self.session.poll_for(
+                cache,
+                gate,
+                &mut NoClasses,
+                &mut NoClock,
+                self.now,
+                &mut out,
+            );
             match action {
                 Action::Send(length) => {
                     let mut decoder = Decoder::new();

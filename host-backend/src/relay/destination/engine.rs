@@ -19,6 +19,7 @@ use super::postcopy::Answers;
 use super::receive::Intake;
 use super::reply::{self, Replies, Reply};
 use super::storage::{Comparer, Questions};
+use crate::guest::Lead;
 use crate::hypervisor::Vm;
 use crate::hypervisor::memory::GuestMemory;
 use crate::link::session::{Ready, Session};
@@ -39,6 +40,8 @@ const GLANCE: Duration = Duration::from_millis(10);
 struct State {
     failure: Option<RelayError>,
     committed: bool,
+    /// See [`Engine::guest_clock`].
+    guest_clock: Option<Lead>,
     /// QEMU has loaded the devices.
     loaded: bool,
     /// QEMU has closed its socket, and all that it said is on its way.
@@ -150,7 +153,7 @@ impl Engine {
         engine.spawn("relay-link-in", move || {
             if !resumed {
                 intake.run()?;
-                this.commit();
+                this.commit(intake.guest_clock());
             }
             if this.is_post_copy() {
                 intake.run()?;
@@ -214,12 +217,19 @@ impl Engine {
         self.stop(RelayError::Stopped);
     }
 
+    /// How far the guest's clock would be ahead of this host's monotonic one, had the guest not stood still, if the source
+    /// told it with its commit.
+    pub(super) fn guest_clock(&self) -> Option<Lead> {
+        self.lock().guest_clock
+    }
+
     /// Has processes of a VM in post-copy sleep where its CPUs would stop.
     pub(super) fn gate(&self, vm: &Arc<Vm>) -> Gate {
         gate::start(
             Arc::clone(vm),
             Arc::clone(&self.placement),
             Arc::clone(&self.replies),
+            self.guest_clock(),
         )
     }
 
@@ -290,8 +300,11 @@ impl Engine {
         })
     }
 
-    fn commit(&self) {
-        self.lock().committed = true;
+    fn commit(&self, guest_clock: Option<Lead>) {
+        let mut state = self.lock();
+        state.guest_clock = guest_clock;
+        state.committed = true;
+        drop(state);
         self.changed.notify_waiters();
     }
 

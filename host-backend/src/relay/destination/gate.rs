@@ -16,10 +16,11 @@ use transhume_protocol::qemu::return_path::Message;
 use super::output::{Arrived, Output};
 use super::placement::Placement;
 use super::reply::{Replies, Reply};
-use crate::guest::{self, Agent, unusable};
+use crate::guest::{self, Agent, ClockSet, ClockSetter, Lead, unusable};
 use crate::hypervisor::Vm;
 use crate::hypervisor::layout::{Layout, Region, main_memory_end};
 use crate::pages::PAGE_SIZE;
+use crate::relay::agent;
 use absent::{Absent, Held, Map};
 
 pub(super) use absent::Block;
@@ -79,7 +80,13 @@ impl Drop for Gate {
 }
 
 /// Begins, if the VM has an agent; best before the VM runs.
-pub(super) fn start(vm: Arc<Vm>, placement: Arc<Placement>, replies: Arc<Replies>) -> Gate {
+/// `clock`: see [`agent::greet`].
+pub(super) fn start(
+    vm: Arc<Vm>,
+    placement: Arc<Placement>,
+    replies: Arc<Replies>,
+    clock: Option<Lead>,
+) -> Gate {
     let flags = Arc::<Flags>::default();
     let (sender, counts) = oneshot::channel();
     let gate = Gate {
@@ -97,7 +104,14 @@ pub(super) fn start(vm: Arc<Vm>, placement: Arc<Placement>, replies: Arc<Replies
                 return;
             };
             let name = vm.name();
-            let once = || run(socket, layout.regions(), &placement, &replies, &flags);
+            let mut clock = GuestClock {
+                vm: name,
+                expected: clock,
+            };
+            let once = || {
+                let regions = layout.regions();
+                run(socket, regions, &placement, &replies, &flags, &mut clock)
+            };
             match insist(name, &flags, PATIENCE, once) {
                 Ok(Some(counts)) => {
                     tell(name, &counts);
@@ -112,6 +126,7 @@ pub(super) fn start(vm: Arc<Vm>, placement: Arc<Placement>, replies: Arc<Replies
                     "memory that is absent stops its CPUs, not only processes"
                 ),
             }
+            clock.without_gate(socket);
         };
         let thread = std::thread::Builder::new().name("relay-gate".to_owned());
         if let Err(error) = thread.spawn(run) {
@@ -119,6 +134,41 @@ pub(super) fn start(vm: Arc<Vm>, placement: Arc<Placement>, replies: Arc<Replies
         }
     });
     gate
+}
+
+/// The guest's clock, until it is set right.
+struct GuestClock<'a> {
+    vm: &'a str,
+    /// See [`agent::greet`].
+    expected: Option<Lead>,
+}
+
+impl GuestClock<'_> {
+    fn begin(&self, agent: &mut Agent) {
+        if let Some(expected) = self.expected {
+            agent.begin_clock(ClockSetter::new(expected));
+        }
+    }
+
+    fn took(&mut self, set: Option<ClockSet>) {
+        if let Some(set) = set {
+            agent::clock_set(self.vm, set);
+            self.expected = None;
+        }
+    }
+
+    /// Sets it if that was not done while there was a gate.
+    fn without_gate(mut self, socket: &Path) {
+        if self.expected.is_none() {
+            return;
+        }
+        match agent::tell(socket, self.expected) {
+            Ok(set) => self.took(set),
+            Err(reason) => {
+                tracing::info!(vm = self.vm, reason, "the guest's clock is not set right");
+            }
+        }
+    }
 }
 
 fn tell(vm: &str, counts: &GateCounts) {
@@ -167,6 +217,7 @@ fn run(
     placement: &Placement,
     replies: &Replies,
     flags: &Flags,
+    clock: &mut GuestClock<'_>,
 ) -> Result<Option<GateCounts>, String> {
     let began = Instant::now();
     let blocks = loop {
@@ -186,7 +237,7 @@ fn run(
             replies.send(Reply::ReturnPath(request(block, page, count)));
         }
     };
-    keep(socket, regions, blocks, flags, arrived, ask)
+    keep(socket, regions, blocks, flags, clock, arrived, ask)
 }
 
 /// Keeps the agent's gate until nothing is absent, and returns what came of it. `arrived`: what has come since it was
@@ -196,6 +247,7 @@ fn keep(
     regions: &[Region],
     blocks: Vec<Block>,
     flags: &Flags,
+    clock: &mut GuestClock<'_>,
     mut arrived: impl FnMut() -> Vec<Arrived>,
     mut ask: impl FnMut(&str, u64, u64),
 ) -> Result<Option<GateCounts>, String> {
@@ -213,6 +265,7 @@ fn keep(
     let (mut agent, _) = opening.agreed(Vec::new(), PATIENCE)?;
     agent.set_tick(TICK).map_err(unusable)?;
     agent.gate_opened(PATIENCE)?;
+    clock.begin(&mut agent);
     flags.is_open.store(true, Ordering::Relaxed);
     let after_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
     tracing::info!(
@@ -222,7 +275,7 @@ fn keep(
     );
     let mut all = None;
     for times in 1.. {
-        let over = told.follow(&mut agent, flags, &mut arrived, &mut ask);
+        let over = told.follow(&mut agent, flags, clock, &mut arrived, &mut ask);
         let over = over.map_err(unusable)?;
         all = sum(all, over);
         let expired = over.is_some_and(|over| over.expired);
@@ -287,6 +340,7 @@ impl<'a> Told<'a> {
         &mut self,
         agent: &mut Agent,
         flags: &Flags,
+        clock: &mut GuestClock<'_>,
         mut arrived: impl FnMut() -> Vec<Arrived>,
         mut ask: impl FnMut(&str, u64, u64),
     ) -> io::Result<Option<GateCounts>> {
@@ -313,6 +367,7 @@ impl<'a> Told<'a> {
                 last = Instant::now();
             }
             let news = agent.gate_news()?;
+            clock.took(news.clock);
             if news.over.is_some() {
                 return Ok(news.over);
             }
@@ -513,7 +568,17 @@ mod tests {
             let comes = arrivals.len() > 1 || is_second.load(Ordering::Relaxed);
             comes.then(|| arrivals.pop()).flatten().unwrap_or_default()
         };
-        let over = keep(&socket, &[region], blocks, &flags, news, |_, _, _| {});
+        let (vm, expected) = ("test", None);
+        let mut clock = GuestClock { vm, expected };
+        let over = keep(
+            &socket,
+            &[region],
+            blocks,
+            &flags,
+            &mut clock,
+            news,
+            |_, _, _| {},
+        );
         let (first, second) = agent.join().expect("no panic");
         let run = |pfn, pages| FrameRun { pfn, pages };
         assert_eq!(first, [run(3, 2), run(9, 1)]);

@@ -7,7 +7,6 @@ use tokio::sync::broadcast;
 use tokio::time::timeout;
 use transhume_protocol::link::{Control, Offer};
 
-use super::agent;
 use super::arrivals::Stage;
 use super::decision::{Decision, Reservation};
 use super::engine::Engine;
@@ -25,6 +24,7 @@ use crate::hypervisor::{self, LaunchSettings, Vm};
 use crate::link::session::{Ready, Session};
 use crate::link::{self, Connection};
 use crate::pages::digest::Digester;
+use crate::relay::agent;
 use crate::relay::error::{CutOff, RelayError};
 
 /// How long QEMU may take to load the VM once all of it is there, and how often it is looked at.
@@ -265,7 +265,7 @@ pub(super) async fn take(
                 return Ok(());
             }
             if offer.running {
-                agent::greet(Arc::clone(&vm));
+                agent::greet(Arc::clone(&vm), engine.guest_clock());
             }
             decision.end(Stage::Taken);
             if let Err(error) = recovery::settle(vm.files().folder()) {

@@ -4,7 +4,6 @@
 //! also that of this process, ends in the QEMU being killed that was prepared for it.
 
 mod access;
-mod agent;
 mod arrivals;
 mod attempts;
 mod decision;

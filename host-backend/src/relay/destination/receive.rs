@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use transhume_protocol::link::{
-    Ack, BATCH_HEADER_LEN, BatchEncoding, BatchReader, Control, FrameKind, LinkError, Record,
-    decode_hints,
+    Ack, BATCH_HEADER_LEN, BatchEncoding, BatchReader, Control, FrameKind, GuestClock, LinkError,
+    Record, decode_hints,
 };
 use zstd::bulk::Decompressor;
 
@@ -13,6 +13,7 @@ use super::output::Contents;
 use super::placement::{Placement, ZERO_PAGES};
 use super::reply::{Replies, Reply};
 use super::storage::Questions;
+use crate::guest::Lead;
 use crate::link::session::{Ready, Session};
 use crate::link::{Payload, Pool, words};
 use crate::pages::hints::Place;
@@ -35,6 +36,7 @@ pub(super) struct Intake {
     memory_bytes: u64,
     /// Of the source that compares the disks.
     questions: Questions,
+    guest_clock: Option<Lead>,
 }
 
 impl Intake {
@@ -57,7 +59,13 @@ impl Intake {
             disk_bytes,
             memory_bytes,
             questions,
+            guest_clock: None,
         })
+    }
+
+    /// How far the guest's clock would be ahead of this host's, had it not moved, if the source said so.
+    pub(super) fn guest_clock(&self) -> Option<Lead> {
+        self.guest_clock
     }
 
     /// Receives until the source commits. In post-copy more comes after that.
@@ -84,6 +92,15 @@ impl Intake {
                 FrameKind::Control => match words::decode(&frame.payload)? {
                     Control::Commit => return Ok(()),
                     Control::Abort { reason } => return Err(RelayError::Aborted(reason)),
+                    Control::GuestClock(GuestClock {
+                        ahead_ns,
+                        within_ns,
+                    }) => {
+                        self.guest_clock = Some(Lead {
+                            ahead_ns,
+                            within_ns,
+                        });
+                    }
                     Control::Compare(comparison) => self.questions.ask(comparison)?,
                     Control::Endure => {
                         self.session.set_patience(IN_BETWEEN);

@@ -10,6 +10,7 @@ use std::time::Duration;
 use transhume_protocol::link::{Comparison, Control, Signs, StorageHere};
 
 use super::reply::{Replies, Reply};
+use crate::guest::monotonic_ns;
 use crate::hypervisor::{Definition, LaunchSettings};
 use crate::link::{Connection, Error, PATIENCE};
 use crate::relay::error::RelayError;
@@ -19,6 +20,8 @@ use crate::volume::same::{self, Signed, Storage};
 const LOOK_PATIENCE: Duration = Duration::from_secs(20);
 /// Comparisons before the session, and in it, at most.
 const MOST_COMPARISONS: usize = 64;
+/// The same of questions for the clock.
+const MOST_CLOCK_QUESTIONS: usize = 16;
 
 /// The storage of a VM that was offered.
 pub(super) struct Shown {
@@ -69,10 +72,13 @@ impl Shown {
         }
     }
 
-    /// Answers the source's comparisons until it says something else, which is returned. Blocks.
+    /// Answers the source's comparisons and questions for the clock until it says something else, which is returned. Blocks.
     pub(super) fn serve(&mut self, connection: &mut Connection) -> Result<Control, Error> {
-        for _ in 0..MOST_COMPARISONS {
+        for _ in 0..MOST_COMPARISONS + MOST_CLOCK_QUESTIONS {
             match connection.receive(PATIENCE)? {
+                Control::ClockWanted => connection.send(&Control::Clock {
+                    monotonic_ns: monotonic_ns(),
+                })?,
                 Control::Compare(comparison) => {
                     let read = self.storage.read(&comparison, &self.key);
                     let read =
@@ -86,7 +92,7 @@ impl Shown {
                 }
             }
         }
-        Err(Error::Unexpected("comparisons without an end"))
+        Err(Error::Unexpected("questions without an end"))
     }
 
     /// For the session.

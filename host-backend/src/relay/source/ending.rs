@@ -14,7 +14,7 @@ use crate::hypervisor::{self, Shutdown, Vm};
 use crate::link::PATIENCE;
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Downtime, Phase, Summary};
-use crate::relay::{Choice, Error, IN_BETWEEN, Mode, Stays};
+use crate::relay::{Choice, Error, IN_BETWEEN, Mode, Stays, agent};
 
 /// How long QEMU may take to run a VM again after a failure.
 const QEMU_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 15 });
@@ -58,7 +58,7 @@ impl Migration {
             Ok(commit) => commit,
             Err(error) => return Err(self.undo(Stop::Failed(error.to_string())).await),
         };
-        copied.shared.flow.push_control(commit);
+        copied.shared.push_commit(commit);
         let answered = timeout(PATIENCE, copied.shared.answered()).await;
         let taken = match answered {
             Ok(Some(Ok(()))) => Ok(()),
@@ -248,6 +248,11 @@ impl Migration {
         }
         if let Some(before) = self.before.take() {
             before.restore(qmp).await;
+        }
+        let clock = self.clocks.guest().filter(|_| self.facts.running);
+        if clock.is_some() && runs.is_ok() {
+            // It may have been paused for its switch-over.
+            agent::greet(Arc::clone(&self.request.vm), clock);
         }
         let host = self.request.from.clone();
         let stays = if self.facts.running {

@@ -9,6 +9,7 @@ use transhume_protocol::link::PostCopy;
 
 use super::agreement::{Accepted, Agreement, Disagreement};
 use super::choice::{self, Choice};
+use super::clocks::Clocks;
 use super::doubt::Doubt;
 use super::facts::{self, Facts, Plan};
 use super::flow::Flow;
@@ -143,6 +144,7 @@ pub(super) struct Migration {
     pub(super) facts: Facts,
     pub(super) progress: Arc<Progress>,
     pub(super) journal: Arc<dyn Journal>,
+    pub(super) clocks: Arc<Clocks>,
     pub(super) shared: Option<Arc<Shared>>,
     pub(super) reports: Option<Reports>,
     pub(super) before: Option<Before>,
@@ -177,6 +179,7 @@ impl Migration {
             facts,
             progress,
             journal,
+            clocks: Arc::default(),
             shared: None,
             reports: None,
             before: None,
@@ -248,6 +251,7 @@ impl Migration {
             rate,
             self.request.vm.qmp().version().keeps_until_loaded(),
             Some(doubt),
+            Arc::clone(&self.clocks),
         ));
         self.shared = Some(Arc::clone(&shared));
         match theirs {

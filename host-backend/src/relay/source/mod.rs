@@ -8,6 +8,7 @@ mod answers;
 mod buffers;
 mod channel;
 mod choice;
+mod clocks;
 mod collect;
 mod compression;
 mod doubt;

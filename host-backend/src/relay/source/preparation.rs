@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use transhume_protocol::link::{Control, PostCopy};
 
 use super::agreement::{Accepted, Agreement};
+use super::clocks::Clocks;
 use super::hints::Hints;
 use super::link_rate::LinkRate;
 use super::migration::{Migration, Stop, cancelled};
@@ -45,14 +46,20 @@ enum NotReady {
     Link(link::Error),
 }
 
-/// Has the destination start its QEMU. Blocks.
-fn prepare(accepted: Accepted, patience: u16, post_copy: PostCopy) -> Result<Ready, NotReady> {
+/// Has the destination start its QEMU, and asks for its clock. Blocks.
+fn prepare(
+    accepted: Accepted,
+    clocks: &Clocks,
+    patience: u16,
+    post_copy: PostCopy,
+) -> Result<Ready, NotReady> {
     let Accepted {
         mut connection,
         switchover_ack,
         storage,
         ..
     } = accepted;
+    clocks.ask(&mut connection).map_err(NotReady::Link)?;
     let prepare = Control::Prepare {
         switchover_ack,
         connections: connections(),
@@ -118,6 +125,7 @@ impl Migration {
             Arc::clone(hints),
             Arc::clone(&self.progress),
             Arc::clone(order),
+            Arc::clone(&self.clocks),
         )
     }
 
@@ -133,8 +141,10 @@ impl Migration {
         let post_copy = self.post_copy;
         self.may_wait_for_us = true;
         loop {
-            let prepared =
-                tokio::task::spawn_blocking(move || prepare(accepted, patience, post_copy));
+            let clocks = Arc::clone(&self.clocks);
+            let prepared = tokio::task::spawn_blocking(move || {
+                prepare(accepted, &clocks, patience, post_copy)
+            });
             let prepared = tokio::select! {
                 prepared = prepared => prepared,
                 () = cancelled(cancel) => return Err(Stop::Cancelled),

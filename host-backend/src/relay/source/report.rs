@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use transhume_protocol::agent::ReportSource;
 
+use super::clocks::Clocks;
 use super::hints::Hints;
 use super::order::{Order, Question};
 use crate::guest::GuestRange;
@@ -47,6 +48,7 @@ impl Reports {
         hints: Arc<Hints>,
         progress: Arc<Progress>,
         order: Arc<Order>,
+        clocks: Arc<Clocks>,
     ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let remarks = Arc::new(Mutex::new(Vec::new()));
@@ -65,6 +67,7 @@ impl Reports {
             hints,
             progress,
             order,
+            clocks,
             gate: Arc::clone(&reports.gate),
         };
         let thread = std::thread::Builder::new().name("relay-agent".to_owned());
@@ -138,6 +141,7 @@ struct Listener {
     hints: Arc<Hints>,
     progress: Arc<Progress>,
     order: Arc<Order>,
+    clocks: Arc<Clocks>,
     gate: Arc<AtomicBool>,
 }
 
@@ -205,6 +209,7 @@ impl Listener {
                             self.progress.set_classes(self.order.answer(order));
                             return;
                         }
+                        Reported::Clock(lead) => return self.clocks.set_guest(lead),
                     };
                     if last.is_some_and(|(last, pause)| last.elapsed() < pause) {
                         return;

@@ -229,6 +229,7 @@ impl Rest {
             rate,
             false,
             None,
+            Arc::default(),
         );
         let shared = Arc::new(shared);
         let begun = shared.resume(section, blocks);

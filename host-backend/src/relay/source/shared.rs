@@ -14,6 +14,7 @@ use transhume_protocol::qemu::return_path::{Message, PACKAGE_LOADED};
 
 use super::answers::Answers;
 use super::channel::ChannelReader;
+use super::clocks::Clocks;
 use super::collect::{Collector, Reading};
 use super::doubt::Doubt;
 use super::flow::Flow;
@@ -101,6 +102,7 @@ pub(super) struct Shared {
     telling: Mutex<()>,
     session: Session<Packer>,
     rate: Arc<LinkRate>,
+    clocks: Arc<Clocks>,
     state: Mutex<State>,
     changed: Notify,
 }
@@ -117,6 +119,7 @@ impl Shared {
         rate: Arc<LinkRate>,
         keeps_until_loaded: bool,
         doubt: Option<Doubt>,
+        clocks: Arc<Clocks>,
     ) -> Self {
         let channels = qemu.channels.len();
         Self {
@@ -132,6 +135,7 @@ impl Shared {
             telling: Mutex::new(()),
             session,
             rate,
+            clocks,
             state: Mutex::default(),
             changed: Notify::new(),
         }
@@ -442,9 +446,18 @@ impl Shared {
         let commit = encode_control(&Control::Commit)?;
         state.hand = Hand::Over(Instant::now());
         drop(state);
-        self.flow.push_control(commit);
+        self.push_commit(commit);
         self.changed.notify_waiters();
         Ok(())
+    }
+
+    /// Tells the destination that the VM is its own, and before that how the guest's clock went.
+    pub(super) fn push_commit(&self, commit: Vec<u8>) {
+        let clock = self.clocks.message();
+        if let Some(clock) = clock.and_then(|clock| encode_control(&clock).ok()) {
+            self.flow.push_control(clock);
+        }
+        self.flow.push_control(commit);
     }
 
     /// Keeps the VM here. Returns when it was handed over, if it is too late.

@@ -8,7 +8,7 @@ use alloc::string::String;
 use core::convert::Infallible;
 use core::ops::Range as Span;
 use core::time::Duration;
-use transhume_agent::{Action, Classes, Disk, Named, NoGate, PageCache, Session, Step};
+use transhume_agent::{Action, Classes, Disk, Named, NoClock, NoGate, PageCache, Session, Step};
 use transhume_protocol::agent::{ClassCounts, FrameRun, MemoryClass, Range, ReportSource};
 
 /// Entries of the page table that one step looks at.
@@ -90,7 +90,7 @@ impl Agent {
             let Some(out) = console.output() else {
                 return false;
             };
-            match session.poll_for(&mut table, &mut NoGate, &mut names, now, out) {
+            match session.poll_for(&mut table, &mut NoGate, &mut names, &mut NoClock, now, out) {
                 Action::Send(length) => {
                     let length = table.liar.frame(out, length);
                     console.send(length);

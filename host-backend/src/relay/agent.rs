@@ -1,0 +1,161 @@
+//! What the agent is told when a migration is over: that no memory is absent, and by how much its clock is to go forward,
+//! which stood still. The host that the VM left may have had it get ready for a move by post-copy.
+//!
+//! In post-copy [`super::destination`]'s gate talks to the agent.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::guest::{self, ClockSet, ClockSetter, Lead};
+use crate::hypervisor::Vm;
+use transhume_protocol::agent::ClockOutcome;
+
+/// How long the agent may take to answer. QEMU serves its channel to one client at a time, and the VM may move on.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How long it may take to set its clock.
+const CLOCK_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Begins to tell it, once the VM runs here. Nothing waits for it. `clock`: how far the guest's would be ahead of this
+/// host's monotonic one, had it not stood still.
+pub(in crate::relay) fn greet(vm: Arc<Vm>, clock: Option<Lead>) {
+    let run = move || {
+        let Some(socket) = vm.agent_socket() else {
+            return;
+        };
+        match tell(socket, clock) {
+            Ok(Some(set)) => clock_set(vm.name(), set),
+            Ok(None) => {}
+            Err(reason) if clock.is_some() => tracing::info!(
+                vm = vm.name(),
+                reason,
+                "the guest's clock is not set right: it lost the downtime"
+            ),
+            Err(reason) => {
+                tracing::debug!(vm = vm.name(), reason, "the agent was told nothing");
+            }
+        }
+    };
+    let thread = std::thread::Builder::new().name("relay-greet".to_owned());
+    if let Err(error) = thread.spawn(run) {
+        tracing::warn!(%error, "a thread");
+    }
+}
+
+/// Logs what became of a guest's clock.
+pub(in crate::relay) fn clock_set(vm: &str, set: ClockSet) {
+    let ms = |ns: f64| (ns / 1e4).round() / 100.0;
+    let (by_ms, within_ms) = (ms(set.by_ns as f64), ms(set.within_ns as f64));
+    let became = match set.outcome {
+        None => return tracing::debug!(vm, by_ms, within_ms, "the guest's clock is right"),
+        Some(ClockOutcome::Stepped) => "the guest's clock stood still, and was set forward",
+        Some(ClockOutcome::Slewed) => {
+            "the guest's clock stood still, and goes faster until it is right"
+        }
+        Some(ClockOutcome::Kept) => {
+            "the guest's clock stood still; a time daemon keeps it, and will set it right"
+        }
+        Some(ClockOutcome::LeftAlone) => {
+            "the guest's clock stood still, and is left so, as the guest's administrator wants"
+        }
+        Some(ClockOutcome::Failed) => {
+            "the guest's clock stood still, and its agent cannot set it: its log says why"
+        }
+    };
+    tracing::info!(vm, by_ms, within_ms, "{became}");
+}
+
+/// Tells it, and returns what became of the clock, if there is something to be done about it.
+pub(in crate::relay) fn tell(
+    socket: &Path,
+    clock: Option<Lead>,
+) -> Result<Option<ClockSet>, String> {
+    let mut session = [0; 8];
+    getrandom::fill(&mut session).map_err(|error| error.to_string())?;
+    let opening = guest::open(socket, u64::from_ne_bytes(session), PATIENCE)?;
+    opening.no_gate().map_err(guest::unusable)?;
+    // Its answer shows that it has read all that was said.
+    let (mut agent, _) = opening.agreed(Vec::new(), PATIENCE)?;
+    let Some(clock) = clock else {
+        return Ok(None);
+    };
+    agent.set_clock(ClockSetter::new(clock), CLOCK_PATIENCE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::{UnixListener, UnixStream};
+    use transhume_protocol::agent::{AgentMessage, Decoder, HostMessage, ReportSource, VERSION};
+
+    fn say(stream: &mut UnixStream, message: &AgentMessage<'_>) {
+        let mut out = [0; 256];
+        let length = message.encode(&mut out).expect("it fits");
+        stream.write_all(&out[..length]).expect("a host");
+    }
+
+    /// What an agent hears, and what becomes of its clock, which is 1,000 s ahead of the host's.
+    fn told(clock: Option<Lead>) -> (Vec<&'static str>, Option<ClockSet>) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let socket = folder.path().join("agent");
+        let listener = UnixListener::bind(&socket).expect("a socket");
+        let agent = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("a host");
+            let (mut decoder, mut byte, mut heard) = (Decoder::new(), [0], Vec::new());
+            while stream.read(&mut byte).expect("a host") == 1 {
+                assert_eq!(decoder.push(&byte), 1);
+                let Some((kind, payload)) = decoder.next_frame() else {
+                    continue;
+                };
+                match HostMessage::decode(kind, payload).expect("a message") {
+                    HostMessage::Hello { session, .. } => {
+                        heard.push("hello");
+                        let hello = AgentMessage::Hello {
+                            version: VERSION,
+                            session,
+                            source: ReportSource::Module,
+                            page_shift: 12,
+                            agent: "fake",
+                        };
+                        say(&mut stream, &hello);
+                    }
+                    HostMessage::GateClose => heard.push("close"),
+                    HostMessage::ClockWanted { number } => {
+                        let real_ns = guest::monotonic_ns() + 1_000_000_000_000;
+                        say(&mut stream, &AgentMessage::Clock { number, real_ns });
+                    }
+                    HostMessage::ClockAdjust { by_ns } => {
+                        // Half a second, as well as it is known.
+                        assert!(by_ns.abs_diff(500_000_000) < 400_000_000, "{by_ns}");
+                        heard.push("clock");
+                        let outcome = ClockOutcome::Slewed;
+                        say(&mut stream, &AgentMessage::ClockAdjusted(outcome));
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
+            heard
+        });
+        let set = tell(&socket, clock).expect("an agent");
+        (agent.join().expect("no panic"), set)
+    }
+
+    #[test]
+    fn an_agent_that_has_arrived_hears_that_nothing_is_absent() {
+        assert_eq!(told(None), (vec!["hello", "close"], None));
+    }
+
+    #[test]
+    fn a_clock_that_stood_still_is_set() {
+        let expected = Lead {
+            ahead_ns: 1_000_500_000_000,
+            within_ns: 1000,
+        };
+        let (heard, set) = told(Some(expected));
+        assert_eq!(heard, ["hello", "close", "clock"]);
+        let set = set.expect("what became of it");
+        assert_eq!(set.outcome, Some(ClockOutcome::Slewed));
+        assert!(set.by_ns.abs_diff(500_000_000) <= set.within_ns, "{set:?}");
+    }
+}
