@@ -162,7 +162,7 @@ impl Daemon {
         };
         fs::write(
             &configuration,
-            Self::configuration(host, qemu, &link, &rules),
+            Self::configuration(host, qemu, &host.qemu(qemu)?, &link, &rules),
         )
         .map_err(Error::file("write", &configuration))?;
         let log = host.folder.join("transhumed.log");
@@ -214,7 +214,8 @@ impl Daemon {
         )
     }
 
-    fn configuration(host: &Host, qemu: &Path, link: &str, rules: &str) -> String {
+    /// `started` is what stands for the QEMU.
+    fn configuration(host: &Host, qemu: &Path, started: &Path, link: &str, rules: &str) -> String {
         let mut text = String::new();
         if let Some(channels) = host.qemu_channels {
             let _ = writeln!(text, "qemu-channels = {channels}");
@@ -228,7 +229,7 @@ impl Daemon {
             host.folder.join("run").display(),
             host.folder.join("state").display(),
             host.folder.join("log").display(),
-            qemu.display(),
+            started.display(),
         );
         text
     }

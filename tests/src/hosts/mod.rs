@@ -20,7 +20,8 @@ use crate::{Error, Result};
 use delay::Delay;
 use nix::mount::{MsFlags, mount};
 use std::fs;
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// The first host.
@@ -54,6 +55,8 @@ pub struct Host {
     pub qemu_channels: Option<u8>,
     /// What its daemon and its QEMUs find in the place of other files: the former lies over the latter.
     pub covered: Vec<(PathBuf, PathBuf)>,
+    /// Where each QEMU of a guest listens at a second monitor, named by its process.
+    monitors: Option<PathBuf>,
     namespace: String,
 }
 
@@ -75,6 +78,40 @@ impl Host {
             fs::remove_dir_all(&path).map_err(Error::file("remove", &path))?;
         }
         fs::create_dir_all(&path).map_err(Error::file("create", &path))?;
+        Ok(path)
+    }
+
+    /// Has each QEMU of a guest that its daemon starts listen at a second monitor, `PROCESS.sock` in the folder that is
+    /// returned; before the daemon starts.
+    pub fn watch_qemus(&mut self) -> Result<PathBuf> {
+        let folder = self.empty_folder("monitors")?;
+        // They are users without rights.
+        let all = fs::Permissions::from_mode(0o777);
+        fs::set_permissions(&folder, all).map_err(Error::file("open to all", &folder))?;
+        self.monitors = Some(folder.clone());
+        Ok(folder)
+    }
+
+    /// What stands for this QEMU on this host.
+    fn qemu(&self, qemu: &Path) -> Result<PathBuf> {
+        let Some(monitors) = &self.monitors else {
+            return Ok(qemu.to_owned());
+        };
+        let folder = self.folder.join("qemu");
+        fs::create_dir_all(&folder).map_err(Error::file("create", &folder))?;
+        let path = folder.join("qemu-system-x86_64");
+        let (qemu, monitors) = (qemu.display(), monitors.display());
+        // Those that are only asked what they can do have no name.
+        let script = format!(
+            "#!/bin/sh\ncase \" $* \" in\n*\" -name \"*) exec '{qemu}' \"$@\" -qmp \"unix:{monitors}/$$.sock,server=on,wait=off\" ;;\n\
+             esac\nexec '{qemu}' \"$@\"\n"
+        );
+        let draft = path.with_extension("draft");
+        let executable = fs::Permissions::from_mode(0o755);
+        fs::write(&draft, script)
+            .and_then(|()| fs::set_permissions(&draft, executable))
+            .and_then(|()| fs::rename(&draft, &path))
+            .map_err(Error::file("write", &path))?;
         Ok(path)
     }
 
@@ -150,6 +187,7 @@ impl Hosts {
                 rules: None,
                 qemu_channels: None,
                 covered: Vec::new(),
+                monitors: None,
                 namespace: format!("{unique}-{name}"),
             })
         };

@@ -10,6 +10,7 @@ mod choice;
 mod clock;
 mod confined;
 mod converge;
+mod copies;
 mod die;
 mod fake_host;
 mod false_source;
@@ -17,6 +18,7 @@ mod flood;
 mod gate;
 mod guest;
 mod guest_ends;
+mod hand_over;
 mod lie;
 pub(crate) mod micro;
 mod migrate;
@@ -69,6 +71,7 @@ pub fn all() -> Vec<Scenario> {
         stress::scenarios(),
         clock::scenarios(),
         gate::scenarios(),
+        hand_over::scenarios(),
         order::scenarios(),
         lie::scenarios(),
         die::scenarios(),

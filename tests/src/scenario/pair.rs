@@ -1,6 +1,7 @@
 //! The fixture: two hosts with their daemons, and a micro-guest that runs on one of them.
 
 use super::Bed;
+use super::copies::Copies;
 use super::micro::{Life, Micro, NAME, Qemus};
 use super::transhume::{Answer, Running, ask, begin};
 use crate::cleanup::still_time;
@@ -58,6 +59,7 @@ pub(super) struct Pair<'a> {
     pub(super) a: Daemon,
     pub(super) b: Daemon,
     pub(super) hosts: Hosts,
+    pub(super) copies: Copies,
     qemus: (PathBuf, PathBuf),
     /// Where guests start.
     first: Qemu,
@@ -112,7 +114,8 @@ impl<'a> Pair<'a> {
     }
 
     /// Two daemons on these hosts.
-    pub(super) fn on(bed: &'a Bed, qemus: Qemus, hosts: Hosts) -> Result<Self> {
+    pub(super) fn on(bed: &'a Bed, qemus: Qemus, mut hosts: Hosts) -> Result<Self> {
+        let copies = Copies::watch([&mut hosts.a, &mut hosts.b])?;
         let (first, second) = qemus;
         let qemus = (bed.packages.qemu(first)?, bed.packages.qemu(second)?);
         let programs = bed.programs()?;
@@ -123,9 +126,15 @@ impl<'a> Pair<'a> {
             a,
             b,
             hosts,
+            copies,
             qemus,
             first,
         })
+    }
+
+    /// The QEMU where guests start.
+    pub(super) fn first_qemu(&self) -> Qemu {
+        self.first
     }
 
     /// A host's daemon.
@@ -302,8 +311,10 @@ impl<'a> Pair<'a> {
         stayed().map_err(|error| self.with_logs(error))
     }
 
-    /// One host lists the guest as running, the other does not list it and has no process of it.
+    /// One host lists the guest as running, the other does not list it and has no process of it. Their QEMUs say the same,
+    /// and that no two ran it at any time.
     fn runs_once(&self, at: At) -> Result<()> {
+        self.copies.one_runs(at)?;
         let here = ask(self.daemon(at), &["vm", "show", NAME])?.expect(0)?;
         check(here.word("/state")? == "running", || {
             format!("The guest does not run at {}: {here}", at.name())

@@ -22,7 +22,7 @@ pub(super) const POST: [&str; 2] = ["--mode", "post"];
 /// Bounds an answer of the Linux guest.
 const ANSWER: Duration = Duration::from_secs(60);
 /// In Mbit/s; what is left at the switch takes a while there.
-const SLOW: u32 = 60;
+pub(super) const SLOW: u32 = 60;
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
@@ -114,7 +114,7 @@ pub(super) fn long_scenarios() -> Vec<Scenario> {
 }
 
 /// A guest that writes more during one scan of its memory than a pause could carry.
-fn writes(bed: &Bed) -> Result<Micro> {
+pub(super) fn writes(bed: &Bed) -> Result<Micro> {
     Ok(Micro {
         memory: 192,
         parameters: "cache=48M data=64M rate=60M".into(),

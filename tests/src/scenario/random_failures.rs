@@ -3,6 +3,7 @@
 
 use super::any_moment::{Moment, OLD, Watch, settle, state};
 use super::die::sigkill;
+use super::hand_over::loop_device;
 use super::micro::{Life, Micro, NAME, Qemus, raw_disk};
 use super::pair::{At, KEEPS, NEWEST, Pair};
 use super::transhume::{Answer, ask};
@@ -179,11 +180,7 @@ impl CutDisk {
         let whole = raw_disk(bed)?;
         let image = folder.join("disk.raw");
         fs::copy(&whole, &image).map_err(Error::file("copy", &whole))?;
-        let losetup = || Run::new("losetup").cure("It needs loop devices, and mount's losetup");
-        let said = losetup().args(["--find", "--show"]).args([&image]).text()?;
-        let device = PathBuf::from(said.trim());
-        let open = File::open(&device).map_err(Error::file("open", &device))?;
-        losetup().args(["--detach"]).args([&device]).output()?;
+        let (device, open) = loop_device(&image)?;
         Ok(Self {
             device,
             image,

@@ -22,6 +22,7 @@ const LANES: &[(&str, Lane)] = &[
     ("converge", Waits),
     ("die-at-random", Waits),
     ("die-any-moment-", Waits),
+    ("die-at-hand-over-", Waits),
     ("die-in-doubt", Waits),
     ("die-link", Waits),
     ("die-source-", Waits),
