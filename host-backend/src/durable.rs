@@ -38,6 +38,14 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     sync_folder(path)
 }
 
+/// The same for what will not change any more: no room is kept for another content.
+pub(crate) fn conclude(path: &Path, content: &[u8]) -> io::Result<()> {
+    let spare = spare(path);
+    write(&spare, content)?;
+    fs::rename(&spare, path)?;
+    sync_folder(path)
+}
+
 /// Writes over what is there, without giving its room up first.
 fn write(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut options = OpenOptions::new();
@@ -86,6 +94,22 @@ mod tests {
         remove(&path).unwrap();
         remove(&path).unwrap();
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_is_final_keeps_no_room() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("note");
+        for (first, count) in [(replace as fn(&Path, &[u8]) -> _, 2), (conclude, 1)] {
+            first(&path, b"waits").unwrap();
+            assert_eq!(fs::read_dir(folder.path()).unwrap().count(), count);
+            conclude(&path, b"taken").unwrap();
+            assert_eq!(fs::read(&path).unwrap(), b"taken");
+            assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        }
+        // It did change.
+        replace(&path, b"lost").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"lost");
     }
 
     #[test]

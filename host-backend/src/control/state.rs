@@ -4,7 +4,7 @@
 //! Each file says of which version it is; one that says nothing is of version 0. A file that cannot be read, or is
 //! of a newer version, is left as it is, and what it is about is held back.
 
-use super::api::JobInfo;
+use super::api::{JobInfo, JobState};
 use super::{Error, Result};
 use crate::bounded::read_text;
 use crate::durable;
@@ -261,7 +261,13 @@ impl State {
         let version = VERSION;
         let text = serde_json::to_vec(&NotedJob { version, job })
             .map_err(|error| Error::file("write", &path, error.into()))?;
-        durable::replace(&path, &text).map_err(|error| Error::file("write", &path, error))
+        let is_over = job.state != JobState::Running && !job.in_doubt;
+        let written = if is_over {
+            durable::conclude(&path, &text)
+        } else {
+            durable::replace(&path, &text)
+        };
+        written.map_err(|error| Error::file("write", &path, error))
     }
 
     pub(super) fn forget_job(&self, id: u64) -> Result<()> {

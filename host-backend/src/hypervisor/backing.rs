@@ -123,13 +123,20 @@ fn wrong(cause: impl Into<String>) -> io::Error {
 
 /// The file that an image is based on, and whether that is a qcow2 image again.
 fn next(file: &File, image: &Path) -> io::Result<Option<(PathBuf, bool)>> {
-    let header = read_header(file)?;
+    based_on(&read_header(file)?, image)
+}
+
+/// The same by the first bytes of the file, which are its header and may be more. Without I/O.
+///
+/// # Errors
+/// [`io::ErrorKind::InvalidData`] with the cause for images that leave to QEMU what to open.
+pub fn based_on(header: &[u8], image: &Path) -> io::Result<Option<(PathBuf, bool)>> {
     if !header.starts_with(MAGIC) {
         return Ok(None);
     }
     let shown = image.display();
     let short = || wrong(format!("{shown} ends within its header"));
-    let number = |at: usize| word(&header, at).ok_or_else(short);
+    let number = |at: usize| word(header, at).ok_or_else(short);
     let version = number(4)?;
     let long =
         |at: usize| Ok::<_, io::Error>(u64::from(number(at)?) << 32 | u64::from(number(at + 4)?));

@@ -235,7 +235,8 @@ impl Hosts {
                 &folder,
                 Some("tmpfs"),
                 MsFlags::empty(),
-                Some("size=1m"),
+                // With all that is kept of ended migrations it is not full.
+                Some("size=4m"),
             )
             .map_err(Error::system("mount a tmpfs"))?;
             self.mounts.push(Guard::new(Leftover::Mount(folder)));

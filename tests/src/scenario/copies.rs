@@ -15,8 +15,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-/// How often it is looked for QEMUs that are new.
-const GLANCE: Duration = Duration::from_millis(2);
+/// How often it is looked for QEMUs that are new: none runs a guest that soon.
+const GLANCE: Duration = Duration::from_millis(20);
 /// How long a QEMU may take to answer.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -185,6 +185,8 @@ fn follow(at: At, pid: u32, socket: &Path, stints: &Stints) {
         }
     }
     ends(stints, pid, now_us());
+    // One that was killed leaves it.
+    let _ = fs::remove_file(socket);
 }
 
 fn begins(stints: &Stints, at: At, pid: u32, from_us: u64) {

@@ -145,10 +145,11 @@ impl Arrivals {
     /// Notes how far a migration is. It is on disk when this returns.
     pub(super) fn note(&self, job: u64, vm: &str, stage: Stage) -> io::Result<()> {
         let text = format!("{VERSION} {} {vm}\n", stage.word());
-        durable::replace(&self.path(job), text.as_bytes())?;
-        if stage.is_final() {
-            self.forget_oldest();
+        if !stage.is_final() {
+            return durable::replace(&self.path(job), text.as_bytes());
         }
+        durable::conclude(&self.path(job), text.as_bytes())?;
+        self.forget_oldest();
         Ok(())
     }
 

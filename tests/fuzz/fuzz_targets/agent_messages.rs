@@ -6,7 +6,7 @@ use transhume_protocol::agent::{
     AgentMessage, FrameList, FrameRunEncoder, FrameRuns, HEADER_LEN, HostMessage, MAX_FRAME_LEN,
     MAX_PAYLOAD_LEN, RangeEncoder,
 };
-use transhume_protocol_fuzz::first;
+use transhume_fuzz::first;
 
 fuzz_target!(|data: &[u8]| {
     let (kind, payload) = first(data);

@@ -5,7 +5,7 @@ use libfuzzer_sys::fuzz_target;
 use transhume_protocol::link::{
     BatchBuilder, BatchEncoding, BatchReader, MAX_BATCH_DATA, MAX_BLOCKS, PAGE_LEN, Record,
 };
-use transhume_protocol_fuzz::expand;
+use transhume_fuzz::expand;
 
 fuzz_target!(|data: &[u8]| {
     let payload = expand(data);

@@ -6,7 +6,7 @@ use transhume_protocol::qemu::{
     Block, Command, Configuration, Decoder, Discard, Encoder, Error, Item, Kind, MAX_ITEM_LEN,
     PAGE_SIZE, start_stream,
 };
-use transhume_protocol_fuzz::{expand, first};
+use transhume_fuzz::{expand, first};
 
 /// A stream up to the first PART.
 fn start() -> Vec<u8> {

@@ -6,7 +6,7 @@ use transhume_protocol::qemu::multifd::{
     GREETING_LEN, Greeting, MAX_PACKET_PAGES, PACKET_LEN, Packet, encode_packet,
 };
 use transhume_protocol::qemu::{Block, PAGE_SIZE, Page};
-use transhume_protocol_fuzz::first;
+use transhume_fuzz::first;
 
 /// The input over a packet or a greeting of zeros, so that short inputs say much.
 fn over<const N: usize>(data: &[u8]) -> [u8; N] {

@@ -3,7 +3,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use transhume_protocol::agent::{Decoder, HEADER_LEN, MAX_FRAME_LEN, encode_frame};
-use transhume_protocol_fuzz::first;
+use transhume_fuzz::first;
 
 /// Reads `tag length bytes` again and again: an odd tag makes a frame of the bytes, so that the checksum
 /// is no obstacle; an even one leaves them as they are.
