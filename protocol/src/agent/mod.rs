@@ -62,17 +62,20 @@
 //! ```
 
 mod classes;
+mod fields;
 mod frame;
 mod frames;
 mod message;
+mod ranges;
 
 pub use classes::{ClassCounts, MemoryClass, RANKS};
 pub use frame::{Decoder, FrameError, HEADER_LEN, MAX_FRAME_LEN, MAX_PAYLOAD_LEN, encode_frame};
 pub use frames::{FrameList, FrameRun, FrameRunEncoder, FrameRuns};
 pub use message::{
     AgentMessage, ClockOutcome, Encoded, GateCounts, HostMessage, MAX_TEXT_LEN, MessageError,
-    Range, RangeEncoder, Ranges, ReportSource,
+    ReportSource,
 };
+pub use ranges::{Range, RangeEncoder, Ranges};
 
 /// Name of the virtio-serial port that the agent opens in the guest.
 pub const PORT_NAME: &str = "org.transhume.agent.0";
