@@ -102,10 +102,16 @@ enum Victim {
 }
 
 fn each(bed: &Bed, victim: Victim, moments: &[Moment]) -> Result<()> {
-    for (qemus, moment) in [OLD, NEWEST]
-        .into_iter()
-        .flat_map(|qemus| moments.iter().map(move |moment| (qemus, moment)))
-    {
+    // By the moment first, so that half of them have each QEMU's.
+    let all = moments.iter().enumerate().flat_map(|(n, moment)| {
+        let qemus = if n % 2 == 0 {
+            [OLD, NEWEST]
+        } else {
+            [NEWEST, OLD]
+        };
+        qemus.map(|qemus| (qemus, moment))
+    });
+    for (qemus, moment) in bed.draw.half(all) {
         let mut pair = Pair::new(bed, qemus, Some(1000))?;
         let outcome = one(&mut pair, victim, *moment).map_err(|error| {
             pair.with_logs(Error::Check(format!("{victim:?} at {moment:?}: {error}")))

@@ -48,6 +48,16 @@ impl Draw {
         Ok(Self { seed, all })
     }
 
+    /// Every other one, by the seed; all of them before a release.
+    pub fn half<T>(self, of: impl IntoIterator<Item = T>) -> impl Iterator<Item = T> {
+        let (skipped, step) = if self.all {
+            (0, 1)
+        } else {
+            (usize::from(!self.seed.is_multiple_of(2)), 2)
+        };
+        of.into_iter().skip(skipped).step_by(step)
+    }
+
     /// How many are drawn: some for each change, or those before a release.
     pub fn count(self, some: u64, all: u64) -> u64 {
         if self.all { all } else { some }

@@ -55,10 +55,10 @@ fn all(bed: &Bed, qemus: Qemus) -> Result<()> {
     let moments = [Moment::Loaded, Moment::Committed, Moment::Runs];
     // Older ones are handed over before that.
     let moments = &moments[usize::from(qemus.0 != Qemu::V11_1)..];
-    for (victim, &moment) in [At::A, At::B]
+    let all = [At::A, At::B]
         .into_iter()
-        .flat_map(|at| moments.iter().map(move |moment| (at, moment)))
-    {
+        .flat_map(|at| moments.iter().map(move |moment| (at, moment)));
+    for (victim, &moment) in bed.draw.half(all) {
         let mut pair = Pair::new(bed, qemus, Some(SLOW))?;
         let outcome = one(&mut pair, victim, moment).map_err(|error| {
             let name = victim.name();
