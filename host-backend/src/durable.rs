@@ -1,23 +1,38 @@
 //! Small files that are either the old one or the new one, never a part, also after a power cut.
 //!
-//! Beside each there is another of its size, `*.new`, where the next content is written before the two change places. So a
+//! Beside each there is another of its size, `NAME.new`, where the next content is written before the two change places. So a
 //! file that was written once can be replaced when there is no room any more, as long as it does not grow by a block:
 //! what must be noted at a migration's worst moment does not fail for that.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
+/// One at a time: two who write to one file would change places with each other's old content.
+static WRITING: Mutex<()> = Mutex::new(());
+
+fn writing() -> MutexGuard<'static, ()> {
+    WRITING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// The file beside another one.
 fn spare(path: &Path) -> PathBuf {
-    path.with_extension("new")
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    name.into()
 }
 
 /// Replaces a file, or makes it. It is on disk when this returns.
 pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    let _writing = writing();
     let spare = spare(path);
+    if spare.exists() {
+        // If that failed the last time, the one on disk may be what is the other one here.
+        sync_folder(path)?;
+    }
     write(&spare, content)?;
     let exchanged = renameat2(
         AT_FDCWD,
@@ -32,7 +47,7 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
         fs::rename(&spare, path)?;
         if is_new {
             // Without room for the next content, this one shall not be relied on.
-            write(&spare, content).inspect_err(|_| drop(remove(path)))?;
+            write(&spare, content).inspect_err(|_| drop(remove_all(path)))?;
         }
     }
     sync_folder(path)
@@ -40,7 +55,11 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
 
 /// The same for what will not change any more: no room is kept for another content.
 pub(crate) fn conclude(path: &Path, content: &[u8]) -> io::Result<()> {
+    let _writing = writing();
     let spare = spare(path);
+    if spare.exists() {
+        sync_folder(path)?;
+    }
     write(&spare, content)?;
     fs::rename(&spare, path)?;
     sync_folder(path)
@@ -59,8 +78,32 @@ fn write(path: &Path, content: &[u8]) -> io::Result<()> {
     file.sync_all()
 }
 
+/// Gives a file another name, with the room that is kept beside it; it takes the place of one that has that name. One that
+/// is not there is left so.
+pub(crate) fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    let _writing = writing();
+    for (from, to) in [(from.to_owned(), to.to_owned()), (spare(from), spare(to))] {
+        match fs::rename(from, to) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    sync_folder(to)
+}
+
+/// Gives up the room that is kept beside a file.
+pub(crate) fn give_room_up(path: &Path) -> io::Result<()> {
+    let _writing = writing();
+    fs::remove_file(spare(path))
+}
+
 /// Removes a file, if it is there.
 pub(crate) fn remove(path: &Path) -> io::Result<()> {
+    let _writing = writing();
+    remove_all(path)
+}
+
+fn remove_all(path: &Path) -> io::Result<()> {
     for path in [path, &spare(path)] {
         match fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -110,6 +153,42 @@ mod tests {
         // It did change.
         replace(&path, b"lost").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"lost");
+    }
+
+    #[test]
+    fn notes_of_one_stem_have_room_of_their_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let [here, coming] = ["web1.toml", "web1.arriving"].map(|name| folder.path().join(name));
+        replace(&here, b"defined").unwrap();
+        replace(&coming, b"comes").unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 4);
+        rename(&coming, &here).unwrap();
+        assert_eq!(fs::read(&here).unwrap(), b"comes");
+        assert!(!coming.exists() && spare(&here).exists());
+        // What is not there changes nothing.
+        rename(&coming, &here).unwrap();
+        replace(&here, b"is here").unwrap();
+        assert_eq!(fs::read(&here).unwrap(), b"is here");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn who_writes_at_once_loses_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("note");
+        replace(&path, b"0").unwrap();
+        std::thread::scope(|scope| {
+            for number in 1..=2_u8 {
+                let path = &path;
+                scope.spawn(move || {
+                    for round in 0..50_u8 {
+                        replace(path, &[number, round]).unwrap();
+                    }
+                });
+            }
+        });
+        // Whoever was last wrote its last.
+        assert_eq!(fs::read(&path).unwrap()[1], 49);
     }
 
     #[test]

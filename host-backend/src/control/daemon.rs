@@ -215,7 +215,7 @@ impl Daemon {
 
     pub(super) fn arrive(self: &Arc<Self>, vm: Arc<Vm>, autostart: bool) {
         if let Err(error) = self.table.note_arrived(&vm, autostart) {
-            tracing::error!(vm = vm.name(), %error, "not noted on disk: a restarted transhumed will not find it");
+            tracing::error!(vm = vm.name(), %error, "what is noted of it on disk is still that it arrives");
         }
         self.put(vm);
     }

@@ -521,7 +521,7 @@ mod tests {
         let jobs = jobs(folder.path());
         let job = jobs.begin(begun("web1", "hostb", false)).expect("a job");
         // Nothing can be written: the file beside it is a folder.
-        let twin = folder.path().join("jobs/1.new");
+        let twin = folder.path().join("jobs/1.json.new");
         std::fs::remove_file(&twin).expect("room for the next");
         std::fs::create_dir(&twin).expect("a folder");
         jobs.finish(&job, failed());

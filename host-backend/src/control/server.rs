@@ -145,6 +145,8 @@ async fn attend(stream: UnixStream, daemon: &Arc<Daemon>) -> io::Result<()> {
                     message,
                 };
                 answer(&mut writer, &Response::Error(failure)).await?;
+                // It speaks something else: what follows is not meant for us.
+                return Ok(());
             }
         }
     }

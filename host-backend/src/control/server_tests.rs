@@ -132,7 +132,7 @@ async fn survives_hostile_clients() {
         sent += chunk.len();
     }
     assert!(sent < 4 * MAX_REQUEST);
-    // Nonsense is answered, and the connection goes on.
+    // Nonsense is answered, and nothing behind it is heard.
     let mut client = UnixStream::connect(&service.socket)
         .await
         .expect("a connection");
@@ -145,7 +145,7 @@ async fn survives_hostile_clients() {
     client.read_to_string(&mut said).await.expect("answers");
     let lines: Vec<&str> = said.lines().collect();
     assert!(lines[0].contains("this is no request"), "{said}");
-    assert_eq!(lines[1], r#"{"vms":[]}"#);
+    assert_eq!(lines.len(), 1, "{said}");
     // One too many is told so at once.
     let mut held = Vec::new();
     for _ in 0..CLIENTS {

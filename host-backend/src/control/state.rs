@@ -227,8 +227,18 @@ impl State {
         write_record(&self.vm(&record.definition.name), record)
     }
 
+    /// The note of a VM that was about to arrive becomes that of a VM of this host, which takes no room.
+    pub(super) fn arrived(&self, record: &Record) -> Result<()> {
+        let name = &record.definition.name;
+        let path = self.vm(name);
+        durable::rename(&self.arriving(name), &path)
+            .map_err(|error| Error::file("write", &path, error))?;
+        self.save_vm(record)
+    }
+
     pub(super) fn forget_vm(&self, name: &str) -> Result<()> {
-        remove(&self.vm(name))
+        remove(&self.vm(name))?;
+        remove(&self.arriving(name))
     }
 
     pub(super) fn save_arriving(&self, record: &Record) -> Result<()> {
@@ -242,6 +252,10 @@ impl State {
     /// All VMs.
     pub(super) fn vms(&self) -> Result<Found<Record>> {
         let mut found = read_all(&self.vms, "toml", Record::parse)?;
+        for record in &mut found.read {
+            // It has arrived: this was renamed, and not written anew.
+            record.arrival = None;
+        }
         for one in &mut found.unreadable {
             let name = one.path.file_stem().and_then(|name| name.to_str());
             one.vm = name

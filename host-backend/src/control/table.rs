@@ -205,8 +205,7 @@ impl Table {
         if autostart {
             self.lock().autostart.insert(vm.name().to_owned());
         }
-        self.state.save_vm(&self.record(vm))?;
-        self.state.forget_arriving(vm.name())
+        self.state.arrived(&self.record(vm))
     }
 
     /// The notes of VMs that were about to arrive when an earlier process ended: those that `owns` says belong to
@@ -219,10 +218,13 @@ impl Table {
             let job = job.and_then(|job| u64::from_str_radix(&job, 16).ok());
             if job.is_some_and(|job| owns(&name, job)) {
                 self.know(&record);
-                self.state.save_vm(&record)?;
+                if let Err(error) = self.state.arrived(&record) {
+                    tracing::error!(vm = name, %error, "what is noted of it is still that it arrives");
+                }
                 owned.push(record);
+            } else if let Err(error) = self.state.forget_arriving(&name) {
+                tracing::error!(vm = name, %error, "it did not arrive, and its note stays");
             }
-            self.state.forget_arriving(&name)?;
         }
         Ok(owned)
     }

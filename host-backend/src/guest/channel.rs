@@ -9,7 +9,7 @@ use transhume_protocol::agent::{
     AgentMessage, Decoder, HostMessage, MAX_FRAME_LEN, ReportSource, VERSION,
 };
 
-use super::clock::{ClockReader, ClockSetter, Lead, monotonic_ns};
+use super::clock::{ClockReader, ClockSet, ClockSetter, Known, monotonic_ns};
 use super::order::{MemoryOrder, OrderCollector};
 use super::report::{Collector, DiskName, GuestRange, Report};
 
@@ -34,8 +34,8 @@ pub enum Reported<'a> {
     Whole(Report),
     /// In which order the memory is wanted; see [`super::Questions`].
     Order(MemoryOrder),
-    /// How far the guest's clock is ahead of this host's monotonic one.
-    Clock(Lead),
+    /// How far the guest's clock is ahead of this host's.
+    Clock(Known),
 }
 
 /// A session with an agent.
@@ -47,6 +47,7 @@ pub struct Agent {
     order: OrderCollector,
     clock: ClockReader,
     pub(super) setter: Option<ClockSetter>,
+    pub(super) clock_set: Option<ClockSet>,
 }
 
 /// A session that the agent was asked for, and has not agreed to.
@@ -153,6 +154,7 @@ impl Opening {
                                     order: OrderCollector::default(),
                                     clock: ClockReader::default(),
                                     setter: None,
+                                    clock_set: None,
                                 },
                                 greeting,
                             ));
@@ -252,11 +254,8 @@ impl Agent {
                             if let Some(order) = self.order.take(&message) {
                                 report(Reported::Order(order));
                             }
-                            let now = monotonic_ns();
-                            if self.clock.take(&message, now)
-                                && let Some(lead) = self.clock.lead(now)
-                            {
-                                report(Reported::Clock(lead));
+                            if self.clock.take(&message, monotonic_ns()) {
+                                report(Reported::Clock(self.clock.known()));
                             }
                         }
                         Err(error) => {

@@ -21,9 +21,9 @@ const GOOD_NS: u64 = 500_000;
 /// for 1 in 10,000.
 const DRIFT: u64 = 10_000;
 
-/// This host's monotonic clock in nanoseconds, which no daemon steps.
+/// This host's clock in nanoseconds since it is up, as its quartz goes: no time daemon steps it, nor makes it faster.
 pub fn monotonic_ns() -> u64 {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC_RAW).map_or(Duration::ZERO, Duration::from);
     u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }
 
@@ -57,18 +57,24 @@ impl Lead {
     }
 }
 
-/// The best of what is known of how far a clock is ahead.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Best(Option<(Lead, u64)>);
+/// What is known of how far a clock is ahead, which is less with time.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Known(Option<(Lead, u64)>);
 
-impl Best {
-    /// Takes one that was read now.
+impl Known {
+    /// What was read now.
+    pub const fn new(lead: Lead, now_ns: u64) -> Self {
+        Self(Some((lead, now_ns)))
+    }
+
+    /// Takes what was read now, if that is better, or if the clock must have been set since.
     pub fn take(&mut self, lead: Lead, now_ns: u64) {
-        if self
-            .at(now_ns)
-            .is_none_or(|best| lead.within_ns <= best.within_ns)
-        {
-            self.0 = Some((lead, now_ns));
+        let is_over = |known: Lead| {
+            let bounds = known.within_ns.saturating_add(lead.within_ns);
+            lead.within_ns <= known.within_ns || known.ahead_ns.abs_diff(lead.ahead_ns) > bounds
+        };
+        if self.at(now_ns).is_none_or(is_over) {
+            *self = Self::new(lead, now_ns);
         }
     }
 
@@ -88,7 +94,7 @@ pub struct ClockReader {
     /// When the question of that number was asked.
     asked_ns: Option<u64>,
     answered_ns: Option<u64>,
-    best: Best,
+    known: Known,
     answers: u32,
 }
 
@@ -124,14 +130,14 @@ impl ClockReader {
         self.asked_ns = None;
         self.answered_ns = Some(now_ns);
         self.answers = self.answers.saturating_add(1);
-        self.best
-            .take(Lead::read(real_ns, asked_ns, now_ns), now_ns);
+        let lead = Lead::read(real_ns, asked_ns, now_ns);
+        self.known.take(lead, now_ns);
         true
     }
 
-    /// How far the guest's clock is ahead of this host's monotonic one, as it goes now.
-    pub fn lead(&self, now_ns: u64) -> Option<Lead> {
-        self.best.at(now_ns)
+    /// How far the guest's clock is ahead of this host's.
+    pub const fn known(&self) -> Known {
+        self.known
     }
 }
 
@@ -161,13 +167,13 @@ enum Stage {
 #[derive(Debug)]
 pub struct ClockSetter {
     reader: ClockReader,
-    expected: Lead,
+    expected: Known,
     stage: Stage,
 }
 
 impl ClockSetter {
-    /// One for a clock that would be so far ahead of this host's monotonic one, had the guest never stood still.
-    pub fn new(expected: Lead) -> Self {
+    /// One for a clock that would be so far ahead of this host's, had the guest never stood still.
+    pub fn new(expected: Known) -> Self {
         Self {
             reader: ClockReader::default(),
             expected,
@@ -182,7 +188,7 @@ impl ClockSetter {
         }
         let reader = &mut self.reader;
         let is_known = |lead: &Lead| lead.within_ns <= GOOD_NS || reader.answers >= MOST_ANSWERS;
-        let Some(lead) = reader.lead(now_ns).filter(is_known) else {
+        let Some(lead) = reader.known.at(now_ns).filter(is_known) else {
             // One question after the other.
             reader.answered_ns = None;
             return reader.poll(now_ns);
@@ -190,7 +196,7 @@ impl ClockSetter {
         let Lead {
             ahead_ns,
             within_ns,
-        } = self.expected.beyond(lead);
+        } = self.expected.at(now_ns)?.beyond(lead);
         let set = ClockSet {
             by_ns: ahead_ns,
             within_ns,
@@ -238,7 +244,8 @@ mod tests {
     /// Has a setter speak with an agent whose guest's clock is ahead by so much, over a channel that takes these delays
     /// in turn; what became of it, and by how much the clock was set.
     fn set(expected: Lead, mut ahead_ns: i64, delays: &[(u64, u64)]) -> (Option<ClockSet>, i64) {
-        let (mut setter, mut now, mut by) = (ClockSetter::new(expected), 77 * MS, 0);
+        let (mut now, mut by) = (77 * MS, 0);
+        let mut setter = ClockSetter::new(Known::new(expected, now));
         let mut delays = delays.iter().cycle();
         for _ in 0..100 {
             if let Some(done) = setter.take_done() {
@@ -281,7 +288,7 @@ mod tests {
         fn nothing_that_is_said_panics(
             numbers in prop::collection::vec((any::<u64>(), any::<u64>(), any::<u64>()), 0..30), ahead_ns: i64, within_ns: u64,
         ) {
-            let mut setter = ClockSetter::new(Lead { ahead_ns, within_ns });
+            let mut setter = ClockSetter::new(Known::new(Lead { ahead_ns, within_ns }, 0));
             for (number, real_ns, now) in numbers {
                 let asked = setter.poll(now);
                 let number = if number % 2 == 0 { number } else { setter.reader.number };
@@ -307,27 +314,43 @@ mod tests {
             real_ns: 5000 * MS,
         };
         reader.take(&answer(1), PATIENCE_NS + MS);
-        assert_eq!(reader.lead(PATIENCE_NS + MS), None);
+        assert_eq!(reader.known.at(PATIENCE_NS + MS), None);
         reader.take(&answer(2), PATIENCE_NS + 2 * MS);
         let lead = Lead {
             ahead_ns: 4699 * 1_000_000,
             within_ns: MS,
         };
-        assert_eq!(reader.lead(PATIENCE_NS + 2 * MS), Some(lead));
+        assert_eq!(reader.known.at(PATIENCE_NS + 2 * MS), Some(lead));
         // Said twice.
         reader.take(&answer(2), PATIENCE_NS + 3 * MS);
         assert_eq!(reader.answers, 1);
         // It is known less well with time, and a worse answer becomes better.
         let later = PATIENCE_NS + 2 * MS + DRIFT * 2 * MS;
-        assert_eq!(reader.lead(later).map(|lead| lead.within_ns), Some(3 * MS));
-        reader.best.take(
+        assert_eq!(
+            reader.known.at(later).map(|lead| lead.within_ns),
+            Some(3 * MS)
+        );
+        reader.known.take(
             Lead {
                 ahead_ns: 1,
                 within_ns: 2 * MS,
             },
             later,
         );
-        assert_eq!(reader.lead(later).map(|lead| lead.ahead_ns), Some(1));
+        assert_eq!(reader.known.at(later).map(|lead| lead.ahead_ns), Some(1));
+    }
+
+    #[test]
+    fn a_clock_that_was_set_is_known_anew() {
+        let read = |ahead_ns, within_ns| Lead {
+            ahead_ns,
+            within_ns,
+        };
+        let mut known = Known::new(read(1000, 10), 0);
+        known.take(read(1015, 20), 1);
+        assert_eq!(known.at(1), Some(read(1000, 10)));
+        known.take(read(1031, 20), 1);
+        assert_eq!(known.at(1), Some(read(1031, 20)));
     }
 
     #[test]

@@ -26,8 +26,6 @@ pub struct GateNews {
     pub wanted: Vec<FrameRun>,
     /// It is over, and that came of it.
     pub over: Option<GateCounts>,
-    /// What became of the guest's clock.
-    pub clock: Option<ClockSet>,
     /// It can be begun: `Ok`, or why not.
     ready: Option<Result<(), String>>,
 }
@@ -150,7 +148,7 @@ impl Agent {
         Err("the guest's agent does not answer; it may be an older one".to_owned())
     }
 
-    /// From now on sets the guest's clock right while [`Self::gate_news`] is called, which tells what became of it.
+    /// From now on sets the guest's clock right while the agent is listened to; see [`Self::take_clock_set`].
     pub fn begin_clock(&mut self, setter: ClockSetter) {
         self.setter = Some(setter);
     }
@@ -167,12 +165,17 @@ impl Agent {
         let deadline = Instant::now() + patience;
         self.begin_clock(setter);
         while Instant::now() < deadline {
-            let news = self.gate_news().map_err(unusable)?;
-            if news.clock.is_some() {
-                return Ok(news.clock);
+            self.gate_news().map_err(unusable)?;
+            if self.clock_set.is_some() {
+                break;
             }
         }
-        Ok(None)
+        Ok(self.take_clock_set())
+    }
+
+    /// What became of the guest's clock, once.
+    pub fn take_clock_set(&mut self) -> Option<ClockSet> {
+        self.clock_set.take()
     }
 
     /// Says what has arrived.
@@ -272,6 +275,6 @@ impl Agent {
             }
         }
         let set = self.setter.as_mut().and_then(ClockSetter::take_done);
-        news.clock = news.clock.or(set);
+        self.clock_set = self.clock_set.or(set);
     }
 }

@@ -6,6 +6,7 @@ use super::definition::Format;
 use nix::fcntl::OFlag;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -47,7 +48,8 @@ pub struct Image {
 }
 
 impl Image {
-    /// Opens an image and all that it is based on. `admit` sees each file before anything is read from it.
+    /// Opens an image and all that it is based on. `admit` sees each file, by a descriptor that can only tell what it is,
+    /// before it is opened.
     ///
     /// # Errors
     /// Of files; [`io::ErrorKind::InvalidData`] with the cause for images that leave to QEMU what to open, and
@@ -61,8 +63,7 @@ impl Image {
         let (mut path, mut format, mut read_only) = (path.to_owned(), format, read_only);
         let mut nodes = Vec::new();
         loop {
-            let (file, block_device) = open_direct(&path, read_only)?;
-            admit(&path, &file)?;
+            let (file, block_device) = open(&path, OFlag::O_DIRECT, read_only, &admit)?;
             let next = match format {
                 Format::Raw => None,
                 Format::Qcow2 => next(&file, &path)?,
@@ -89,18 +90,21 @@ impl Image {
     }
 }
 
-/// The files below an image, nearest first. A file that is no qcow2 image, as its first bytes say, has none.
+/// The files below an image, nearest first. A file that is no qcow2 image, as its first bytes say, has none. `admit` sees
+/// each before it is opened.
 ///
 /// # Errors
-/// Of files; [`io::ErrorKind::InvalidData`] with the cause for images that leave to QEMU what to open.
-pub fn below(image: &Path) -> io::Result<Vec<PathBuf>> {
+/// Of files; [`io::ErrorKind::InvalidData`] with the cause for images that leave to QEMU what to open; and whatever `admit`
+/// says.
+pub fn below(image: &Path, admit: impl Fn(&Path) -> io::Result<()>) -> io::Result<Vec<PathBuf>> {
     let mut found: Vec<PathBuf> = Vec::new();
     loop {
         let image = found.last().map_or(image, PathBuf::as_path);
-        let (file, _) = open(image, OFlag::empty(), true)?;
+        let (file, _) = open(image, OFlag::empty(), true, |_, _| Ok(()))?;
         let Some((path, is_image)) = next(&file, image)? else {
             return Ok(found);
         };
+        admit(&path)?;
         found.push(path);
         if !is_image {
             return Ok(found);
@@ -208,25 +212,31 @@ pub fn based_on(header: &[u8], image: &Path) -> io::Result<Option<(PathBuf, bool
     Ok(Some((image.parent().unwrap_or(image).join(name), is_image)))
 }
 
-/// Opens a file as QEMU wants to have it.
-fn open_direct(path: &Path, read_only: bool) -> io::Result<(File, bool)> {
-    open(path, OFlag::O_DIRECT, read_only)
-}
-
-/// Opens a file or a block device, and tells if it is one. To open a pipe does not wait for its other end.
-fn open(path: &Path, flags: OFlag, read_only: bool) -> io::Result<(File, bool)> {
-    let file = OpenOptions::new()
+/// Opens a file or a block device that `admit` admits, and tells if it is a device. Nothing else is ever opened: that alone
+/// can do something, as with a watchdog.
+pub(super) fn open(
+    path: &Path,
+    flags: OFlag,
+    read_only: bool,
+    admit: impl Fn(&Path, &File) -> io::Result<()>,
+) -> io::Result<(File, bool)> {
+    let found = OpenOptions::new()
         .read(true)
-        .write(!read_only)
-        .custom_flags((flags | OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
+        .custom_flags(OFlag::O_PATH.bits())
         .open(path)?;
-    let kind = file.metadata()?.file_type();
+    admit(path, &found)?;
+    let kind = found.metadata()?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         return Err(wrong(format!(
             "{} is neither a file nor a block device",
             path.display()
         )));
     }
+    let file = OpenOptions::new()
+        .read(true)
+        .write(!read_only)
+        .custom_flags((flags | OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
+        .open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
     Ok((file, kind.is_block_device()))
 }
 
@@ -288,6 +298,10 @@ fn backing_format(header: &[u8], mut at: usize) -> Result<Option<&[u8]>, &'stati
 pub(super) mod tests {
     use super::*;
 
+    fn all_below(image: &Path) -> io::Result<Vec<PathBuf>> {
+        below(image, |_| Ok(()))
+    }
+
     /// The header of a qcow2 image on another file.
     pub(in super::super) fn header(backing: &str, format: Option<&str>, features: u64) -> Vec<u8> {
         let mut header = MAGIC.to_vec();
@@ -338,7 +352,7 @@ pub(super) mod tests {
         }
 
         fn refused(&self, bytes: &[u8], word: &str) {
-            let error = below(&self.write("image", bytes)).expect_err(word);
+            let error = all_below(&self.write("image", bytes)).expect_err(word);
             assert!(error.to_string().contains(word), "{error}");
         }
     }
@@ -349,13 +363,13 @@ pub(super) mod tests {
         let top = folder.write("top", &header("middle", Some("qcow2"), 0));
         folder.write("middle", &header("/base.raw", Some("raw"), 0));
         assert_eq!(
-            below(&top).expect("a chain"),
+            all_below(&top).expect("a chain"),
             [folder.path("middle"), PathBuf::from("/base.raw")]
         );
         let alone = folder.write("alone", &header("", None, 0));
-        assert!(below(&alone).expect("an image").is_empty());
+        assert!(all_below(&alone).expect("an image").is_empty());
         let raw = folder.write("raw", b"anything");
-        assert!(below(&raw).expect("a file").is_empty());
+        assert!(all_below(&raw).expect("a file").is_empty());
     }
 
     #[test]
@@ -395,7 +409,47 @@ pub(super) mod tests {
         let mut future = header("", None, 0);
         future[7] = 9;
         folder.refused(&future, "unknown version 9");
-        assert!(below(&folder.0.path().join("none")).is_err());
-        assert!(below(folder.0.path()).is_err());
+        assert!(all_below(&folder.0.path().join("none")).is_err());
+        assert!(all_below(folder.0.path()).is_err());
+    }
+
+    /// A pipe tells: whoever opens its other end for reading finds that it was opened.
+    #[test]
+    fn what_is_refused_is_not_opened() {
+        use nix::fcntl::OFlag;
+        let folder = tempfile::tempdir().expect("a folder");
+        let pipe = folder.path().join("pipe");
+        nix::unistd::mkfifo(
+            &pipe,
+            nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR,
+        )
+        .expect("a pipe");
+        let is_open = || {
+            // Without a reader there is nobody to write to.
+            OpenOptions::new()
+                .write(true)
+                .custom_flags(OFlag::O_NONBLOCK.bits())
+                .open(&pipe)
+                .is_ok()
+        };
+        let reader = open(&pipe, OFlag::empty(), true, |_, _| Ok(()));
+        assert!(reader.is_err() && !is_open());
+        let image = folder.path().join("image");
+        std::fs::write(&image, "x").expect("a file");
+        let seen = std::cell::Cell::new(false);
+        let admit = |_: &Path, file: &File| {
+            let mut byte = [0];
+            // It can only be looked at.
+            seen.set(file.read_at(&mut byte, 0).is_err());
+            Err(io::Error::other("no"))
+        };
+        assert!(Image::open(&image, Format::Raw, false, admit).is_err());
+        assert!(seen.get());
+        let top = folder.path().join("top");
+        std::fs::write(&top, header("base", Some("qcow2"), 0)).expect("an image");
+        // It is not there, which nobody is told who may not have it.
+        let refused = below(&top, |_| Err(io::ErrorKind::PermissionDenied.into()));
+        let kind = refused.map_err(|error| error.kind());
+        assert_eq!(kind, Err(io::ErrorKind::PermissionDenied));
     }
 }

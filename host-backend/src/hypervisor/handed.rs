@@ -7,12 +7,13 @@ use super::confine::User;
 use super::definition::{AgentPort, Backend, Disk, Nic};
 use super::files::{LaunchSettings, RunFiles};
 use super::preflight::PATIENCE;
-use super::{Definition, Error, Limits, Result, tap};
+use super::{Definition, Error, Limits, Result, backing, tap};
+use nix::fcntl::OFlag;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, socket};
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 /// The files that a definition names, open and checked.
@@ -52,8 +53,8 @@ impl OpenedFiles {
         let images = definition.disks.iter().map(open).collect::<Result<_>>()?;
         let boot_file = |what: &str, path: Option<&PathBuf>| {
             let Some(path) = path else { return Ok(None) };
-            open_boot_file(path, settings.user.as_ref())
-                .and_then(|file| admit(path, &file).map(|()| Some(file)))
+            open_boot_file(path, settings.user.as_ref(), admit)
+                .map(Some)
                 .map_err(|error| unfit(format!("{what}, {}", path.display()), error))
         };
         let boot = definition.boot.as_ref();
@@ -94,11 +95,12 @@ impl OpenedFiles {
 }
 
 /// QEMU opens it once more, by `/proc/self/fd`: its user must be able to read it.
-fn open_boot_file(path: &Path, user: Option<&User>) -> io::Result<File> {
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(nix::libc::O_NONBLOCK)
-        .open(path)?;
+fn open_boot_file(
+    path: &Path,
+    user: Option<&User>,
+    admit: impl Fn(&Path, &File) -> io::Result<()>,
+) -> io::Result<File> {
+    let (file, _) = backing::open(path, OFlag::empty(), true, admit)?;
     let found = file.metadata()?;
     if !found.is_file() {
         return Err(io::Error::other("it is no file"));

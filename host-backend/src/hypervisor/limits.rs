@@ -4,6 +4,7 @@
 use super::definition::{Accelerator, Backend};
 use super::preflight::{PATIENCE, Refusal};
 use super::{Definition, LaunchSettings, backing};
+use std::cell::RefCell;
 use std::fmt::Display;
 use std::fs::File;
 use std::io;
@@ -142,11 +143,20 @@ impl Limits {
     }
 
     fn check_backing(&self, what: &str, image: &Path) -> Option<Refusal> {
-        match backing::below(image) {
-            Ok(files) => files.iter().find_map(|file| {
-                self.check_path(&format!("{what}, its backing file"), file)
-                    .err()
-            }),
+        let refused = RefCell::new(None);
+        let admit = |file: &Path| {
+            let checked = self.check_path(&format!("{what}, its backing file"), file);
+            checked.map_err(|refusal| {
+                *refused.borrow_mut() = Some(refusal);
+                io::ErrorKind::PermissionDenied.into()
+            })
+        };
+        let below = backing::below(image, admit);
+        if let Some(refusal) = refused.into_inner() {
+            return Some(refusal);
+        }
+        match below {
+            Ok(_) => None,
             // What is not there, or cannot be read, is refused with other reasons.
             Err(error) if error.kind() != io::ErrorKind::InvalidData => None,
             Err(error) => Some(Refusal::new(

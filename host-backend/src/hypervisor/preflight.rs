@@ -420,9 +420,10 @@ fn qcow2_size(path: &Path) -> io::Result<u64> {
 }
 
 fn check_boot_file(path: &Path, host: &str) -> Option<Refusal> {
-    let error = match File::open(path).and_then(|file| file.metadata()) {
-        Ok(metadata) if metadata.is_file() => return None,
-        Ok(_) => io::Error::other("it is no file"),
+    // To open what is no file can do something by itself.
+    let error = match std::fs::metadata(path) {
+        Ok(found) if !found.is_file() => io::Error::other("it is no file"),
+        Ok(_) => File::open(path).err()?,
         Err(error) => error,
     };
     Some(Refusal::new(

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::guest::{self, ClockSet, ClockSetter, Lead};
+use crate::guest::{self, ClockSet, ClockSetter, Known};
 use crate::hypervisor::Vm;
 use transhume_protocol::agent::ClockOutcome;
 
@@ -17,8 +17,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const CLOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Begins to tell it, once the VM runs here. Nothing waits for it. `clock`: how far the guest's would be ahead of this
-/// host's monotonic one, had it not stood still.
-pub(in crate::relay) fn greet(vm: Arc<Vm>, clock: Option<Lead>) {
+/// host's, had it not stood still.
+pub(in crate::relay) fn greet(vm: Arc<Vm>, clock: Option<Known>) {
     let run = move || {
         let Some(socket) = vm.agent_socket() else {
             return;
@@ -48,9 +48,9 @@ pub(in crate::relay) fn clock_set(vm: &str, set: ClockSet) {
     let (by_ms, within_ms) = (ms(set.by_ns as f64), ms(set.within_ns as f64));
     let became = match set.outcome {
         None => return tracing::debug!(vm, by_ms, within_ms, "the guest's clock is right"),
-        Some(ClockOutcome::Stepped) => "the guest's clock stood still, and was set forward",
+        Some(ClockOutcome::Stepped) => "the guest's clock stood still, and was set right",
         Some(ClockOutcome::Slewed) => {
-            "the guest's clock stood still, and goes faster until it is right"
+            "the guest's clock stood still, and goes slowly to what is right"
         }
         Some(ClockOutcome::Kept) => {
             "the guest's clock stood still; a time daemon keeps it, and will set it right"
@@ -68,7 +68,7 @@ pub(in crate::relay) fn clock_set(vm: &str, set: ClockSet) {
 /// Tells it, and returns what became of the clock, if there is something to be done about it.
 pub(in crate::relay) fn tell(
     socket: &Path,
-    clock: Option<Lead>,
+    clock: Option<Known>,
 ) -> Result<Option<ClockSet>, String> {
     let mut session = [0; 8];
     getrandom::fill(&mut session).map_err(|error| error.to_string())?;
@@ -85,6 +85,7 @@ pub(in crate::relay) fn tell(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::guest::Lead;
     use std::io::{Read as _, Write as _};
     use std::os::unix::net::{UnixListener, UnixStream};
     use transhume_protocol::agent::{AgentMessage, Decoder, HostMessage, ReportSource, VERSION};
@@ -96,7 +97,7 @@ mod tests {
     }
 
     /// What an agent hears, and what becomes of its clock, which is 1,000 s ahead of the host's.
-    fn told(clock: Option<Lead>) -> (Vec<&'static str>, Option<ClockSet>) {
+    fn told(clock: Option<Known>) -> (Vec<&'static str>, Option<ClockSet>) {
         let folder = tempfile::tempdir().expect("a folder");
         let socket = folder.path().join("agent");
         let listener = UnixListener::bind(&socket).expect("a socket");
@@ -152,7 +153,7 @@ mod tests {
             ahead_ns: 1_000_500_000_000,
             within_ns: 1000,
         };
-        let (heard, set) = told(Some(expected));
+        let (heard, set) = told(Some(Known::new(expected, guest::monotonic_ns())));
         assert_eq!(heard, ["hello", "close", "clock"]);
         let set = set.expect("what became of it");
         assert_eq!(set.outcome, Some(ClockOutcome::Slewed));

@@ -225,7 +225,7 @@ pub enum AgentMessage<'a> {
     Clock {
         /// The number of the question.
         number: u64,
-        /// Nanoseconds since 1970 that it showed when this was said.
+        /// Nanoseconds since 1970 that it showed when this was said, and what it is still on its way to go faster by.
         real_ns: u64,
     },
     /// What became of [`HostMessage::ClockAdjust`].

@@ -61,7 +61,7 @@ pub use storage::{
 use thiserror::Error;
 
 /// The version of the link's protocol.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// Bytes that a side may have sent in a session before the other one has worked them off, beside one frame
 /// of any length. A frame counts for its payload and [`SESSION_FRAME_ROOM`].

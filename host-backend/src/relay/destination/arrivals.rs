@@ -36,6 +36,8 @@ pub(super) enum Stage {
     Committed {
         /// Whether it is to run, or stays paused as it was.
         runs: bool,
+        /// Part of its memory is still at the source.
+        follows: bool,
     },
     /// It belongs to this host and runs here, and part of its memory is still at the source.
     PostCopy,
@@ -76,11 +78,25 @@ impl Drop for UnderWay {
 }
 
 impl Stage {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 13] = [
         Self::Waiting,
         Self::Loaded,
-        Self::Committed { runs: true },
-        Self::Committed { runs: false },
+        Self::Committed {
+            runs: true,
+            follows: false,
+        },
+        Self::Committed {
+            runs: false,
+            follows: false,
+        },
+        Self::Committed {
+            runs: true,
+            follows: true,
+        },
+        Self::Committed {
+            runs: false,
+            follows: true,
+        },
         Self::PostCopy,
         Self::Taken,
         Self::Lost,
@@ -94,8 +110,12 @@ impl Stage {
         match self {
             Self::Waiting => "waiting",
             Self::Loaded => "loaded",
-            Self::Committed { runs: true } => "committed",
-            Self::Committed { runs: false } => "committed-paused",
+            Self::Committed { runs, follows } => match (runs, follows) {
+                (true, false) => "committed",
+                (false, false) => "committed-paused",
+                (true, true) => "committed-post-copy",
+                (false, true) => "committed-paused-post-copy",
+            },
             Self::PostCopy => "post-copy",
             Self::Taken => "taken",
             Self::Lost => "lost",
@@ -103,6 +123,15 @@ impl Stage {
             Self::Ended(GuestEnd::Panicked) => "panicked",
             Self::Ended(GuestEnd::Rebooted) => "rebooted",
             Self::Refused => "refused",
+        }
+    }
+
+    /// What has become of a VM of that stage whose QEMU is gone.
+    pub(super) fn without_qemu(self) -> Self {
+        match self {
+            Self::Committed { follows: false, .. } => Self::Taken,
+            Self::Committed { follows: true, .. } | Self::PostCopy => Self::Lost,
+            _ => Self::Refused,
         }
     }
 

@@ -19,7 +19,7 @@ use super::postcopy::Answers;
 use super::receive::Intake;
 use super::reply::{self, Replies, Reply};
 use super::storage::{Comparer, Questions};
-use crate::guest::Lead;
+use crate::guest::Known;
 use crate::hypervisor::Vm;
 use crate::hypervisor::memory::GuestMemory;
 use crate::link::session::{Ready, Session};
@@ -41,7 +41,7 @@ struct State {
     failure: Option<RelayError>,
     committed: bool,
     /// See [`Engine::guest_clock`].
-    guest_clock: Option<Lead>,
+    guest_clock: Option<Known>,
     /// QEMU has loaded the devices.
     loaded: bool,
     /// QEMU has closed its socket, and all that it said is on its way.
@@ -217,9 +217,9 @@ impl Engine {
         self.stop(RelayError::Stopped);
     }
 
-    /// How far the guest's clock would be ahead of this host's monotonic one, had the guest not stood still, if the source
+    /// How far the guest's clock would be ahead of this host's, had the guest not stood still, if the source
     /// told it with its commit.
-    pub(super) fn guest_clock(&self) -> Option<Lead> {
+    pub(super) fn guest_clock(&self) -> Option<Known> {
         self.lock().guest_clock
     }
 
@@ -300,7 +300,7 @@ impl Engine {
         })
     }
 
-    fn commit(&self, guest_clock: Option<Lead>) {
+    fn commit(&self, guest_clock: Option<Known>) {
         let mut state = self.lock();
         state.guest_clock = guest_clock;
         state.committed = true;

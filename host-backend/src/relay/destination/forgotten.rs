@@ -73,7 +73,7 @@ impl Forgotten {
         for pages in &self.pages {
             pages.write(&mut bytes);
         }
-        durable::replace(&path(folder), &bytes)
+        durable::conclude(&path(folder), &bytes)
     }
 
     /// Reads the file of a migration: it, and the host that the VM came from.

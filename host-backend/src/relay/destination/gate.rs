@@ -16,7 +16,7 @@ use transhume_protocol::qemu::return_path::Message;
 use super::output::{Arrived, Output};
 use super::placement::Placement;
 use super::reply::{Replies, Reply};
-use crate::guest::{self, Agent, ClockSet, ClockSetter, Lead, unusable};
+use crate::guest::{self, Agent, ClockSet, ClockSetter, Known, unusable};
 use crate::hypervisor::Vm;
 use crate::hypervisor::layout::{Layout, Region, main_memory_end};
 use crate::pages::PAGE_SIZE;
@@ -85,7 +85,7 @@ pub(super) fn start(
     vm: Arc<Vm>,
     placement: Arc<Placement>,
     replies: Arc<Replies>,
-    clock: Option<Lead>,
+    clock: Option<Known>,
 ) -> Gate {
     let flags = Arc::<Flags>::default();
     let (sender, counts) = oneshot::channel();
@@ -140,7 +140,7 @@ pub(super) fn start(
 struct GuestClock<'a> {
     vm: &'a str,
     /// See [`agent::greet`].
-    expected: Option<Lead>,
+    expected: Option<Known>,
 }
 
 impl GuestClock<'_> {
@@ -276,6 +276,8 @@ fn keep(
     let mut all = None;
     for times in 1.. {
         let over = told.follow(&mut agent, flags, clock, &mut arrived, &mut ask);
+        // It may have been set while the gate was closed.
+        clock.took(agent.take_clock_set());
         let over = over.map_err(unusable)?;
         all = sum(all, over);
         let expired = over.is_some_and(|over| over.expired);
@@ -288,7 +290,9 @@ fn keep(
         );
         let opened = agent.gate(frames, &told.absent.runs(&map));
         let opened = opened.map_err(unusable);
-        if let Err(reason) = opened.and_then(|()| agent.gate_opened(PATIENCE)) {
+        let opened = opened.and_then(|()| agent.gate_opened(PATIENCE));
+        clock.took(agent.take_clock_set());
+        if let Err(reason) = opened {
             tracing::info!(reason, "its processes do not sleep any more");
             break;
         }
@@ -367,7 +371,7 @@ impl<'a> Told<'a> {
                 last = Instant::now();
             }
             let news = agent.gate_news()?;
-            clock.took(news.clock);
+            clock.took(agent.take_clock_set());
             if news.over.is_some() {
                 return Ok(news.over);
             }

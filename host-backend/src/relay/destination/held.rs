@@ -68,7 +68,10 @@ pub(super) async fn settle(
         "the source has said what becomes of a VM that is held"
     );
     let stage = if runs_here {
-        Stage::Committed { runs: true }
+        Stage::Committed {
+            runs: true,
+            follows: true,
+        }
     } else {
         Stage::Waiting
     };

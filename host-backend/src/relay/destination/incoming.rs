@@ -378,7 +378,8 @@ fn note_forgotten(engine: &Engine, vm: &Vm, offer: &Offer) -> Result<(), String>
 async fn run(vm: &Vm, decision: &Decision, offer: &Offer, engine: &Engine) -> Result<(), String> {
     let runs = offer.running;
     note_forgotten(engine, vm, offer)?;
-    decision.note(Stage::Committed { runs })?;
+    let follows = engine.is_post_copy();
+    decision.note(Stage::Committed { runs, follows })?;
     engine.release();
     if !runs {
         return Ok(());

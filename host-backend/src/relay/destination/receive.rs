@@ -13,7 +13,7 @@ use super::output::Contents;
 use super::placement::{Placement, ZERO_PAGES};
 use super::reply::{Replies, Reply};
 use super::storage::Questions;
-use crate::guest::Lead;
+use crate::guest::{Known, Lead, monotonic_ns};
 use crate::link::session::{Ready, Session};
 use crate::link::{Payload, Pool, words};
 use crate::pages::hints::Place;
@@ -36,7 +36,7 @@ pub(super) struct Intake {
     memory_bytes: u64,
     /// Of the source that compares the disks.
     questions: Questions,
-    guest_clock: Option<Lead>,
+    guest_clock: Option<Known>,
 }
 
 impl Intake {
@@ -64,7 +64,7 @@ impl Intake {
     }
 
     /// How far the guest's clock would be ahead of this host's, had it not moved, if the source said so.
-    pub(super) fn guest_clock(&self) -> Option<Lead> {
+    pub(super) fn guest_clock(&self) -> Option<Known> {
         self.guest_clock
     }
 
@@ -96,10 +96,16 @@ impl Intake {
                         ahead_ns,
                         within_ns,
                     }) => {
-                        self.guest_clock = Some(Lead {
+                        let lead = Lead {
                             ahead_ns,
                             within_ns,
-                        });
+                        };
+                        self.guest_clock = Some(Known::new(lead, monotonic_ns()));
+                    }
+                    Control::ClockWanted => {
+                        let monotonic_ns = monotonic_ns();
+                        let answer = Control::Clock { monotonic_ns };
+                        let _ = self.replies.send(Reply::Control(answer));
                     }
                     Control::Compare(comparison) => self.questions.ask(comparison)?,
                     Control::Endure => {

@@ -193,13 +193,9 @@ async fn recover_one(
     let path = folder.join(DEFINITION);
     if !is_by(folder, *job)? {
         // It is another one's by now, or was begun and no more; or the host has been restarted since.
-        let _ = std::fs::remove_file(folder.join(ARRIVAL).with_extension("new"));
+        let _ = durable::give_room_up(&folder.join(ARRIVAL));
         let _ = std::fs::remove_dir(folder);
-        return Ok(match stage {
-            Stage::Committed { .. } => (Stage::Taken, None),
-            Stage::PostCopy => (Stage::Lost, None),
-            _ => (Stage::Refused, None),
-        });
+        return Ok((stage.without_qemu(), None));
     }
     let adopted = if path.exists() {
         let text = std::fs::read_to_string(path).unwrap_or_default();
@@ -210,7 +206,7 @@ async fn recover_one(
     };
     match (*stage, adopted) {
         (Stage::Committed { .. } | Stage::PostCopy, Some(adopted)) => {
-            if let Stage::Committed { runs } = stage {
+            if let Stage::Committed { runs, .. } = stage {
                 tracing::info!(vm, "it had been handed over: it belongs here");
                 if *runs && let Err(error) = run(&adopted).await {
                     tracing::error!(vm, %error, "it cannot be told to run: it is tried again");
@@ -242,11 +238,7 @@ async fn recover_one(
                 vm,
                 "it had been handed over to this host, and its QEMU has ended"
             );
-            let ended = match stage {
-                Stage::PostCopy => Stage::Lost,
-                _ => Stage::Taken,
-            };
-            Ok((ended, None))
+            Ok((stage.without_qemu(), None))
         }
         (_, adopted) => {
             if let Some(adopted) = adopted {
@@ -343,8 +335,20 @@ mod tests {
         begin(&folder("again"), "name = \"", 6, "hosta/2").unwrap();
         std::fs::create_dir_all(folder("in-use")).unwrap();
         arrivals
-            .note(4, "rebooted", Stage::Committed { runs: true })
+            .note(
+                4,
+                "rebooted",
+                Stage::Committed {
+                    runs: true,
+                    follows: false,
+                },
+            )
             .unwrap();
+        let committed = Stage::Committed {
+            runs: true,
+            follows: true,
+        };
+        arrivals.note(8, "half-here", committed).unwrap();
         let recovered = recover(&settings, &arrivals).await;
         assert!(recovered.arrived.is_empty());
         let left: Vec<&str> = recovered.left.iter().map(Left::vm).collect();
@@ -352,6 +356,8 @@ mod tests {
         let stage = |job| arrivals.of(job).unwrap().stage;
         assert_eq!([stage(1), stage(2)], [Stage::Refused; 2]);
         assert_eq!((stage(4), stage(5)), (Stage::Taken, Stage::Refused));
+        // The rest of its memory is of no use to anybody: to call it taken would be a success that is none.
+        assert_eq!(stage(8), Stage::Lost);
         assert!(folder("again").exists());
         // What cannot be read is left for a person to look at.
         assert_eq!(stage(3), Stage::Waiting);
@@ -371,7 +377,10 @@ mod tests {
         let folder = vm.files().folder().to_owned();
         begin(&folder, "", 7, "hosta/14").unwrap();
         assert_eq!(label(&folder).as_deref(), Some("hosta/14"));
-        let committed = Stage::Committed { runs: true };
+        let committed = Stage::Committed {
+            runs: true,
+            follows: false,
+        };
         arrivals.note(7, "web1", committed).unwrap();
         qemu.refuse(2);
         run_later(&arrivals, &vm, 7);

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{getsockopt, sockopt};
 use tokio::time::timeout;
 use transhume_protocol::link::Control;
 
@@ -265,7 +266,7 @@ async fn new_stream(vm: &Vm, host: &str) -> Result<UnixStream, Not> {
     loop {
         remove(&path);
         let socket = match vm.qmp().migrate_recover(&path).await {
-            Ok(()) => UnixStream::connect(&path).map_err(|error| error.to_string()),
+            Ok(()) => connect(&path, vm.pid()),
             Err(Error::Lost(_)) => return Err(Not::Possible),
             Err(error) => Err(error.to_string()),
         };
@@ -283,6 +284,21 @@ async fn new_stream(vm: &Vm, host: &str) -> Result<UnixStream, Not> {
             Err(_) => tokio::time::sleep(PAUSE_GLANCE).await,
         }
     }
+}
+
+/// Connects to the socket that this process listens at, and no other one: its folder belongs to QEMU's user, who could have
+/// put a link to somebody else's there, to whom the daemon would speak as root.
+fn connect(path: &Path, process: Option<u32>) -> Result<UnixStream, String> {
+    let socket = UnixStream::connect(path).map_err(|error| error.to_string())?;
+    let peer = getsockopt(&socket, sockopt::PeerCredentials).map_err(|error| error.to_string())?;
+    if process.is_none_or(|process| u32::try_from(peer.pid()) != Ok(process)) {
+        return Err(format!(
+            "process {} listens at {}, which is not the VM's QEMU",
+            peer.pid(),
+            path.display()
+        ));
+    }
+    Ok(socket)
 }
 
 fn remove(path: &Path) {

@@ -80,6 +80,7 @@ impl Answers {
                     Control::Endure => self.shared.set_endures(),
                     Control::Loaded if self.shared.keeps_until_loaded() => self.shared.set_loaded(),
                     Control::Stalled(stalls) => self.shared.set_stalls(stalls),
+                    Control::Clock { monotonic_ns } => self.shared.clocks.answered(monotonic_ns),
                     Control::Compared(compared) => match &self.shared.doubt {
                         Some(doubt) => doubt.answer(compared),
                         None => return Err(RelayError::Misplaced("comparison of disks")),

@@ -209,7 +209,7 @@ impl Listener {
                             self.progress.set_classes(self.order.answer(order));
                             return;
                         }
-                        Reported::Clock(lead) => return self.clocks.set_guest(lead),
+                        Reported::Clock(known) => return self.clocks.set_guest(known),
                     };
                     if last.is_some_and(|(last, pause)| last.elapsed() < pause) {
                         return;

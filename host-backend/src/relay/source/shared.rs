@@ -102,7 +102,7 @@ pub(super) struct Shared {
     telling: Mutex<()>,
     session: Session<Packer>,
     rate: Arc<LinkRate>,
-    clocks: Arc<Clocks>,
+    pub(super) clocks: Arc<Clocks>,
     state: Mutex<State>,
     changed: Notify,
 }
@@ -448,6 +448,15 @@ impl Shared {
         drop(state);
         self.push_commit(commit);
         self.changed.notify_waiters();
+        Ok(())
+    }
+
+    /// Asks the destination for its clock, if it is time for that.
+    pub(super) fn ask_for_clock(&self) -> Result<(), RelayError> {
+        if self.clocks.asks() {
+            self.flow
+                .push_control(encode_control(&Control::ClockWanted)?);
+        }
         Ok(())
     }
 

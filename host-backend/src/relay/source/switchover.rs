@@ -58,6 +58,7 @@ impl Switchover {
         if ram.dirty_sync_count >= 2 && shared.flow.owes_little() {
             shared.release_switchover()?;
         }
+        shared.ask_for_clock()?;
         let bytes = shared.progress.get(Counter::StreamBytes);
         let seconds = self.at.elapsed().as_secs_f64();
         if seconds < 0.1 {

@@ -197,7 +197,7 @@ impl Disk {
         let path = definition.disk_path(disk, host);
         let mut paths = vec![path.to_owned()];
         if disk.format == Format::Qcow2 {
-            let below = backing::below(path).map_err(|source| Error::Chain {
+            let below = backing::below(path, |_| Ok(())).map_err(|source| Error::Chain {
                 path: path.to_owned(),
                 source,
             })?;
