@@ -228,9 +228,9 @@ impl ClockSetter {
         Some(set)
     }
 
-    /// Whether there is nothing more to be done.
-    pub fn is_over(&self) -> bool {
-        self.stage == Stage::Over
+    /// Whether the agent has told its clock.
+    pub fn has_heard(&self) -> bool {
+        self.reader.answers > 0
     }
 }
 
@@ -249,7 +249,7 @@ mod tests {
         let mut delays = delays.iter().cycle();
         for _ in 0..100 {
             if let Some(done) = setter.take_done() {
-                assert!(setter.is_over() && setter.poll(now).is_none());
+                assert!(setter.poll(now).is_none() && setter.take_done().is_none());
                 return (Some(done), by);
             }
             let &(there, back) = delays.next().expect("a delay");

@@ -16,6 +16,8 @@ use super::clock::{ClockSet, ClockSetter, monotonic_ns};
 const WRITE_PATIENCE: Duration = Duration::from_millis(500);
 /// How often it is said that somebody is here.
 const ALIVE: Duration = Duration::from_millis(150);
+/// How long an agent may take to say what its clock shows. A migration that begins waits no longer for its hello.
+const FIRST_ANSWER: Duration = Duration::from_millis(1200);
 /// Runs that a guest waits for and that are looked at, of one read.
 const MOST_WANTED: usize = 1024;
 
@@ -162,11 +164,14 @@ impl Agent {
         setter: ClockSetter,
         patience: Duration,
     ) -> Result<Option<ClockSet>, String> {
-        let deadline = Instant::now() + patience;
+        let begun = Instant::now();
         self.begin_clock(setter);
-        while Instant::now() < deadline {
+        while self.clock_set.is_none() {
             self.gate_news().map_err(unusable)?;
-            if self.clock_set.is_some() {
+            // Others want the channel, and an agent that knows of no clock never answers.
+            let has_heard = self.setter.as_ref().is_some_and(ClockSetter::has_heard);
+            let bearable = if has_heard { patience } else { FIRST_ANSWER };
+            if begun.elapsed() > bearable {
                 break;
             }
         }

@@ -97,7 +97,7 @@ mod tests {
     }
 
     /// What an agent hears, and what becomes of its clock, which is 1,000 s ahead of the host's.
-    fn told(clock: Option<Known>) -> (Vec<&'static str>, Option<ClockSet>) {
+    fn told(clock: Option<Known>, has_clock: bool) -> (Vec<&'static str>, Option<ClockSet>) {
         let folder = tempfile::tempdir().expect("a folder");
         let socket = folder.path().join("agent");
         let listener = UnixListener::bind(&socket).expect("a socket");
@@ -122,6 +122,7 @@ mod tests {
                         say(&mut stream, &hello);
                     }
                     HostMessage::GateClose => heard.push("close"),
+                    HostMessage::ClockWanted { .. } if !has_clock => {}
                     HostMessage::ClockWanted { number } => {
                         let real_ns = guest::monotonic_ns() + 1_000_000_000_000;
                         say(&mut stream, &AgentMessage::Clock { number, real_ns });
@@ -144,7 +145,7 @@ mod tests {
 
     #[test]
     fn an_agent_that_has_arrived_hears_that_nothing_is_absent() {
-        assert_eq!(told(None), (vec!["hello", "close"], None));
+        assert_eq!(told(None, true), (vec!["hello", "close"], None));
     }
 
     #[test]
@@ -153,10 +154,21 @@ mod tests {
             ahead_ns: 1_000_500_000_000,
             within_ns: 1000,
         };
-        let (heard, set) = told(Some(Known::new(expected, guest::monotonic_ns())));
+        let (heard, set) = told(Some(Known::new(expected, guest::monotonic_ns())), true);
         assert_eq!(heard, ["hello", "close", "clock"]);
         let set = set.expect("what became of it");
         assert_eq!(set.outcome, Some(ClockOutcome::Slewed));
         assert!(set.by_ns.abs_diff(500_000_000) <= set.within_ns, "{set:?}");
+    }
+
+    #[test]
+    fn an_agent_without_a_clock_is_let_go() {
+        let lead = Lead {
+            ahead_ns: 1,
+            within_ns: 1,
+        };
+        let expected = Known::new(lead, guest::monotonic_ns());
+        let (heard, set) = told(Some(expected), false);
+        assert_eq!((heard, set), (vec!["hello", "close"], None));
     }
 }
