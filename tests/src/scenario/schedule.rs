@@ -26,6 +26,7 @@ const LANES: &[(&str, Lane)] = &[
     ("die-in-doubt", Waits),
     ("die-link", Waits),
     ("die-source-", Waits),
+    ("guest-ends-", Waits),
     ("die-destination-", Waits),
     ("post-copy-cancel", Waits),
     ("post-copy-daemon-dies", Waits),
