@@ -77,6 +77,11 @@ impl Copies {
         Ok(Self { stints, stop })
     }
 
+    /// Who ran it before ran another guest of that name.
+    pub(super) fn forget_ended(&self) {
+        lock(&self.stints).retain(|one| one.until_us.is_none());
+    }
+
     /// Those who run the guest now.
     fn now(&self) -> Vec<Stint> {
         let mut stints = lock(&self.stints).clone();

@@ -244,6 +244,7 @@ fn names(bed: &Bed) -> Result<()> {
         .refused(3, &["other disks", "vm undefine micro"])
         .map_err(|error| pair.with_logs(error))?;
     ask(&pair.b, &["vm", "undefine", NAME])?.expect(0)?;
+    pair.copies.forget_ended();
     life.goes_on()?;
     pair.moves(At::A, &mut life).map(drop)
 }
