@@ -199,8 +199,9 @@ fn settled(pair: &Pair<'_>) -> Result<Option<At>> {
         let states = [state(pair, At::A)?, state(pair, At::B)?];
         let runs = |at: usize| states[at].as_deref() == Some("running");
         let error = job["error"].as_str().unwrap_or_default();
-        let lost =
-            error.contains("cannot take it back") || error.contains("The VM does not run at");
+        let lost = job["state"] == "lost"
+            || error.contains("cannot take it back")
+            || error.contains("The VM does not run at");
         place = match (runs(0), runs(1)) {
             _ if lost => None,
             (true, false) => Some(At::A),

@@ -329,8 +329,9 @@ impl<'a> Scene<'a> {
             let job = jobs.value.as_array().and_then(|jobs| jobs.last());
             let job = job.cloned().unwrap_or_default();
             let error = job["error"].as_str().unwrap_or_default();
-            lost =
-                error.contains("cannot take it back") || error.contains("The VM does not run at");
+            lost = job["state"] == "lost"
+                || error.contains("cannot take it back")
+                || error.contains("The VM does not run at");
             Ok(job["state"] != "running" && job["in-doubt"] != true)
         })?;
         // A link is waited for, and room for the journal is kept.
