@@ -28,12 +28,7 @@ fn spare(path: &Path) -> PathBuf {
 /// Replaces a file, or makes it. It is on disk when this returns.
 pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     let _writing = writing();
-    let spare = spare(path);
-    if spare.exists() {
-        // If that failed the last time, the one on disk may be what is the other one here.
-        sync_folder(path)?;
-    }
-    write(&spare, content)?;
+    let spare = write_beside(path, content)?;
     let exchanged = renameat2(
         AT_FDCWD,
         path,
@@ -56,13 +51,20 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
 /// The same for what will not change any more: no room is kept for another content.
 pub(crate) fn conclude(path: &Path, content: &[u8]) -> io::Result<()> {
     let _writing = writing();
+    let spare = write_beside(path, content)?;
+    fs::rename(&spare, path)?;
+    sync_folder(path)
+}
+
+/// Writes what a file is to become into the one beside it, which is returned.
+fn write_beside(path: &Path, content: &[u8]) -> io::Result<PathBuf> {
     let spare = spare(path);
     if spare.exists() {
+        // If that failed the last time, the one on disk may be what is the other one here.
         sync_folder(path)?;
     }
     write(&spare, content)?;
-    fs::rename(&spare, path)?;
-    sync_folder(path)
+    Ok(spare)
 }
 
 /// Writes over what is there, without giving its room up first.

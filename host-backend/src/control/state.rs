@@ -237,8 +237,7 @@ impl State {
     }
 
     pub(super) fn forget_vm(&self, name: &str) -> Result<()> {
-        remove(&self.vm(name))?;
-        remove(&self.arriving(name))
+        remove(&self.vm(name))
     }
 
     pub(super) fn save_arriving(&self, record: &Record) -> Result<()> {

@@ -220,7 +220,8 @@ impl Agent {
     }
 
     /// Reads what the agent sends for as long as `go_on` says, and hands reports to `report`, as they grow
-    /// and whole. Asks for the guest's clock, too, and hands each text for people to `trouble`. A channel that closes ends it, too.
+    /// and whole, what the guest's clock shows, which is asked for, and each text for people to `trouble`. A channel that
+    /// closes ends it, too.
     pub fn listen(
         &mut self,
         mut go_on: impl FnMut() -> bool,

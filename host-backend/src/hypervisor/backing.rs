@@ -413,7 +413,7 @@ pub(super) mod tests {
         assert!(all_below(folder.0.path()).is_err());
     }
 
-    /// A pipe tells: whoever opens its other end for reading finds that it was opened.
+    /// A pipe tells: who wants to write to it waits until somebody opens it to read.
     #[test]
     fn what_is_refused_is_not_opened() {
         use nix::fcntl::OFlag;
@@ -424,16 +424,19 @@ pub(super) mod tests {
             nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR,
         )
         .expect("a pipe");
-        let is_open = || {
-            // Without a reader there is nobody to write to.
-            OpenOptions::new()
-                .write(true)
-                .custom_flags(OFlag::O_NONBLOCK.bits())
-                .open(&pipe)
-                .is_ok()
-        };
-        let reader = open(&pipe, OFlag::empty(), true, |_, _| Ok(()));
-        assert!(reader.is_err() && !is_open());
+        // It comes back when somebody opens the other end.
+        let writer = std::thread::spawn({
+            let pipe = pipe.clone();
+            move || OpenOptions::new().write(true).open(pipe)
+        });
+        let pause = || std::thread::sleep(std::time::Duration::from_millis(50));
+        pause();
+        assert!(open(&pipe, OFlag::empty(), true, |_, _| Ok(())).is_err());
+        pause();
+        assert!(!writer.is_finished(), "it was opened");
+        let both = OpenOptions::new().read(true).write(true).open(&pipe);
+        let written = writer.join().expect("no panic");
+        assert!(both.is_ok() && written.is_ok());
         let image = folder.path().join("image");
         std::fs::write(&image, "x").expect("a file");
         let seen = std::cell::Cell::new(false);

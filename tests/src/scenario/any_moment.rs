@@ -353,6 +353,14 @@ fn doubt(pair: &mut Pair<'_>, by_operator: bool) -> Result<()> {
     }
 }
 
+/// Whether a job has cost its guest: a part of its memory is at neither host.
+pub(super) fn is_lost(job: &Value) -> bool {
+    let error = job["error"].as_str().unwrap_or_default();
+    job["state"] == "lost"
+        || error.contains("cannot take it back")
+        || error.contains("The VM does not run at")
+}
+
 /// What a host says of the guest; `None` if it does not have it.
 pub(super) fn state(pair: &Pair<'_>, at: At) -> Result<Option<String>> {
     let answer = ask(pair.daemon(at), &["vm", "show", NAME])?;

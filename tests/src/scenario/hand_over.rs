@@ -1,7 +1,7 @@
 //! A daemon dies at the hand-over of a post-copy, where disks have no locks that both hosts see: whatever the QEMUs do then
 //! by themselves, no two of them ever run the guest.
 
-use super::any_moment::state;
+use super::any_moment::{is_lost, state};
 use super::die::sigkill;
 use super::micro::{Life, Micro, Qemus, raw_disk};
 use super::pair::{At, KEEPS, NEWEST, Pair};
@@ -198,12 +198,8 @@ fn settled(pair: &Pair<'_>) -> Result<Option<At>> {
         }
         let states = [state(pair, At::A)?, state(pair, At::B)?];
         let runs = |at: usize| states[at].as_deref() == Some("running");
-        let error = job["error"].as_str().unwrap_or_default();
-        let lost = job["state"] == "lost"
-            || error.contains("cannot take it back")
-            || error.contains("The VM does not run at");
         place = match (runs(0), runs(1)) {
-            _ if lost => None,
+            _ if is_lost(&job) => None,
             (true, false) => Some(At::A),
             (false, true) => Some(At::B),
             _ => return Ok(false),

@@ -1,7 +1,7 @@
 //! Failures drawn from a seed, one a migration, while guests go to and fro: afterwards the guest runs
 //! exactly once, at the right side, every page right, and nothing is left behind.
 
-use super::any_moment::{Moment, OLD, Watch, settle, state};
+use super::any_moment::{Moment, OLD, Watch, is_lost, settle, state};
 use super::die::sigkill;
 use super::hand_over::loop_device;
 use super::micro::{Life, Micro, NAME, Qemus, raw_disk};
@@ -328,10 +328,7 @@ impl<'a> Scene<'a> {
             let jobs = ask(self.pair.daemon(from), &["job", "list"])?.expect(0)?;
             let job = jobs.value.as_array().and_then(|jobs| jobs.last());
             let job = job.cloned().unwrap_or_default();
-            let error = job["error"].as_str().unwrap_or_default();
-            lost = job["state"] == "lost"
-                || error.contains("cannot take it back")
-                || error.contains("The VM does not run at");
+            lost = is_lost(&job);
             Ok(job["state"] != "running" && job["in-doubt"] != true)
         })?;
         // A link is waited for, and room for the journal is kept.
