@@ -87,35 +87,72 @@ impl Known {
     }
 }
 
+/// A clock that is read by questions, of which one is under way at a time.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Reading {
+    known: Known,
+    /// When it was asked, until it answers.
+    asked_ns: Option<u64>,
+    answered_ns: Option<u64>,
+}
+
+impl Reading {
+    /// Whether to ask now: so long after the last answer, or so long after a question that has none yet.
+    pub fn is_due(&self, now_ns: u64, interval_ns: u64, patience_ns: u64) -> bool {
+        let since = |then: u64| now_ns.saturating_sub(then);
+        match (self.asked_ns, self.answered_ns) {
+            (Some(asked), _) => since(asked) >= patience_ns,
+            (None, Some(answered)) => since(answered) >= interval_ns,
+            (None, None) => true,
+        }
+    }
+
+    /// It is asked now.
+    pub const fn ask(&mut self, now_ns: u64) {
+        self.asked_ns = Some(now_ns);
+    }
+
+    /// It has answered; whether it was asked.
+    pub fn answer(&mut self, theirs_ns: u64, now_ns: u64) -> bool {
+        let Some(asked_ns) = self.asked_ns.take() else {
+            return false;
+        };
+        self.answered_ns = Some(now_ns);
+        self.known
+            .take(Lead::read(theirs_ns, asked_ns, now_ns), now_ns);
+        true
+    }
+
+    /// How far it is ahead of this host's.
+    pub const fn known(&self) -> Known {
+        self.known
+    }
+}
+
 /// Reads the clock of a guest.
 #[derive(Debug, Default)]
 pub struct ClockReader {
+    /// Of the last question.
     number: u64,
-    /// When the question of that number was asked.
-    asked_ns: Option<u64>,
-    answered_ns: Option<u64>,
-    known: Known,
+    reading: Reading,
     answers: u32,
 }
 
 impl ClockReader {
     /// What to ask now, if it is time for a question.
     pub fn poll(&mut self, now_ns: u64) -> Option<HostMessage<'static>> {
-        let since = |then: u64| now_ns.saturating_sub(then);
-        let is_due = match (self.asked_ns, self.answered_ns) {
-            (Some(asked), _) => since(asked) >= PATIENCE_NS,
-            (None, Some(answered)) => since(answered) >= INTERVAL_NS,
-            (None, None) => true,
-        };
-        is_due.then(|| self.ask(now_ns))
+        self.poll_every(INTERVAL_NS, now_ns)
     }
 
-    fn ask(&mut self, now_ns: u64) -> HostMessage<'static> {
-        self.number += 1;
-        self.asked_ns = Some(now_ns);
-        HostMessage::ClockWanted {
-            number: self.number,
+    fn poll_every(&mut self, interval_ns: u64, now_ns: u64) -> Option<HostMessage<'static>> {
+        if !self.reading.is_due(now_ns, interval_ns, PATIENCE_NS) {
+            return None;
         }
+        self.number += 1;
+        self.reading.ask(now_ns);
+        Some(HostMessage::ClockWanted {
+            number: self.number,
+        })
     }
 
     /// Takes what the agent says; whether it is an answer. Nothing a guest says is believed: it can have its own clock set
@@ -124,20 +161,14 @@ impl ClockReader {
         let AgentMessage::Clock { number, real_ns } = *message else {
             return false;
         };
-        let Some(asked_ns) = self.asked_ns.filter(|_| number == self.number) else {
-            return false;
-        };
-        self.asked_ns = None;
-        self.answered_ns = Some(now_ns);
-        self.answers = self.answers.saturating_add(1);
-        let lead = Lead::read(real_ns, asked_ns, now_ns);
-        self.known.take(lead, now_ns);
-        true
+        let is_answer = number == self.number && self.reading.answer(real_ns, now_ns);
+        self.answers = self.answers.saturating_add(is_answer.into());
+        is_answer
     }
 
     /// How far the guest's clock is ahead of this host's.
     pub const fn known(&self) -> Known {
-        self.known
+        self.reading.known()
     }
 }
 
@@ -188,10 +219,9 @@ impl ClockSetter {
         }
         let reader = &mut self.reader;
         let is_known = |lead: &Lead| lead.within_ns <= GOOD_NS || reader.answers >= MOST_ANSWERS;
-        let Some(lead) = reader.known.at(now_ns).filter(is_known) else {
+        let Some(lead) = reader.known().at(now_ns).filter(is_known) else {
             // One question after the other.
-            reader.answered_ns = None;
-            return reader.poll(now_ns);
+            return reader.poll_every(0, now_ns);
         };
         let Lead {
             ahead_ns,
@@ -314,30 +344,30 @@ mod tests {
             real_ns: 5000 * MS,
         };
         reader.take(&answer(1), PATIENCE_NS + MS);
-        assert_eq!(reader.known.at(PATIENCE_NS + MS), None);
+        assert_eq!(reader.known().at(PATIENCE_NS + MS), None);
         reader.take(&answer(2), PATIENCE_NS + 2 * MS);
         let lead = Lead {
             ahead_ns: 4699 * 1_000_000,
             within_ns: MS,
         };
-        assert_eq!(reader.known.at(PATIENCE_NS + 2 * MS), Some(lead));
+        assert_eq!(reader.known().at(PATIENCE_NS + 2 * MS), Some(lead));
         // Said twice.
         reader.take(&answer(2), PATIENCE_NS + 3 * MS);
         assert_eq!(reader.answers, 1);
         // It is known less well with time, and a worse answer becomes better.
         let later = PATIENCE_NS + 2 * MS + DRIFT * 2 * MS;
         assert_eq!(
-            reader.known.at(later).map(|lead| lead.within_ns),
+            reader.known().at(later).map(|lead| lead.within_ns),
             Some(3 * MS)
         );
-        reader.known.take(
+        reader.reading.known.take(
             Lead {
                 ahead_ns: 1,
                 within_ns: 2 * MS,
             },
             later,
         );
-        assert_eq!(reader.known.at(later).map(|lead| lead.ahead_ns), Some(1));
+        assert_eq!(reader.known().at(later).map(|lead| lead.ahead_ns), Some(1));
     }
 
     #[test]

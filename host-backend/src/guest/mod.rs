@@ -12,7 +12,7 @@ mod report;
 
 pub(crate) use channel::unusable;
 pub use channel::{Agent, Greeting, Opening, Reported, connect, open};
-pub use clock::{ClockReader, ClockSet, ClockSetter, Known, Lead, monotonic_ns};
+pub use clock::{ClockReader, ClockSet, ClockSetter, Known, Lead, Reading, monotonic_ns};
 pub use gate::{GateNews, Preparation};
 pub use order::{MemoryOrder, Questions};
 pub use report::{Collector, DiskName, GuestRange, Report};

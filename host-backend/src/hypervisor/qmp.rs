@@ -252,14 +252,11 @@ impl Qmp {
     }
 
     /// Waits until QEMU says why it ends; for ever if it does not say.
-    pub async fn shuts_down(&self) -> Shutdown {
+    pub async fn shuts_down(&self) {
         let mut shutdown = self.shared.shutdown.clone();
-        if let Ok(said) = shutdown.wait_for(Option::is_some).await
-            && let Some(said) = said.clone()
-        {
-            return said;
+        if shutdown.wait_for(Option::is_some).await.is_err() {
+            std::future::pending().await
         }
-        std::future::pending().await
     }
 
     /// Whether the connection has ended.

@@ -6,12 +6,14 @@ use std::time::Duration;
 
 use transhume_protocol::link::{Control, GuestClock};
 
-use crate::guest::{Known, Lead, monotonic_ns};
+use crate::guest::{Known, Lead, Reading, monotonic_ns};
 use crate::link::{self, Connection};
 
 /// Questions to the destination: an idle link's ways there and back are equally long in some.
 const QUESTIONS: u32 = 5;
 const PATIENCE: Duration = Duration::from_secs(5);
+/// The session loses no answer.
+const NEVER_NS: u64 = u64::MAX;
 /// How often it is asked while memory moves: queues make each answer worse, and time makes the first ones worse.
 const INTERVAL_NS: u64 = 2_000_000_000;
 /// An agent that has said nothing for so long tells nothing of its clock any more.
@@ -19,14 +21,10 @@ const FRESH_NS: u64 = 60_000_000_000;
 
 #[derive(Default)]
 struct State {
-    destination: Known,
+    destination: Reading,
     guest: Known,
     /// When the guest's clock was told last.
     guest_ns: u64,
-    /// When the destination was asked, until it answers.
-    asked_ns: Option<u64>,
-    /// When it answered last.
-    answered_ns: u64,
 }
 
 /// How far the clocks of destination and guest are ahead of this host's.
@@ -41,9 +39,9 @@ impl Clocks {
     /// Asks the destination for its clock, over a link that is used for nothing else. Blocks.
     pub(super) fn ask(&self, connection: &mut Connection) -> Result<(), link::Error> {
         // It may have been started anew since it was asked last.
-        self.lock().destination = Known::default();
+        self.lock().destination = Reading::default();
         for _ in 0..QUESTIONS {
-            self.lock().asked_ns = Some(monotonic_ns());
+            self.lock().destination.ask(monotonic_ns());
             connection.send(&Control::ClockWanted)?;
             let Control::Clock { monotonic_ns } = connection.receive(PATIENCE)? else {
                 return Err(link::Error::Unexpected("no answer about its clock"));
@@ -56,11 +54,10 @@ impl Clocks {
     /// Whether to ask it now, in the session. One question is under way at a time.
     pub(super) fn asks(&self) -> bool {
         let now_ns = monotonic_ns();
-        let mut state = self.lock();
-        let is_due = now_ns.saturating_sub(state.answered_ns) >= INTERVAL_NS;
-        let asks = is_due && state.asked_ns.is_none();
+        let destination = &mut self.lock().destination;
+        let asks = destination.is_due(now_ns, INTERVAL_NS, NEVER_NS);
         if asks {
-            state.asked_ns = Some(now_ns);
+            destination.ask(now_ns);
         }
         asks
     }
@@ -68,13 +65,7 @@ impl Clocks {
     /// The destination has answered.
     pub(super) fn answered(&self, theirs_ns: u64) {
         let now_ns = monotonic_ns();
-        let mut state = self.lock();
-        if let Some(asked_ns) = state.asked_ns.take() {
-            state
-                .destination
-                .take(Lead::read(theirs_ns, asked_ns, now_ns), now_ns);
-            state.answered_ns = now_ns;
-        }
+        self.lock().destination.answer(theirs_ns, now_ns);
     }
 
     /// Takes what is known of the guest's clock.
@@ -94,7 +85,7 @@ impl Clocks {
     pub(super) fn message(&self) -> Option<Control> {
         let guest = self.guest()?;
         let now_ns = monotonic_ns();
-        let destination = self.lock().destination.at(now_ns)?;
+        let destination = self.lock().destination.known().at(now_ns)?;
         let Lead {
             ahead_ns,
             within_ns,

@@ -348,7 +348,7 @@ impl Migration {
                         return Err(Stop::Failed(qmp.closed().await));
                     }
                 },
-                _ = qmp.shuts_down() => return Err(Stop::Ended),
+                () = qmp.shuts_down() => return Err(Stop::Ended),
                 () = shared.failure() => return Err(self.why_failed(shared).await),
                 _ = poll.tick() => {
                     let away = shared.link_away();

@@ -269,7 +269,7 @@ impl Migration {
                         break Stop::Failed(qmp.closed().await);
                     }
                 },
-                _ = qmp.shuts_down() => break Stop::Ended,
+                () = qmp.shuts_down() => break Stop::Ended,
                 () = shared.failure() => break self.why_failed(shared).await,
                 () = tokio::time::sleep(POLL) => {
                     show(shared, None, &self.progress);
