@@ -29,6 +29,8 @@ pub enum Leftover {
     Folder(std::path::PathBuf),
     /// A file system mounted there.
     Mount(std::path::PathBuf),
+    /// A setting of this machine's kernel, and what it was.
+    Setting(&'static str, String),
 }
 
 impl Leftover {
@@ -41,6 +43,7 @@ impl Leftover {
             Self::Folder(path) => drop(std::fs::remove_dir_all(path)),
             // Also while somebody uses it.
             Self::Mount(path) => drop(umount2(path, MntFlags::MNT_DETACH)),
+            Self::Setting(path, value) => drop(std::fs::write(path, value)),
         }
     }
 }

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use testbed::bench::adapt::{Case, Size};
 use testbed::bench::post_copy::{self, Load, Plan};
 use testbed::bench::{Setup, Side, compare};
+use testbed::hosts::daemon;
 use testbed::layout::{Layout, write_whole};
 use testbed::packages::{Packages, Qemu, tools};
 use testbed::progress::say;
@@ -253,6 +254,7 @@ fn run(task: Task) -> Result<Outcome> {
         return Ok(Outcome::Passed);
     }
     cleanup::watch_signals()?;
+    let _settings = daemon::keep_settings();
     if let Task::NestedHost { case } = &task {
         return scenario::inside_nested_host(case).map(|()| Outcome::Passed);
     }

@@ -1,7 +1,9 @@
 //! A host's Transhume: its daemon, and the command line that talks to it.
 
 use super::{HOST_A, HOST_B, Host, Hosts, Link, TAP};
+use crate::cleanup::{Guard, Leftover};
 use crate::command::{Process, Run};
+use crate::guest::build;
 use crate::{Error, Result};
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -100,10 +102,22 @@ pub(crate) fn qemu_user(qemu: &Path) -> &'static str {
     "root"
 }
 
+/// Lets users without rights catch page faults, those of the kernel's included.
+const SYSCTL: &str = "/proc/sys/vm/unprivileged_userfaultfd";
+
+/// Puts back at a run's end what hosts set for the whole machine. The processes that a run starts leave that to it, as
+/// others may be at work.
+pub fn keep_settings() -> Option<Guard> {
+    if std::env::var_os(build::RUN).is_some() {
+        return None;
+    }
+    let value = fs::read_to_string(SYSCTL).ok()?;
+    Some(Guard::new(Leftover::Setting(SYSCTL, value)))
+}
+
 /// A script that gives a host files of its own: what lies over others, and devices where this machine's are for root
 /// alone, which udev's rules do on hosts. It ends in "&&" if there is anything to do.
 fn own_files(host: &Host, qemu: &Path) -> Result<String> {
-    const SYSCTL: &str = "/proc/sys/vm/unprivileged_userfaultfd";
     let mut script = Vec::new();
     let folder = host.folder.join("devices");
     let folder = folder.display();

@@ -5,7 +5,7 @@ use Lane::{Alone, Waits};
 /// Beside what a scenario may run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lane {
-    /// It uses the machine's CPUs: beside one that waits.
+    /// It uses the machine's CPUs: beside one that waits, or a short one at the end.
     Computes,
     /// It mostly waits, for a slow link or until something is given up: beside any other.
     Waits,

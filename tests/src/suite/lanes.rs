@@ -1,4 +1,4 @@
-//! Runs scenarios, each in a process of its own: two at a time where one of them waits.
+//! Runs scenarios, each in a process of its own: two at a time, of which one waits as long as there are such.
 
 use crate::cleanup::still_time;
 use crate::command::Run;
@@ -40,10 +40,15 @@ struct Queues {
 }
 
 impl Queues {
-    /// Where both lanes are, those that compute are all in the first.
+    /// Those that compute are in the first lane, the longest first, as long as the second one has others.
     fn next(&mut self, lane: usize) -> Option<&'static str> {
-        let computes = (lane == 0).then(|| self.computes.pop_front()).flatten();
-        computes.or_else(|| self.waits.pop_front())
+        if lane == 0 {
+            let computes = self.computes.pop_front();
+            computes.or_else(|| self.waits.pop_front())
+        } else {
+            let waits = self.waits.pop_front();
+            waits.or_else(|| self.computes.pop_back())
+        }
     }
 }
 
@@ -184,16 +189,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_computes_is_never_beside_its_like() {
-        let mut queues = Queues {
-            computes: ["a", "b"].into(),
+    fn each_lane_has_its_own_first_and_then_helps_the_other() {
+        let queues = || Queues {
+            computes: ["a", "b", "c"].into(),
             waits: ["x", "y", "z"].into(),
         };
-        let second: Vec<_> = (0..2).map_while(|_| queues.next(1)).collect();
-        assert_eq!(second, ["x", "y"]);
-        // And the first one helps with what waits.
-        let first: Vec<_> = std::iter::from_fn(|| queues.next(0)).collect();
-        assert_eq!(first, ["a", "b", "z"]);
-        assert_eq!(queues.next(1), None);
+        let all = |mut queues: Queues, lane| {
+            let names: Vec<_> = std::iter::from_fn(|| queues.next(lane)).collect();
+            assert_eq!(queues.next(1 - lane), None);
+            names
+        };
+        assert_eq!(all(queues(), 0), ["a", "b", "c", "x", "y", "z"]);
+        // The shortest of those that compute.
+        assert_eq!(all(queues(), 1), ["x", "y", "z", "c", "b", "a"]);
     }
 }
