@@ -199,7 +199,8 @@ impl FailureKind {
 pub struct VmInfo {
     /// Its name.
     pub name: String,
-    /// QEMU's word (`running`, `paused`, …), or ours: `starting`, `stopped`, `unreachable`, `unreadable`.
+    /// QEMU's word (`running`, `paused`, …), or ours: `starting`, `stopped`, `unreachable`, `unreadable`, `unknown`
+    /// where it may be another host that has it.
     pub state: String,
     /// More on the state, with what to do.
     pub note: Option<String>,
@@ -211,6 +212,9 @@ pub struct VmInfo {
     /// When it stopped, in milliseconds since 1970.
     #[serde(default)]
     pub stopped_ms: Option<u64>,
+    /// Part of its memory is still at the host that it came from, in post-copy.
+    #[serde(default)]
+    pub memory_follows: bool,
     /// What runs it; absent while it is starting or unreachable.
     pub machine: Option<MachineInfo>,
 }

@@ -209,6 +209,8 @@ impl Daemon {
 
     pub(super) fn put(self: &Arc<Self>, vm: Arc<Vm>) {
         self.table.put(vm.clone());
+        // An earlier process may have ended before it did.
+        relay::set_clock_right(Arc::clone(&vm));
         let span = tracing::info_span!("vm", vm = vm.name());
         tokio::spawn(watch(self.clone(), vm).instrument(span));
     }
@@ -269,7 +271,8 @@ impl Daemon {
     async fn list(&self, all: bool) -> Response {
         let mut list = Vec::new();
         for (name, entry) in self.table.all() {
-            if all || !matches!(entry, Entry::Stopped(_)) {
+            let may_run = || self.jobs.doubt(&name).is_some();
+            if all || !matches!(entry, Entry::Stopped(_)) || may_run() {
                 list.push(self.describe(name, entry).await);
             }
         }
@@ -288,6 +291,7 @@ impl Daemon {
 
     async fn describe(&self, name: String, entry: Entry) -> VmInfo {
         let mut stopped_ms = None;
+        let doubt = self.jobs.doubt(&name);
         let (state, note) = match entry {
             Entry::Here(vm) => return self.info(&vm).await,
             Entry::Coming(_) => (
@@ -301,10 +305,11 @@ impl Daemon {
                     record.qmp.display()
                 ),
             ),
-            Entry::Stopped(record) => {
+            Entry::Stopped(record) if doubt.is_none() => {
                 stopped_ms = record.stopped.as_ref().map(|stopped| stopped.at_ms);
                 ("stopped", record.why().to_owned())
             }
+            Entry::Stopped(_) => ("unknown", doubt.unwrap_or_default()),
             Entry::Unreadable(reason) => (
                 "unreadable",
                 format!(
@@ -320,6 +325,7 @@ impl Daemon {
             job: None,
             autostart,
             stopped_ms,
+            memory_follows: false,
             machine: None,
         }
     }
@@ -336,6 +342,17 @@ impl Daemon {
             ),
             Err(error) => ("unreachable".to_owned(), Some(error.to_string())),
         };
+        let arriving = destination::arriving_job(vm.files().folder());
+        let arriving = arriving.filter(|_| self.arrivals.is_in_post_copy(vm.name()));
+        let note = note
+            .or_else(|| self.jobs.doubt(vm.name()))
+            .or_else(|| {
+                let job = arriving.as_ref()?;
+                Some(format!(
+                    "part of its memory is still at the host that it came from, and follows by job {job}; the VM stands \
+                     still where it needs that"
+                ))
+            });
         let definition = vm.definition();
         let files = vm.files();
         // An adopted VM has its own.
@@ -354,6 +371,7 @@ impl Daemon {
             job: self.jobs.active(vm.name()).map(|job| job.id()),
             autostart: self.table.is_autostarted(vm.name()),
             stopped_ms: None,
+            memory_follows: arriving.is_some(),
             machine: Some(MachineInfo {
                 machine_type: vm.machine_type().to_owned(),
                 accelerator: definition.accelerator.to_string(),
@@ -376,13 +394,24 @@ impl Daemon {
         self.jobs.refuse_in_doubt(name)?;
         match self.jobs.active(name) {
             None => Ok(()),
-            Some(job) => Err(Error::refused(
-                format!("job {} moves {name} to {}", job.id(), job.info().to),
-                format!(
-                    "end it first by `transhume job cancel {}`, or wait for it",
-                    job.id()
-                ),
-            )),
+            Some(job) => {
+                let JobInfo {
+                    id, to, progress, ..
+                } = job.info();
+                Err(if progress.phase == Phase::PostCopy {
+                    Error::refused(
+                        format!(
+                            "{name} runs on {to}, and job {id} sends the rest of its memory there"
+                        ),
+                        format!("wait for it, or do it on {to}"),
+                    )
+                } else {
+                    Error::refused(
+                        format!("job {id} moves {name} to {to}"),
+                        format!("end it first by `transhume job cancel {id}`, or wait for it"),
+                    )
+                })
+            }
         }
     }
 

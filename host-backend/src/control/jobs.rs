@@ -8,7 +8,7 @@ use crate::hypervisor::Identity;
 use crate::relay::progress::{Phase, Progress, Summary};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
 
 /// Ended jobs that are kept.
@@ -186,8 +186,8 @@ impl Jobs {
                 // A version before kept the phase alone.
                 offer.post_copy |= info.progress.phase == Phase::PostCopy;
             }
-            let progress = Progress::new();
-            progress.enter(info.progress.phase);
+            let ago = now_ms().saturating_sub(info.started_ms);
+            let progress = Progress::restored(&info.progress, Duration::from_millis(ago));
             (info.id, Arc::new(Job::new(info, progress)))
         });
         let table = Mutex::new(jobs.chain(held).collect());
@@ -206,7 +206,7 @@ impl Jobs {
     /// Notes a new job.
     ///
     /// # Errors
-    /// [`Error::Refused`] while another one moves the same VM.
+    /// [`Error::Refused`] while another one moves the same VM, or if it cannot be noted on disk.
     pub fn begin(&self, begun: Begun<'_>) -> Result<Arc<Job>> {
         let vm = begun.vm;
         self.refuse_in_doubt(vm)?;
@@ -221,9 +221,6 @@ impl Jobs {
                     ),
                 ));
             }
-            let since = SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .unwrap_or_default();
             let progress = Progress::new();
             let info = JobInfo {
                 id: table.keys().next_back().map_or(1, |last| last + 1),
@@ -232,7 +229,7 @@ impl Jobs {
                 to: begun.to.to_owned(),
                 dry_run: begun.dry_run,
                 state: JobState::Running,
-                started_ms: u64::try_from(since.as_millis()).unwrap_or_default(),
+                started_ms: now_ms(),
                 progress: progress.snapshot(),
                 qemu: begun.qemu.cloned(),
                 offer: None,
@@ -246,7 +243,17 @@ impl Jobs {
             table.insert(job.id(), job.clone());
             job
         };
-        self.save(&job.started);
+        if let Err(error) = self.state.save_job(&job.started) {
+            // What is there of it now may still come to be there whole.
+            self.lock().remove(&job.id());
+            if let Err(error) = self.state.forget_job(job.id()) {
+                tracing::warn!(job = job.id(), vm, %error, "the file of a job that did not begin stays");
+            }
+            return Err(Error::refused(
+                format!("the migration cannot be noted on disk: {error}"),
+                "make room in `state-directory`",
+            ));
+        }
         Ok(job)
     }
 
@@ -308,11 +315,7 @@ impl Jobs {
     /// [`Error::Refused`] then.
     pub(super) fn refuse_in_doubt(&self, vm: &str) -> Result<()> {
         self.refuse_unsaved(vm)?;
-        let table = self.lock();
-        match table
-            .values()
-            .find(|job| job.vm() == vm && job.info().in_doubt)
-        {
+        match self.in_doubt(vm) {
             None => Ok(()),
             Some(job) => Err(Error::refused(
                 format!(
@@ -323,6 +326,23 @@ impl Jobs {
                 format!("`transhume job show {}` says what to do", job.id()),
             )),
         }
+    }
+
+    fn in_doubt(&self, vm: &str) -> Option<Arc<Job>> {
+        let table = self.lock();
+        let mut of_vm = table.values().filter(|job| job.vm() == vm);
+        of_vm.find(|job| job.info().in_doubt).cloned()
+    }
+
+    /// What an operator should know of a VM while it is not known which host has it.
+    pub(super) fn doubt(&self, vm: &str) -> Option<String> {
+        let job = self.in_doubt(vm)?;
+        Some(format!(
+            "it is not known which host has it since job {}, to {}; `transhume job show {}` says what to do",
+            job.id(),
+            job.started.to,
+            job.id()
+        ))
     }
 
     /// Whether a VM was handed over in post-copy by a job that is in doubt, so that its QEMU here can run it no more.
@@ -343,7 +363,7 @@ impl Jobs {
         let unsaved = self.lock_unsaved().clone();
         let table = self.lock();
         let mut ended = unsaved.iter().filter_map(|id| table.get(id));
-        match ended.find(|job| job.vm() == vm && !job.is_running()) {
+        match ended.find(|job| job.vm() == vm && !job.is_running() && !job.started.dry_run) {
             None => Ok(()),
             Some(job) => Err(Error::refused(
                 format!(
@@ -364,7 +384,7 @@ impl Jobs {
             Ok(()) => {
                 self.lock_unsaved().remove(&info.id);
             }
-            // A job that cannot be noted is no reason to fail a migration.
+            // No reason to fail a migration that has begun.
             Err(error) => {
                 self.lock_unsaved().insert(info.id);
                 tracing::error!(
@@ -425,6 +445,12 @@ impl Jobs {
     pub fn active(&self, vm: &str) -> Option<Arc<Job>> {
         find_active(&self.lock(), vm)
     }
+}
+
+/// Milliseconds since 1970.
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or_default()
 }
 
 fn find_active(table: &BTreeMap<u64, Arc<Job>>, vm: &str) -> Option<Arc<Job>> {

@@ -141,9 +141,11 @@ fn vms(all: &[VmInfo]) -> String {
                 |show: fn(&MachineInfo) -> String| info.machine.as_ref().map_or("-".into(), show);
             vec![
                 info.name.clone(),
-                info.job.map_or(info.state.clone(), |job| {
-                    format!("{} (job {job})", info.state)
-                }),
+                match info.job {
+                    Some(job) => format!("{} (job {job})", info.state),
+                    None if info.memory_follows => format!("{}, memory follows", info.state),
+                    None => info.state.clone(),
+                },
                 machine(|one| one.machine_type.clone()),
                 machine(|one| bytes(one.memory_bytes)),
                 machine(|one| one.vcpus.to_string()),
@@ -465,38 +467,32 @@ fn moment(job: &JobInfo, rates: Option<(f64, f64)>) -> String {
     if traffic.stream_bytes == 0 {
         return text;
     }
-    for (name, pages) in kinds(traffic) {
-        if pages > 0 {
-            let _ = write!(text, ", {name} {}", bytes(pages * PAGE));
-        }
-    }
-    let _ = write!(text, ", wire {}", bytes(traffic.wire_bytes));
-    if job.progress.phase == Phase::PostCopy {
-        let left = job.progress.remaining_bytes.unwrap_or_default();
-        let asked = bytes(job.progress.requested_pages * PAGE);
-        let _ = write!(text, ", {} left, {asked} asked for", bytes(left));
-    }
+    // What matters most first: a terminal may show no more of it.
     if let Some(what) = &job.progress.waits_for {
         let _ = write!(text, ", waits for {what}");
-        return text;
-    }
-    if job.progress.link_away_ms > 0 {
+    } else if job.progress.link_away_ms > 0 {
         let away = duration(to_float(job.progress.link_away_ms));
         let _ = write!(text, ", the link has been away for {away}");
-        return text;
-    }
-    if let Some((stream, wire)) = rates {
-        let _ = write!(text, " ({}/s)", bytes(to_number(wire)));
+    } else if let Some((stream, wire)) = rates {
         if let Some(left) = job.progress.remaining_bytes
             && stream > 1.0
             && job.progress.phase == Phase::PreCopy
             && job.progress.elapsed_ms >= GROUND_MS
         {
-            let _ = write!(
-                text,
-                ", about {} left",
-                duration(1000.0 * to_float(left) / stream)
-            );
+            let left = duration(1000.0 * to_float(left) / stream);
+            let _ = write!(text, ", about {left} left");
+        }
+        let _ = write!(text, ", {}/s", bytes(to_number(wire)));
+    }
+    if job.progress.phase == Phase::PostCopy {
+        let left = job.progress.remaining_bytes.unwrap_or_default();
+        let asked = bytes(job.progress.requested_pages * PAGE);
+        let _ = write!(text, ", {} left, {asked} asked for", bytes(left));
+    }
+    let _ = write!(text, ", wire {}", bytes(traffic.wire_bytes));
+    for (name, pages) in kinds(traffic) {
+        if pages > 0 {
+            let _ = write!(text, ", {name} {}", bytes(pages * PAGE));
         }
     }
     text

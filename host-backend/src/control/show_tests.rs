@@ -69,7 +69,7 @@ fn shows_numbers_as_people_read_them() {
 #[test]
 fn tells_a_running_job_with_what_can_be_done() {
     let text = super::job(&job(JobState::Running));
-    assert!(text.contains("copying memory, 1.50 s, from disk 2.00 MiB, zero pages 1.00 MiB, data 1.00 MiB, wire 2.00 MiB"), "{text}");
+    assert!(text.contains("copying memory, 1.50 s, wire 2.00 MiB, from disk 2.00 MiB, zero pages 1.00 MiB, data 1.00 MiB"), "{text}");
     assert!(text.contains("transhume job cancel 3"), "{text}");
     let mut job = job(JobState::Running);
     let rates = Some((1_048_576.0, 524_288.0));
@@ -78,7 +78,13 @@ fn tells_a_running_job_with_what_can_be_done() {
     job.progress.elapsed_ms = GROUND_MS;
     let text = moment(&job, rates);
     assert!(
-        text.ends_with("wire 2.00 MiB (512 KiB/s), about 10.00 s left"),
+        text.starts_with("copying memory, 4.00 s, about 10.00 s left, 512 KiB/s, wire 2.00 MiB"),
+        "{text}"
+    );
+    job.progress.link_away_ms = 7000;
+    let text = moment(&job, rates);
+    assert!(
+        text.starts_with("copying memory, 4.00 s, the link has been away for 7.00 s, wire"),
         "{text}"
     );
 }

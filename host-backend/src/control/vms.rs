@@ -188,6 +188,17 @@ impl Daemon {
             self.refuse_while_moving(name)?;
         }
         let entry = self.table.entry(name)?;
+        if !force && self.arrivals.is_in_post_copy(name) {
+            return Err(Error::refused(
+                format!(
+                    "part of {name}'s memory is still on the host that it came from, and its guest may stand still until \
+                     that has followed: it might not hear that it is to shut down, or do so much later"
+                ),
+                format!(
+                    "wait until all of it is here, which `transhume vm show {name}` tells; or `--force`"
+                ),
+            ));
+        }
         let record = match &entry {
             Entry::Here(vm) => {
                 vm.stop(force, patience.unwrap_or(SHUTDOWN)).await?;

@@ -12,7 +12,10 @@ use transhume_protocol::agent::{
 use super::clock::{ClockReader, ClockSet, ClockSetter, Known, monotonic_ns};
 use super::order::{MemoryOrder, OrderCollector};
 use super::report::{Collector, DiskName, GuestRange, Report};
+use super::turn::Turn;
 
+/// How long whoever speaks with the agent may go on: a gate closes, and a clock is set.
+const TURN_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 20 });
 /// How often a waiting read looks whether it should end.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -48,18 +51,23 @@ pub struct Agent {
     clock: ClockReader,
     pub(super) setter: Option<ClockSetter>,
     pub(super) clock_set: Option<ClockSet>,
+    /// Given up when the stream is closed.
+    _turn: Turn,
 }
 
 /// A session that the agent was asked for, and has not agreed to.
 pub struct Opening {
     pub(super) stream: UnixStream,
     session: u64,
+    turn: Turn,
 }
 
-/// Asks the agent behind this socket for a session. Each write may take `patience`.
+/// Asks the agent behind this socket for a session, when the one before has ended. Each write may take `patience`.
 ///
 /// An error is for people: it says why there will be no session.
 pub fn open(socket: &Path, session: u64, patience: Duration) -> Result<Opening, String> {
+    let turn = Turn::take(socket, TURN_PATIENCE)
+        .ok_or("the guest's agent is still spoken to by this host, after the last migration")?;
     let stream = UnixStream::connect(socket).map_err(unusable)?;
     stream.set_read_timeout(Some(TICK)).map_err(unusable)?;
     stream.set_write_timeout(Some(patience)).map_err(unusable)?;
@@ -69,7 +77,11 @@ pub fn open(socket: &Path, session: u64, patience: Duration) -> Result<Opening, 
         session,
     };
     send(&stream, &hello).map_err(unusable)?;
-    Ok(Opening { stream, session })
+    Ok(Opening {
+        stream,
+        session,
+        turn,
+    })
 }
 
 /// Opens a session with the agent behind this socket. Blocks for `patience` at most.
@@ -101,7 +113,11 @@ impl Opening {
         patience: Duration,
     ) -> Result<(Agent, Greeting), String> {
         let deadline = Instant::now() + patience;
-        let Self { stream, session } = self;
+        let Self {
+            stream,
+            session,
+            turn,
+        } = self;
         let mut decoder = Box::new(Decoder::new());
         let mut buffer = vec![0; MAX_FRAME_LEN];
         loop {
@@ -155,6 +171,7 @@ impl Opening {
                                     clock: ClockReader::default(),
                                     setter: None,
                                     clock_set: None,
+                                    _turn: turn,
                                 },
                                 greeting,
                             ));

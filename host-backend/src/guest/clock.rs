@@ -78,6 +78,11 @@ impl Known {
         }
     }
 
+    /// What was read, and when.
+    pub(super) const fn parts(&self) -> Option<(Lead, u64)> {
+        self.0
+    }
+
     /// What is known now.
     pub fn at(&self, now_ns: u64) -> Option<Lead> {
         let (mut lead, read_ns) = self.0?;

@@ -6,13 +6,16 @@
 
 mod channel;
 mod clock;
+mod clock_note;
 mod gate;
 mod order;
 mod report;
+mod turn;
 
 pub(crate) use channel::unusable;
 pub use channel::{Agent, Greeting, Opening, Reported, connect, open};
 pub use clock::{ClockReader, ClockSet, ClockSetter, Known, Lead, Reading, monotonic_ns};
+pub use clock_note::ClockNote;
 pub use gate::{GateNews, Preparation};
 pub use order::{MemoryOrder, Questions};
 pub use report::{Collector, DiskName, GuestRange, Report};

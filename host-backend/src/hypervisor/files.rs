@@ -91,6 +91,11 @@ impl RunFiles {
         self.folder.join("qemu.pid")
     }
 
+    /// What is noted of its guest's clock while that is not right.
+    pub fn clock_note(&self) -> PathBuf {
+        self.folder.join("clock")
+    }
+
     /// Its logs, which stay when it has gone.
     pub fn logs(&self) -> Logs {
         Logs::new(self.logs.clone())
@@ -134,7 +139,13 @@ impl RunFiles {
             .create(&own)
             .map_err(|error| Error::file("create", &own, error))?;
         give(&own, user)?;
-        for path in [self.qmp(), self.agent(), self.serial(), self.pid()] {
+        for path in [
+            self.qmp(),
+            self.agent(),
+            self.serial(),
+            self.pid(),
+            self.clock_note(),
+        ] {
             match std::fs::remove_file(&path) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                     return Err(Error::file("remove", path, error));

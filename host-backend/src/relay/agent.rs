@@ -7,43 +7,118 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::guest::{self, ClockSet, ClockSetter, Known};
+use crate::guest::{self, ClockNote, ClockSet, ClockSetter, Known};
 use crate::hypervisor::Vm;
 use transhume_protocol::agent::ClockOutcome;
 
-/// How long the agent may take to answer. QEMU serves its channel to one client at a time, and the VM may move on.
+/// How long the agent may take to answer.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long it may take to set its clock.
 const CLOCK_PATIENCE: Duration = Duration::from_secs(5);
+/// Between two tries to set a clock right, and how many there are: a guest that has just arrived may be slow to answer, and
+/// a migration that begins meanwhile speaks with the agent itself.
+const AGAIN: Duration = Duration::from_secs(5);
+const MOST_TRIES: u32 = 60;
+/// Those of them that end without a word about the clock: then the agent knows of none.
+const MOST_WITHOUT_A_CLOCK: u32 = 5;
 
-/// Begins to tell it, once the VM runs here. Nothing waits for it. `clock`: how far the guest's would be ahead of this
-/// host's, had it not stood still.
-pub(in crate::relay) fn greet(vm: Arc<Vm>, clock: Option<Known>) {
-    let run = move || {
-        let Some(socket) = vm.agent_socket() else {
-            return;
-        };
-        match tell(socket, clock) {
-            Ok(Some(set)) => clock_set(vm.name(), set),
-            Ok(None) => {}
-            Err(reason) if clock.is_some() => tracing::info!(
-                vm = vm.name(),
-                reason,
-                "the guest's clock is not set right: it lost the downtime"
-            ),
-            Err(reason) => {
-                tracing::debug!(vm = vm.name(), reason, "the agent was told nothing");
-            }
-        }
-    };
-    let thread = std::thread::Builder::new().name("relay-greet".to_owned());
-    if let Err(error) = thread.spawn(run) {
-        tracing::warn!(%error, "a thread");
+fn note(vm: &Vm) -> ClockNote {
+    ClockNote::new(vm.files().clock_note())
+}
+
+/// Notes how far the guest's clock is to be ahead of this host's, before the guest stands still or runs here. It stays
+/// noted until the clock is right; [`set_clock_right`] sees to that.
+pub(in crate::relay) fn note_clock(vm: &Vm, clock: Option<Known>) {
+    if let Some(clock) = clock
+        && let Err(error) = note(vm).write(clock)
+    {
+        tracing::warn!(vm = vm.name(), %error, "the guest's clock cannot be noted: if transhumed ends now, the clock loses the pause");
     }
 }
 
-/// Logs what became of a guest's clock.
-pub(in crate::relay) fn clock_set(vm: &str, set: ClockSet) {
+/// What is noted of a guest's clock that is not right yet.
+pub(in crate::relay) fn noted_clock(vm: &Vm) -> Option<Known> {
+    note(vm).read()
+}
+
+/// Begins to tell it that no memory is absent, and to set its clock right, once the VM runs here. Nothing waits for it.
+/// `clock`: how far the guest's would be ahead of this host's, had it not stood still.
+pub(in crate::relay) fn greet(vm: Arc<Vm>, clock: Option<Known>) {
+    note_clock(&vm, clock);
+    spawn(move || {
+        if noted_clock(&vm).is_some() {
+            return until_right(&vm);
+        }
+        let told = vm.agent_socket().map(|socket| tell(socket, None));
+        if let Some(Err(reason)) = told {
+            tracing::debug!(vm = vm.name(), reason, "the agent was told nothing");
+        }
+    });
+}
+
+/// Begins to set a guest's clock right if that is still to be done, as where the daemon ended meanwhile.
+pub fn set_clock_right(vm: Arc<Vm>) {
+    if noted_clock(&vm).is_some() {
+        spawn(move || until_right(&vm));
+    }
+}
+
+fn spawn(work: impl FnOnce() + Send + 'static) {
+    let thread = std::thread::Builder::new().name("relay-greet".to_owned());
+    if let Err(error) = thread.spawn(work) {
+        tracing::warn!(%error, "a thread that speaks with a guest's agent cannot be started");
+    }
+}
+
+/// Tries until the clock is right, or somebody else has seen to it, or the VM is gone.
+fn until_right(vm: &Vm) {
+    let (note, name) = (note(vm), vm.name());
+    let Some(socket) = vm.agent_socket() else {
+        return note.forget();
+    };
+    let (mut why, mut without_a_clock) = (String::new(), 0);
+    for _ in 0..MOST_TRIES {
+        let Some(clock) = note.read() else {
+            return;
+        };
+        if vm.qmp().is_closed() {
+            return;
+        }
+        match tell(socket, Some(clock)) {
+            Ok(Some(set)) => return clock_was_set(vm, set),
+            Ok(None) if without_a_clock == MOST_WITHOUT_A_CLOCK => break,
+            Ok(None) => {
+                without_a_clock += 1;
+                "the agent does not tell its clock".clone_into(&mut why);
+            }
+            Err(reason) => {
+                if reason != why {
+                    tracing::info!(
+                        vm = name,
+                        reason,
+                        "the guest's clock is not set right yet: it is tried again"
+                    );
+                }
+                why = reason;
+            }
+        }
+        std::thread::sleep(AGAIN);
+    }
+    tracing::warn!(
+        vm = name,
+        reason = why,
+        "the guest's clock is not set right: it lost the time for which it stood still"
+    );
+    note.forget();
+}
+
+/// Logs what became of a guest's clock, about which nothing more is to be done.
+pub(in crate::relay) fn clock_was_set(vm: &Vm, set: ClockSet) {
+    note(vm).forget();
+    log(vm.name(), set);
+}
+
+fn log(vm: &str, set: ClockSet) {
     let ms = |ns: f64| (ns / 1e4).round() / 100.0;
     let (by_ms, within_ms) = (ms(set.by_ns as f64), ms(set.within_ns as f64));
     let became = match set.outcome {

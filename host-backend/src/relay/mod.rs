@@ -14,12 +14,13 @@ mod error;
 mod mode;
 pub mod progress;
 pub mod source;
+mod table;
+mod threads;
+
 /// How long the link may be away while neither host's QEMU can run a VM in post-copy: the source's has written
 /// its devices' state and does not go back, and the destination's has not loaded it.
 const IN_BETWEEN: std::time::Duration = std::time::Duration::from_secs(86_400);
 
-mod table;
-mod threads;
-
+pub use agent::set_clock_right;
 pub use error::{Error, ErrorKind, Stays};
 pub use mode::{Choice, Mode};

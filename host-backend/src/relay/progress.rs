@@ -361,6 +361,34 @@ impl Progress {
         }
     }
 
+    /// That of a migration which began so long ago, in an earlier process, and which that had noted so.
+    pub fn restored(noted: &Snapshot, ago: Duration) -> Self {
+        let mut progress = Self::new();
+        progress.started = Instant::now().checked_sub(ago).unwrap_or(progress.started);
+        progress.enter(noted.phase);
+        let traffic = noted.traffic;
+        for (counter, value) in [
+            (Counter::ZeroPages, traffic.zero_pages),
+            (Counter::DiskPages, traffic.disk_pages),
+            (Counter::DataPages, traffic.data_pages),
+            (Counter::ResentPages, traffic.resent_pages),
+            (Counter::UnchangedPages, traffic.unchanged_pages),
+            (Counter::MismatchedPages, traffic.mismatched_pages),
+            (Counter::LatePages, traffic.late_pages),
+            (Counter::WireBytes, traffic.wire_bytes),
+            (Counter::PageBytes, traffic.page_bytes),
+            (Counter::DiskBytes, traffic.disk_bytes),
+            (Counter::StreamBytes, traffic.stream_bytes),
+            (Counter::TotalBytes, noted.total_bytes),
+            (Counter::HintedPages, noted.hinted_pages),
+            (Counter::RequestedPages, noted.requested_pages),
+            (Counter::OrderedPages, noted.ordered_pages),
+        ] {
+            progress.set(counter, value);
+        }
+        progress
+    }
+
     /// Enters a phase.
     pub fn enter(&self, phase: Phase) {
         let mut state = self.phase.lock().unwrap_or_else(PoisonError::into_inner);

@@ -28,6 +28,9 @@ pub(crate) fn run_name() -> &'static str {
     })
 }
 
+/// What has unit tests, for cargo: no crate has tests in its documentation, which would take minutes to be looked for.
+pub const TESTED: &[&str] = &["--workspace", "--lib", "--bins", "--tests"];
+
 /// What [`once`] calls them.
 const HOST_PROGRAMS: &str = "host-programs";
 
@@ -241,7 +244,8 @@ pub fn take_tested_host_programs(layout: &Layout) -> Result<()> {
     }
     let told = cargo()
         .folder(&layout.source)
-        .args(["test", "--quiet", "--workspace", "--no-run"])
+        .args(["test", "--quiet", "--no-run"])
+        .args(TESTED)
         .args(["--message-format", "json"])
         .text()?;
     let program = |name: &str| {

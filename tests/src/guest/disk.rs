@@ -4,6 +4,7 @@ use crate::command::Run;
 use crate::layout::{Layout, write_whole};
 use crate::packages::Packages;
 use crate::progress::step;
+use crate::suite::lanes;
 use crate::{Error, Result};
 use std::fmt::Write as _;
 use std::fs;
@@ -38,11 +39,11 @@ pub enum Amount {
     Some(u64),
 }
 
-/// Makes a raw disk image, once, and returns its path.
+/// Makes a raw disk image, once, and returns its path. Each lane of the tests has its own: guests write to them.
 pub fn make(layout: &Layout, packages: &Packages, kind: Kind, amount: Amount) -> Result<PathBuf> {
     let name = match amount {
         Amount::All => format!("{kind:?}-all").to_lowercase(),
-        Amount::Some(size) => format!("{kind:?}-{size}").to_lowercase(),
+        Amount::Some(size) => format!("{kind:?}-{size}-{}", lanes::own()).to_lowercase(),
     };
     let folder = layout.folder("disks")?;
     let disk = folder.join(format!("{name}.raw"));

@@ -8,6 +8,7 @@ use super::transhume::{Answer, ask};
 use super::{Bed, Scenario};
 use crate::cleanup::still_time;
 use crate::error::check;
+use crate::hosts::Host;
 use crate::packages::Qemu;
 use crate::{Error, Result};
 use serde_json::Value;
@@ -129,8 +130,8 @@ pub(super) struct Watch {
 }
 
 impl Watch {
-    pub(super) fn open(pair: &Pair<'_>, at: At) -> Result<Self> {
-        let socket = pair.host(at).folder.join("run/control.sock");
+    pub(super) fn open(host: &Host) -> Result<Self> {
+        let socket = host.folder.join("run/control.sock");
         let stream = UnixStream::connect(&socket).map_err(Error::file("connect to", &socket))?;
         let mut watch = Self {
             stream: BufReader::new(stream),
@@ -156,6 +157,11 @@ impl Watch {
 
     /// Waits for a moment of the job that begins next, and says in which phase it is then.
     pub(super) fn wait(&mut self, moment: Moment) -> Result<String> {
+        self.wait_within(moment, LONGEST)
+    }
+
+    /// The same with a limit of the caller's.
+    pub(super) fn wait_within(&mut self, moment: Moment, longest: Duration) -> Result<String> {
         const PHASES: [&str; 6] = [
             "negotiate",
             "prepare",
@@ -177,7 +183,7 @@ impl Watch {
                 Moment::Phase(name) => now >= PHASES.iter().position(|one| *one == name),
             };
             let over = job.is_object() && job["state"] != "running";
-            if come || over || start.elapsed() > LONGEST {
+            if come || over || start.elapsed() > longest {
                 return Ok(phase.to_owned());
             }
             still_time()?;
@@ -193,7 +199,7 @@ fn one(pair: &mut Pair<'_>, victim: Victim, moment: Moment) -> Result<String> {
         ..Micro::new(pair.bed)?
     };
     let mut life = pair.boot(&micro)?;
-    let mut watch = Watch::open(pair, At::A)?;
+    let mut watch = Watch::open(pair.host(At::A))?;
     let command = pair.begin_migration(At::A, &[])?;
     let phase = watch.wait(moment)?;
     match victim {
@@ -300,7 +306,7 @@ fn doubt(pair: &mut Pair<'_>, by_operator: bool) -> Result<()> {
         ..Micro::new(pair.bed)?
     };
     let mut life = pair.boot(&micro)?;
-    let mut watch = Watch::open(pair, At::A)?;
+    let mut watch = Watch::open(pair.host(At::A))?;
     let command = pair.begin_migration(At::A, &["--link-patience", "5"])?;
     watch.wait(Moment::Phase("commit"))?;
     pair.hosts.set_link(false)?;

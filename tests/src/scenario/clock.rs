@@ -1,27 +1,32 @@
 //! The guest's clock goes on as if the guest had not stood still while it moved.
 
+use super::any_moment::{Moment, Watch};
 use super::fake_host::{FakeHost, Said};
 use super::guest;
 use super::stress::Scene;
+use super::transhume::begin;
 use super::{Bed, Scenario};
 use crate::error::check;
 use crate::hosts::Hosts;
+use crate::hosts::daemon::Daemon;
 use crate::packages::Kernel;
 use crate::qemu::serial::Console;
 use crate::{Error, Result};
 use std::time::{Duration, Instant};
 use transhume_protocol::agent::HostMessage;
 
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(400);
 /// Half of them by post-copy; and with `--all`.
 const MIGRATIONS: [u64; 2] = [4, 10];
 /// In Mbit/s: slow enough that the guest goes over.
 const RATE: u32 = 60;
 /// How long the host may take to have the clock set.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 const QUESTIONS: u64 = 40;
 /// What the hosts' words about the clock have in common.
-const CLOCK: &str = "the guest's clock";
+const CLOCK: &str = "the guest's clock stood still";
+/// How long no daemon is there that could let the guest go on.
+const DEAD: Duration = Duration::from_secs(1);
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![Scenario {
@@ -71,6 +76,30 @@ fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1000.0
 }
 
+/// Waits until a host says what became of the clock, for one time more than before: its words, and how far off the clock
+/// may be.
+fn word(daemon: &Daemon, before: usize) -> Result<(String, f64)> {
+    let begun = Instant::now();
+    let line = loop {
+        let mut lines = daemon.lines_with(CLOCK);
+        if lines.len() > before
+            && let Some(line) = lines.pop()
+        {
+            break line;
+        }
+        check(begun.elapsed() < PATIENCE, || {
+            format!("Nobody says what became of its clock:\n{}", daemon.words())
+        })?;
+        crate::cleanup::still_time()?;
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    println!("  {line}");
+    let within = line.split("within_ms=").nth(1);
+    let within = within.and_then(|rest| rest.split_whitespace().next()?.parse::<f64>().ok());
+    let within = within.ok_or_else(|| Error::Check(format!("No bound: {line}")))?;
+    Ok((line, within))
+}
+
 /// What moves cost, by what the hosts say.
 #[derive(Debug, Default)]
 struct Lost {
@@ -93,27 +122,42 @@ impl Lost {
         };
         let downtime = answer.value["summary"]["downtime"]["total-ms"].as_f64();
         self.paused_ms += downtime.ok_or_else(|| Error::Check(format!("No downtime: {answer}")))?;
-        let begun = Instant::now();
-        let line = loop {
-            let mut lines = scene.here().lines_with(CLOCK);
-            if lines.len() > known
-                && let Some(line) = lines.pop()
-            {
-                break line;
-            }
-            check(begun.elapsed() < PATIENCE, || {
-                "Nobody says what became of its clock".to_owned()
-            })?;
-            crate::cleanup::still_time()?;
-            std::thread::sleep(Duration::from_millis(50));
-        };
-        println!("  {line}");
-        let within = line.split("within_ms=").nth(1);
-        let within = within.and_then(|rest| rest.split_whitespace().next()?.parse::<f64>().ok());
-        self.within_ms += within.ok_or_else(|| Error::Check(format!("No bound: {line}")))?;
+        let (line, within_ms) = word(scene.here(), known)?;
+        self.within_ms += within_ms;
         self.became.push(line);
         Ok(())
     }
+}
+
+/// The source's daemon dies while the guest stands still: whichever host goes on with the guest sets its clock right.
+fn daemon_dies(bed: &Bed, hosts: &Hosts, scene: &mut Scene<'_>, since: Instant) -> Result<()> {
+    let before = lead(scene, since)?;
+    let known = [scene.here(), scene.there()].map(|daemon| daemon.count_words(CLOCK));
+    let at_first = scene.here().id();
+    scene.tell("dirty 1")?;
+    let mut watch = Watch::open(scene.host(hosts))?;
+    let command = begin(scene.here(), &scene.migration(&["--mode", "pre"]))?;
+    let phase = watch.wait_within(Moment::Phase("switchover"), PATIENCE)?;
+    scene.kill_here();
+    command.end()?;
+    std::thread::sleep(DEAD);
+    scene.restart_here(bed, hosts)?;
+    let restarted = scene.here().id();
+    scene.find()?;
+    let stayed = scene.here().id() == restarted;
+    let (_, within_ms) = word(scene.here(), known[usize::from(!stayed)])?;
+    let after = lead(scene, since)?;
+    let off = after.ahead_ms - before.ahead_ms;
+    let within = before.within_ms + after.within_ms + within_ms;
+    let where_to = if stayed { "stayed" } else { "moved" };
+    println!(
+        "  when a daemon died in phase {phase}, it {where_to}, and its clock is off by {off:.2} ms, where {within:.2} could be"
+    );
+    check(off.abs() <= within && at_first != restarted, || {
+        format!(
+            "Its clock is off by {off} ms, where {within} ms could be, since a daemon died in phase {phase}"
+        )
+    })
 }
 
 fn run(bed: &Bed) -> Result<()> {
@@ -141,6 +185,8 @@ fn run(bed: &Bed) -> Result<()> {
     check(off.abs() <= within && lost.paused_ms > within, || {
         format!("Its clock is off by {off} ms, where {within} ms could be: {lost:?}")
     })?;
+
+    daemon_dies(bed, &hosts, &mut scene, since)?;
 
     // One that a time daemon keeps is left to it.
     scene.run("/bin/guest-workload keep-clock")?;

@@ -197,7 +197,7 @@ fn floods(bed: &Bed) -> Result<()> {
         ..Micro::new(bed)?
     };
     let mut life = pair.boot(&micro)?;
-    let mut watch = Watch::open(&pair, At::A)?;
+    let mut watch = Watch::open(pair.host(At::A))?;
     // It must not end before all is tried.
     let command = pair.begin_migration(At::A, &["--mode", "pre"])?;
     watch.wait(Moment::Phase("pre-copy"))?;

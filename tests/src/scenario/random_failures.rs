@@ -252,7 +252,7 @@ impl<'a> Scene<'a> {
     fn migrate(&mut self, dice: &mut Dice) -> Result<(String, bool)> {
         let (failure, moment, later) = draw(dice, self.mode);
         let from = self.at;
-        let mut watch = Watch::open(&self.pair, from)?;
+        let mut watch = Watch::open(self.pair.host(from))?;
         let mode = match self.mode {
             Mode::Pre => "pre",
             Mode::Post => "post",

@@ -6,13 +6,13 @@ use super::transhume::{Answer, ask};
 use super::{Bed, Scenario};
 use crate::error::check;
 use crate::hosts::daemon::Daemon;
-use crate::hosts::{HOST_A, HOST_B, Hosts};
+use crate::hosts::{HOST_A, HOST_B, Host, Hosts};
 use crate::packages::{Kernel, Qemu};
 use crate::qemu::Machine;
 use crate::qemu::serial::{Console, Side};
 use crate::{Error, Result};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const LIMIT: Duration = Duration::from_secs(600);
 /// Bounds an answer of the guest.
@@ -38,6 +38,9 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         },
     ]
 }
+
+/// How long two hosts that reach each other may take to settle who has it.
+const SETTLED: Duration = Duration::from_secs(60);
 
 /// A Linux guest, and the daemon that has it.
 pub(super) struct Scene<'a> {
@@ -97,6 +100,42 @@ impl<'a> Scene<'a> {
         &self.daemons[self.at]
     }
 
+    /// Kills the daemon that has it.
+    pub(super) fn kill_here(&mut self) {
+        self.daemons[self.at].kill();
+    }
+
+    /// Starts a daemon where it is.
+    pub(super) fn restart_here(&mut self, bed: &Bed, hosts: &Hosts) -> Result<()> {
+        let (programs, qemu) = (bed.programs()?, bed.packages.qemu(Qemu::V10_0)?);
+        let host = [&hosts.a, &hosts.b][self.at];
+        self.daemons[self.at] = Daemon::start(hosts, host, programs, &qemu)?;
+        Ok(())
+    }
+
+    /// Waits until one of the daemons runs it, after a migration that was cut off.
+    pub(super) fn find(&mut self) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            for at in [self.at, 1 - self.at] {
+                let shown = ask(&self.daemons[at], &["vm", "show", self.name])?;
+                if shown.value["state"] == "running" {
+                    if at != self.at {
+                        self.attach(at)?;
+                        self.at = at;
+                    }
+                    return Ok(());
+                }
+            }
+            check(begun.elapsed() < SETTLED, || {
+                let [a, b] = &self.daemons;
+                format!("No host runs it:\n{}\n{}", a.words(), b.words())
+            })?;
+            crate::cleanup::still_time()?;
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
     fn attach(&self, at: usize) -> Result<()> {
         let daemon = &self.daemons[at];
         let serial = daemon.vm_folder(self.name).join("serial.sock");
@@ -134,6 +173,17 @@ impl<'a> Scene<'a> {
         self.moves_by(&POST)
     }
 
+    /// The host that has it.
+    pub(super) fn host<'h>(&self, hosts: &'h Hosts) -> &'h Host {
+        [&hosts.a, &hosts.b][self.at]
+    }
+
+    /// The arguments of a migration to the other host.
+    pub(super) fn migration<'b>(&'b self, options: &[&'b str]) -> Vec<&'b str> {
+        let to = [HOST_B, HOST_A][self.at];
+        [&["migrate", self.name, "--to", to], options].concat()
+    }
+
     /// The daemon that will have the guest next.
     pub(super) fn there(&self) -> &Daemon {
         &self.daemons[1 - self.at]
@@ -142,7 +192,7 @@ impl<'a> Scene<'a> {
     /// Moves with these options.
     pub(super) fn moves_by(&mut self, options: &[&str]) -> Result<Answer> {
         let to = [HOST_B, HOST_A][self.at];
-        let arguments = [&["migrate", self.name, "--to", to], options].concat();
+        let arguments = self.migration(options);
         let answer = std::thread::scope(|scope| {
             // The socket is there once the destination's QEMU is.
             let attached = scope.spawn(|| self.attach(1 - self.at));
@@ -178,8 +228,14 @@ fn stress(bed: &Bed, kernel: Kernel) -> Result<()> {
     let mut waits = 0;
     for _ in 0..bed.draw.count(MIGRATIONS[0], MIGRATIONS[1]) {
         // A guest that is slow to say how often they did is not waited for.
-        let waited = scene.moves()?.number("/summary/post-copy/stalls/waits");
-        waits += waited.unwrap_or_default();
+        let answer = scene.moves()?;
+        waits += answer
+            .number("/summary/post-copy/stalls/waits")
+            .unwrap_or_default();
+        // Its agent was asked though this host may still have spoken with it about the move before.
+        check(answer.number("/summary/hinted-pages")? > 0, || {
+            format!("Its agent was not heard: {answer}")
+        })?;
         scene.run("kill -0 $(cat /tmp/load.pid)")?;
     }
     println!("  processes slept {waits} times");

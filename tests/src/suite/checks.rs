@@ -1,6 +1,6 @@
 //! The checks that need no guest. What they print is shown.
 
-use crate::guest::build::{cargo, kernel_module, take_tested_host_programs};
+use crate::guest::build::{TESTED, cargo, kernel_module, take_tested_host_programs};
 use crate::packages::{Kernel, Qemu, tools};
 use crate::progress::step;
 use crate::scenario::Bed;
@@ -49,7 +49,8 @@ pub(super) const CHECKS: [Check; 6] = [
         about: "cargo test",
         packages: true,
         run: |bed| {
-            let all = ["test", "--quiet", "--workspace", "--no-fail-fast"];
+            let all = ["test", "--quiet", "--no-fail-fast"];
+            let all = [&all[..], TESTED].concat();
             cargo_says(bed, &all, Some(path_with_qemu(bed)?))?;
             take_tested_host_programs(&bed.layout)
         },

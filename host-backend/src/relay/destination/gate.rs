@@ -104,9 +104,10 @@ pub(super) fn start(
                 return;
             };
             let name = vm.name();
+            let was_set = |set| agent::clock_was_set(&vm, set);
             let mut clock = GuestClock {
-                vm: name,
                 expected: clock,
+                was_set: &was_set,
             };
             let once = || {
                 let regions = layout.regions();
@@ -126,7 +127,8 @@ pub(super) fn start(
                     "memory that is absent stops its CPUs, not only processes"
                 ),
             }
-            clock.without_gate(socket);
+            // If that was not done while there was a gate.
+            agent::set_clock_right(Arc::clone(&vm));
         };
         let thread = std::thread::Builder::new().name("relay-gate".to_owned());
         if let Err(error) = thread.spawn(run) {
@@ -138,9 +140,10 @@ pub(super) fn start(
 
 /// The guest's clock, until it is set right.
 struct GuestClock<'a> {
-    vm: &'a str,
     /// See [`agent::greet`].
     expected: Option<Known>,
+    /// Hears what became of it.
+    was_set: &'a dyn Fn(ClockSet),
 }
 
 impl GuestClock<'_> {
@@ -152,21 +155,8 @@ impl GuestClock<'_> {
 
     fn took(&mut self, set: Option<ClockSet>) {
         if let Some(set) = set {
-            agent::clock_set(self.vm, set);
+            (self.was_set)(set);
             self.expected = None;
-        }
-    }
-
-    /// Sets it if that was not done while there was a gate.
-    fn without_gate(mut self, socket: &Path) {
-        if self.expected.is_none() {
-            return;
-        }
-        match agent::tell(socket, self.expected) {
-            Ok(set) => self.took(set),
-            Err(reason) => {
-                tracing::info!(vm = self.vm, reason, "the guest's clock is not set right");
-            }
         }
     }
 }

@@ -232,6 +232,9 @@ pub(super) async fn take(
         return Ok(());
     }
     let events = vm.qmp().events();
+    if offer.running {
+        agent::note_clock(&vm, engine.guest_clock());
+    }
     let gated = offer.running && engine.is_post_copy();
     let gate = gated.then(|| engine.gate(&vm));
     let _under_way = host.arrivals().under_way();

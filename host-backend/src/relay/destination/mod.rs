@@ -32,7 +32,7 @@ mod storage;
 mod waiting;
 
 pub use arrivals::Arrivals;
-pub use recovery::{Left, Recovered, recover};
+pub use recovery::{Left, Recovered, arriving_job, recover};
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};

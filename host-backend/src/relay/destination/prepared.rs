@@ -55,7 +55,12 @@ impl Prepared {
         recovery::begin(folder, &text, offer.job, &label(offer))
             .map_err(|error| format!("{}: {error}", folder.display()))?;
         let logs = files.logs();
-        logs.note(&format!("the VM comes from {}", offer.from))
+        let what = if offer.dry_run {
+            "a dry run, for which the VM stays there, asks from"
+        } else {
+            "the VM comes from"
+        };
+        logs.note(&format!("{what} {}", offer.from))
             .map_err(|error| error.to_string())?;
         let launched = Vm::launch(&fit.definition, settings, Start::Incoming, &opened);
         let (launched, volumes) = tokio::join!(launched, volumes);

@@ -34,7 +34,7 @@ pub(super) fn begin(folder: &Path, definition: &str, job: u64, label: &str) -> s
 }
 
 /// The migration by which a VM arrives that has that run directory, for people.
-pub(super) fn label(folder: &Path) -> Option<String> {
+pub fn arriving_job(folder: &Path) -> Option<String> {
     let text = bounded::read_text(&folder.join(ARRIVAL), MOST_TEXT).ok()?;
     text.splitn(3, ' ').nth(2).map(str::to_owned)
 }
@@ -376,7 +376,7 @@ mod tests {
         let vm = Arc::new(qemu.vm(&fake::definition("web1"), &settings).await);
         let folder = vm.files().folder().to_owned();
         begin(&folder, "", 7, "hosta/14").unwrap();
-        assert_eq!(label(&folder).as_deref(), Some("hosta/14"));
+        assert_eq!(arriving_job(&folder).as_deref(), Some("hosta/14"));
         let committed = Stage::Committed {
             runs: true,
             follows: false,

@@ -92,7 +92,7 @@ pub(super) async fn serve(
         socket,
     } = begun;
     let name = vm.name().to_owned();
-    let label = recovery::label(vm.files().folder()).unwrap_or_else(|| from.clone());
+    let label = recovery::arriving_job(vm.files().folder()).unwrap_or_else(|| from.clone());
     tracing::info!(vm = name, job = label, "post-copy goes on");
     let _under_way = host.arrivals().under_way();
     let events = vm.qmp().events();

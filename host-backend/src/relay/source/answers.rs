@@ -54,7 +54,7 @@ impl Answers {
                 FrameKind::Ack => {
                     let ack = Ack::decode(&frame.payload)?;
                     self.shared.flow.acknowledge(ack.batch_bytes)?;
-                    self.shared.progress.set(Counter::DiskBytes, ack.disk_bytes);
+                    self.shared.count_disk_bytes(ack.disk_bytes);
                 }
                 FrameKind::Verdict => {
                     let verdict = Verdict::decode(&frame.payload)?;
@@ -62,8 +62,7 @@ impl Answers {
                     let wanted = pages.len() as u64;
                     self.shared.progress.add(Counter::DiskPages, settled);
                     self.shared.progress.add(Counter::MismatchedPages, wanted);
-                    let late = self.shared.flow.late();
-                    self.shared.progress.set(Counter::LatePages, late);
+                    self.shared.count_late_pages();
                     if let Some(doubt) = &self.shared.doubt {
                         doubt.judge(settled, wanted, &pages);
                     }

@@ -25,13 +25,23 @@ struct State {
     guest: Known,
     /// When the guest's clock was told last.
     guest_ns: u64,
+    /// What it should be, where it still lacks what an earlier move took.
+    owed: Option<Known>,
 }
 
 /// How far the clocks of destination and guest are ahead of this host's.
-#[derive(Default)]
 pub(super) struct Clocks(Mutex<State>);
 
 impl Clocks {
+    /// `owed`: what is noted of a guest's clock that was not set right yet.
+    pub(super) fn new(owed: Option<Known>) -> Self {
+        let state = State {
+            owed,
+            ..State::default()
+        };
+        Self(Mutex::new(state))
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -74,9 +84,12 @@ impl Clocks {
         (state.guest, state.guest_ns) = (known, monotonic_ns());
     }
 
-    /// The guest's clock beside this host's, if it was told lately.
+    /// The guest's clock beside this host's, as it should be, if it was told lately.
     pub(super) fn guest(&self) -> Option<Known> {
         let state = self.lock();
+        if state.owed.is_some() {
+            return state.owed;
+        }
         let is_fresh = monotonic_ns().saturating_sub(state.guest_ns) <= FRESH_NS;
         (is_fresh && state.guest != Known::default()).then_some(state.guest)
     }

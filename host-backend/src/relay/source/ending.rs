@@ -116,7 +116,7 @@ impl Migration {
         self.summary(copied, running, remarks)
     }
 
-    fn summary(&self, copied: &Copied, running: Instant, remarks: Vec<String>) -> Summary {
+    fn summary(&self, copied: &Copied, running: Instant, mut remarks: Vec<String>) -> Summary {
         let ms =
             |from: Instant, to: Instant| to.saturating_duration_since(from).as_secs_f64() * 1e3;
         let sent = copied.shared.memory_sent().unwrap_or(copied.completed);
@@ -125,18 +125,22 @@ impl Migration {
         let running = running.checked_sub(way).unwrap_or(running);
         let running = running.max(copied.completed);
         let snapshot = self.progress.snapshot();
+        let downtime = Downtime {
+            memory_ms: ms(copied.paused, sent),
+            devices_ms: ms(sent, copied.completed),
+            handover_ms: ms(copied.completed, running),
+            total_ms: ms(copied.paused, running),
+        };
+        if self.facts.running {
+            remarks.extend(self.request.goal.missed(downtime.total_ms));
+        }
         Summary {
             vm: self.request.vm.name().to_owned(),
             from: self.request.from.clone(),
             to: self.request.destination.host.clone(),
             total_ms: self.progress.elapsed().as_secs_f64() * 1e3,
             phases: self.progress.phases(),
-            downtime: Downtime {
-                memory_ms: ms(copied.paused, sent),
-                devices_ms: ms(sent, copied.completed),
-                handover_ms: ms(copied.completed, running),
-                total_ms: ms(copied.paused, running),
-            },
+            downtime,
             post_copy: None,
             choice: snapshot.choice,
             expected: self.progress.predicted(),

@@ -62,6 +62,16 @@ pub(super) struct Seen {
 }
 
 impl Goal {
+    /// What is to be said of a downtime that was longer than it should be.
+    pub(super) fn missed(&self, downtime_ms: f64) -> Option<String> {
+        let (most, whose) = match self.max_downtime_ms {
+            Some(most) => (most.into(), "--max-downtime is"),
+            None => (LONGEST_MS, "by default it is to be at most"),
+        };
+        (downtime_ms > most)
+            .then(|| format!("the downtime was {downtime_ms:.0} ms; {whose} {most:.0} ms"))
+    }
+
     /// The pause to aim at, in milliseconds.
     pub(super) fn pause_ms(&self, seen: &Seen) -> f64 {
         let usual = USUAL_MS

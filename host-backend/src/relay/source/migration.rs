@@ -33,7 +33,7 @@ use crate::pages::PAGE_SIZE;
 use crate::pages::digest::Digester;
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Counter, Phase, Progress};
-use crate::relay::{Choice as Chosen, Error, Mode};
+use crate::relay::{Choice as Chosen, Error, Mode, agent};
 
 /// How long the first report of the page cache is waited for, once the destination is ready.
 const REPORT_PATIENCE: Duration = Duration::from_secs(3);
@@ -174,12 +174,13 @@ impl Migration {
             .or(channels.then_some("QEMU uses several channels here, and post-copy needs one"));
         let (post_copy, chosen) = choice::wish(&request.goal, facts.running, against);
         progress.choose(chosen);
+        let clocks = Clocks::new(agent::noted_clock(&request.vm));
         Self {
             request,
             facts,
             progress,
             journal,
-            clocks: Arc::default(),
+            clocks: Arc::new(clocks),
             shared: None,
             reports: None,
             before: None,
@@ -323,6 +324,9 @@ impl Migration {
                 event = events.recv() => match event {
                     Ok(event) => {
                         if event.name == "STOP" {
+                            if self.facts.running {
+                                agent::note_clock(&self.request.vm, self.clocks.guest());
+                            }
                             self.enter(Phase::Switchover)?;
                             paused = Some(instant(event.at));
                         }

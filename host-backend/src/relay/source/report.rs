@@ -1,8 +1,8 @@
 //! Gets the guest's reports while a migration runs.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -11,12 +11,15 @@ use transhume_protocol::agent::ReportSource;
 use super::clocks::Clocks;
 use super::hints::Hints;
 use super::order::{Order, Question};
-use crate::guest::GuestRange;
-use crate::guest::{self, DiskName, Questions, Reported};
+use crate::guest::{self, Agent, DiskName, Greeting, GuestRange, Questions, Reported};
 use crate::relay::progress::{Counter, Progress};
 
-/// How long an agent may take to answer.
+/// How long an agent may take to answer, until it is asked anew; the migration begins without it when it was silent once.
 const HELLO_PATIENCE: Duration = Duration::from_secs(2);
+/// Between two tries to reach an agent that is silent: its guest may have other work.
+const AGAIN: Duration = Duration::from_secs(3);
+/// How often it is looked whether the migration is over meanwhile.
+const STOP_POLL: Duration = Duration::from_millis(100);
 /// Pause between two reports, and the share of one CPU of the guest that they may take.
 const INTERVAL: Duration = Duration::from_secs(10);
 const CPU_PERMILLE: u16 = 500;
@@ -34,8 +37,19 @@ const MOST_PARTS: u32 = 256;
 pub(super) struct Reports {
     stop: Arc<AtomicBool>,
     remarks: Arc<Mutex<Vec<String>>>,
-    first: watch::Receiver<bool>,
+    /// Why the agent has not been reached yet.
+    unreached: Arc<Mutex<Option<String>>>,
+    first: watch::Receiver<First>,
     gate: Arc<AtomicBool>,
+}
+
+/// Whether there is a first part of a report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum First {
+    Expected,
+    /// The agent was silent when it was asked.
+    NotSoon,
+    There,
 }
 
 impl Reports {
@@ -52,10 +66,11 @@ impl Reports {
     ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let remarks = Arc::new(Mutex::new(Vec::new()));
-        let (ready, first) = watch::channel(false);
+        let (ready, first) = watch::channel(First::Expected);
         let reports = Self {
             stop: Arc::clone(&stop),
             remarks: Arc::clone(&remarks),
+            unreached: Arc::default(),
             first,
             gate: Arc::default(),
         };
@@ -63,6 +78,7 @@ impl Reports {
         let listener = Listener {
             stop,
             remarks,
+            unreached: Arc::clone(&reports.unreached),
             ready,
             hints,
             progress,
@@ -90,9 +106,9 @@ impl Reports {
         self.gate.store(true, Ordering::Relaxed);
     }
 
-    /// Waits for the first part of a report, or until it is clear that none will come.
+    /// Waits for the first part of a report, or until it is clear that none will come soon.
     pub(super) async fn first(&mut self, patience: Duration) {
-        let came = self.first.wait_for(|ready| *ready);
+        let came = self.first.wait_for(|first| *first != First::Expected);
         if let Ok(Err(_)) | Err(_) = tokio::time::timeout(patience, came).await {
             tracing::debug!("no report of the page cache before the start");
         }
@@ -101,13 +117,11 @@ impl Reports {
     /// Ends the listening; what people should know of it.
     pub(super) fn finish(&self) -> Vec<String> {
         self.stop.store(true, Ordering::Relaxed);
-        let remarks = || {
-            self.remarks
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clone()
-        };
-        if !*self.first.borrow() && remarks().is_empty() {
+        let remarks = || lock(&self.remarks).clone();
+        let unreached = lock(&self.unreached).take();
+        if let Some(reason) = unreached {
+            self.remark(format!("{reason} (all memory crossed the link)"));
+        } else if *self.first.borrow() != First::There && remarks().is_empty() {
             self.remark(
                 "the guest's agent sent no report of its page cache: all memory crossed the link"
                     .to_owned(),
@@ -123,11 +137,15 @@ impl Drop for Reports {
     }
 }
 
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Most remarks that an agent can cause.
 const MOST_REMARKS: usize = 8;
 
 fn remark(remarks: &Mutex<Vec<String>>, text: String) {
-    let mut remarks = remarks.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut remarks = lock(remarks);
     if remarks.len() < MOST_REMARKS && !remarks.contains(&text) {
         tracing::info!("{text}");
         remarks.push(text);
@@ -137,7 +155,8 @@ fn remark(remarks: &Mutex<Vec<String>>, text: String) {
 struct Listener {
     stop: Arc<AtomicBool>,
     remarks: Arc<Mutex<Vec<String>>>,
-    ready: watch::Sender<bool>,
+    unreached: Arc<Mutex<Option<String>>>,
+    ready: watch::Sender<First>,
     hints: Arc<Hints>,
     progress: Arc<Progress>,
     order: Arc<Order>,
@@ -157,15 +176,8 @@ impl Listener {
                 return;
             }
         };
-        let (mut agent, greeting) = match guest::connect(&socket, disks, session, HELLO_PATIENCE) {
-            Ok(connected) => connected,
-            Err(reason) => {
-                remark(
-                    &self.remarks,
-                    format!("{reason} (all memory crosses the link)"),
-                );
-                return;
-            }
+        let Some((mut agent, greeting)) = self.connect(&socket, &disks, session) else {
+            return;
         };
         if greeting.source == ReportSource::UserSpace {
             remark(
@@ -187,7 +199,8 @@ impl Listener {
             agent.listen(
                 || {
                     // Not before there is a report: that comes first.
-                    let due = self.gate.load(Ordering::Relaxed) && *self.ready.borrow();
+                    let due =
+                        self.gate.load(Ordering::Relaxed) && *self.ready.borrow() == First::There;
                     if let Some(prepared) = prepared.as_mut().filter(|_| due) {
                         prepared.go_on();
                     }
@@ -255,7 +268,36 @@ impl Listener {
 
     fn tell(&self) {
         self.progress.set(Counter::HintedPages, self.hints.pages());
-        let _ = self.ready.send(true);
+        let _ = self.ready.send(First::There);
+    }
+
+    /// Reaches the agent, now or while memory moves: a guest that has just arrived may be slow to answer.
+    fn connect(
+        &self,
+        socket: &Path,
+        disks: &[DiskName],
+        session: u64,
+    ) -> Option<(Agent, Greeting)> {
+        loop {
+            let reason = match guest::connect(socket, disks.to_vec(), session, HELLO_PATIENCE) {
+                Ok(connected) => {
+                    *lock(&self.unreached) = None;
+                    return Some(connected);
+                }
+                Err(reason) => reason,
+            };
+            if lock(&self.unreached).replace(reason.clone()).as_ref() != Some(&reason) {
+                tracing::info!(reason, "the agent is tried again while memory moves");
+            }
+            let _ = self.ready.send(First::NotSoon);
+            let silent = Instant::now();
+            while silent.elapsed() < AGAIN {
+                if self.stop.load(Ordering::Relaxed) {
+                    return None;
+                }
+                std::thread::sleep(STOP_POLL);
+            }
+        }
     }
 }
 

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use transhume_protocol::link::{Control, Stalls};
 use transhume_protocol::qemu::Block;
 
+use super::clocks::Clocks;
 use super::flow::Flow;
 use super::hints::Hints;
 use super::link_rate::LinkRate;
@@ -229,7 +230,7 @@ impl Rest {
             rate,
             false,
             None,
-            Arc::default(),
+            Arc::new(Clocks::new(None)),
         );
         let shared = Arc::new(shared);
         let begun = shared.resume(section, blocks);

@@ -30,7 +30,7 @@ use crate::link::session::Session;
 use crate::pages::digest::Digester;
 use crate::relay::IN_BETWEEN;
 use crate::relay::error::RelayError;
-use crate::relay::progress::{Counter, Progress};
+use crate::relay::progress::{Counter, Progress, Traffic};
 use crate::relay::threads;
 
 /// Who has the VM, as far as it is decided by the stream: post-copy hands it over in the middle.
@@ -89,6 +89,8 @@ pub(super) struct Shared {
     pub(super) hints: Arc<Hints>,
     pub(super) order: Arc<Order>,
     pub(super) progress: Arc<Progress>,
+    /// What had moved before: more than nothing where post-copy goes on after a break.
+    before: Traffic,
     /// What the guest waits for, in post-copy.
     pub(super) requests: Requests,
     /// Whether both hosts have the same storage, where memory may come from it.
@@ -122,7 +124,9 @@ impl Shared {
         clocks: Arc<Clocks>,
     ) -> Self {
         let channels = qemu.channels.len();
+        let before = progress.traffic();
         Self {
+            before,
             flow,
             hints,
             order,
@@ -538,7 +542,19 @@ impl Shared {
     }
 
     pub(super) fn count_wire_bytes(&self) {
-        self.progress.set(Counter::WireBytes, self.session.bytes());
+        let bytes = self.before.wire_bytes + self.session.bytes();
+        self.progress.set(Counter::WireBytes, bytes);
+    }
+
+    /// `read`: by the destination since this session began.
+    pub(super) fn count_disk_bytes(&self, read: u64) {
+        let bytes = self.before.disk_bytes.saturating_add(read);
+        self.progress.set(Counter::DiskBytes, bytes);
+    }
+
+    pub(super) fn count_late_pages(&self) {
+        let pages = self.before.late_pages + self.flow.late();
+        self.progress.set(Counter::LatePages, pages);
     }
 
     /// Page data a second that the path takes when it is busy, in bytes.

@@ -313,7 +313,7 @@ impl StreamReader {
         let shared = self.collector.shared();
         shared.flow.drain()?;
         shared.flow.fill_all();
-        shared.progress.set(Counter::LatePages, shared.flow.late());
+        shared.count_late_pages();
         Ok(())
     }
 }

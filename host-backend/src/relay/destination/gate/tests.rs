@@ -155,8 +155,10 @@ fn a_gate_that_expired_is_opened_again() {
         let comes = arrivals.len() > 1 || is_second.load(Ordering::Relaxed);
         comes.then(|| arrivals.pop()).flatten().unwrap_or_default()
     };
-    let (vm, expected) = ("test", None);
-    let mut clock = GuestClock { vm, expected };
+    let mut clock = GuestClock {
+        expected: None,
+        was_set: &|_| {},
+    };
     let over = keep(
         &socket,
         &[region],
