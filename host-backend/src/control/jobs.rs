@@ -463,6 +463,7 @@ fn find_active(table: &BTreeMap<u64, Arc<Job>>, vm: &str) -> Option<Arc<Job>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::relay::progress::Counter;
 
     fn jobs(folder: &std::path::Path) -> Jobs {
         Jobs::load(Arc::new(State::open(folder).expect("a state"))).expect("jobs")
@@ -563,6 +564,44 @@ mod tests {
         let state = State::open(folder.path()).expect("a state");
         let noted = state.jobs().expect("jobs").read.remove(0).state;
         assert_eq!(noted, JobState::Failed);
+    }
+
+    #[test]
+    fn a_job_that_cannot_be_noted_does_not_begin_and_a_dry_run_holds_nothing_back() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let jobs = jobs(folder.path());
+        let twin = folder.path().join("jobs/1.json.new");
+        std::fs::create_dir(&twin).expect("a folder");
+        let error = jobs
+            .begin(begun("web1", "hostb", true))
+            .expect_err("no room");
+        assert!(error.to_string().contains("cannot be noted"), "{error}");
+        assert!(jobs.all().is_empty() && jobs.active("web1").is_none());
+        std::fs::remove_dir(&twin).expect("an empty folder");
+        let job = jobs.begin(begun("web1", "hostb", true)).expect("a job");
+        std::fs::remove_file(&twin).expect("room for the next");
+        std::fs::create_dir(&twin).expect("a folder");
+        jobs.finish(&job, failed());
+        jobs.refuse_in_doubt("web1").expect("it moved nothing");
+    }
+
+    #[test]
+    fn what_had_moved_is_known_after_a_restart() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let before = jobs(folder.path());
+        let job = before.begin(begun("web1", "hostb", false)).expect("a job");
+        let progress = job.progress();
+        progress.enter(Phase::PostCopy);
+        progress.set(Counter::WireBytes, 77);
+        let offer = Offered {
+            number: "7".to_owned(),
+            running: true,
+            post_copy: true,
+        };
+        before.note(&job, offer).expect("on disk");
+        let after = jobs(folder.path()).get(1).expect("the job").info();
+        assert_eq!(after.progress.traffic.wire_bytes, 77);
+        assert_eq!(after.progress.phase, Phase::PostCopy);
     }
 
     #[test]

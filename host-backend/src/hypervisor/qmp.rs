@@ -255,7 +255,7 @@ impl Qmp {
     pub async fn shuts_down(&self) {
         let mut shutdown = self.shared.shutdown.clone();
         if shutdown.wait_for(Option::is_some).await.is_err() {
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 

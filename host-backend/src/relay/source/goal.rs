@@ -200,6 +200,22 @@ pub(super) mod tests {
     };
 
     #[test]
+    fn a_downtime_that_was_too_long_is_said() {
+        let goal = Goal {
+            max_downtime_ms: Some(500),
+            ..Goal::default()
+        };
+        assert_eq!(goal.missed(499.0), None);
+        let said = goal.missed(704.2).expect("too long");
+        assert!(
+            said.contains("704 ms") && said.contains("--max-downtime is 500 ms"),
+            "{said}"
+        );
+        let said = Goal::default().missed(301.0).expect("too long");
+        assert!(said.contains("at most 300 ms"), "{said}");
+    }
+
+    #[test]
     fn a_guest_that_writes_less_than_the_link_carries_comes_to_an_end() {
         let forecast = Goal::default().forecast(&SEEN).unwrap();
         // 500 ms, then 100.

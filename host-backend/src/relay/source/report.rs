@@ -89,7 +89,7 @@ impl Reports {
         let thread = std::thread::Builder::new().name("relay-agent".to_owned());
         let spawned = thread.spawn(move || {
             let _entered = span.entered();
-            listener.run(agent, disks, session);
+            listener.run(agent, &disks, session);
         });
         if let Err(error) = spawned {
             reports.remark(format!("the agent cannot be listened to: {error}"));
@@ -165,7 +165,7 @@ struct Listener {
 }
 
 impl Listener {
-    fn run(self, agent: Result<PathBuf, &'static str>, disks: Vec<DiskName>, session: u64) {
+    fn run(self, agent: Result<PathBuf, &'static str>, disks: &[DiskName], session: u64) {
         let socket = match agent {
             Ok(socket) => socket,
             Err(reason) => {
@@ -176,7 +176,7 @@ impl Listener {
                 return;
             }
         };
-        let Some((mut agent, greeting)) = self.connect(&socket, &disks, session) else {
+        let Some((mut agent, greeting)) = self.connect(&socket, disks, session) else {
             return;
         };
         if greeting.source == ReportSource::UserSpace {
