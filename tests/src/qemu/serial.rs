@@ -62,6 +62,9 @@ pub struct Console {
     shared: Arc<(Mutex<Log>, Condvar)>,
 }
 
+/// Lines before a guest's panic that are shown with it: its registers and the calls that led to it.
+const PANIC_LINES: usize = 60;
+
 impl Console {
     /// Of a guest by this name.
     pub fn new(name: &str) -> Self {
@@ -141,8 +144,14 @@ impl Console {
                 if line.starts_with(prefix) {
                     return Ok(line.clone());
                 }
-                if line.starts_with("bad ") || line.contains("Kernel panic") {
+                if line.starts_with("bad ") {
                     return Err(self.wrong(line.clone()));
+                }
+                if line.contains("Kernel panic") {
+                    // What comes before it tells why.
+                    let before = &log.lines[next.saturating_sub(PANIC_LINES)..=next];
+                    let lines: Vec<&str> = before.iter().map(|(_, line)| line.as_str()).collect();
+                    return Err(self.wrong(lines.join("\n")));
                 }
                 next += 1;
             }
