@@ -291,7 +291,6 @@ impl Daemon {
 
     async fn describe(&self, name: String, entry: Entry) -> VmInfo {
         let mut stopped_ms = None;
-        let doubt = self.jobs.doubt(&name);
         let (state, note) = match entry {
             Entry::Here(vm) => return self.info(&vm).await,
             Entry::Coming(_) => (
@@ -305,11 +304,14 @@ impl Daemon {
                     record.qmp.display()
                 ),
             ),
-            Entry::Stopped(record) if doubt.is_none() => {
-                stopped_ms = record.stopped.as_ref().map(|stopped| stopped.at_ms);
-                ("stopped", record.why().to_owned())
+            Entry::Stopped(record) => {
+                if let Some(doubt) = self.jobs.doubt(&name) {
+                    ("unknown", doubt)
+                } else {
+                    stopped_ms = record.stopped.as_ref().map(|stopped| stopped.at_ms);
+                    ("stopped", record.why().to_owned())
+                }
             }
-            Entry::Stopped(_) => ("unknown", doubt.unwrap_or_default()),
             Entry::Unreadable(reason) => (
                 "unreadable",
                 format!(

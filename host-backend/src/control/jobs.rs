@@ -244,7 +244,7 @@ impl Jobs {
             job
         };
         if let Err(error) = self.state.save_job(&job.started) {
-            // What is there of it now may still come to be there whole.
+            // A part of it may be on disk.
             self.lock().remove(&job.id());
             if let Err(error) = self.state.forget_job(job.id()) {
                 tracing::warn!(job = job.id(), vm, %error, "the file of a job that did not begin stays");
