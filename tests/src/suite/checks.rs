@@ -15,42 +15,58 @@ pub(super) struct Check {
     pub(super) name: &'static str,
     /// What must hold.
     pub(super) about: &'static str,
-    /// Whether packages must be there; those that need none are first.
-    pub(super) packages: bool,
+    /// When it runs.
+    pub(super) when: When,
     /// The check itself.
     pub(super) run: fn(&Bed) -> Result<()>,
 }
 
+/// When a check runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum When {
+    /// While packages come.
+    First,
+    /// When packages are there.
+    Packages,
+    /// Beside scenarios, which leave some of the machine idle; first, where there are none.
+    Beside,
+}
+
 /// In the order in which they run: those that say something soonest are first.
-pub(super) const CHECKS: [Check; 6] = [
+pub(super) const CHECKS: [Check; 7] = [
     Check {
         name: "format",
         about: "cargo fmt",
-        packages: false,
+        when: When::First,
         run: |bed| cargo_says(bed, &["fmt", "--all", "--check"], None),
     },
     Check {
         name: "dependencies",
         about: "their licences and sources, by cargo-deny",
-        packages: false,
+        when: When::First,
         run: dependencies,
     },
     Check {
         name: "lints",
         about: "cargo clippy, of all targets",
-        packages: false,
+        when: When::Beside,
         run: |bed| {
             let all = ["clippy", "--quiet", "--workspace", "--all-targets"];
             cargo_says(bed, &[&all[..], &["--", "-D", "warnings"]].concat(), None)
         },
     },
     Check {
+        name: "unit-tests-build",
+        about: "cargo test --no-run",
+        when: When::First,
+        run: |bed| cargo_says(bed, &[UNIT_TESTS, &["--no-run"], TESTED].concat(), None),
+    },
+    Check {
         name: "unit-tests",
         about: "cargo test",
-        packages: true,
+        when: When::Packages,
         run: |bed| {
-            let all = ["test", "--quiet", "--no-fail-fast"];
-            let all = [&all[..], TESTED].concat();
+            let all = [UNIT_TESTS, TESTED].concat();
             cargo_says(bed, &all, Some(path_with_qemu(bed)?))?;
             take_tested_host_programs(&bed.layout)
         },
@@ -58,16 +74,18 @@ pub(super) const CHECKS: [Check; 6] = [
     Check {
         name: "module-6.1",
         about: "the module builds for Linux 6.1",
-        packages: true,
+        when: When::Packages,
         run: |bed| module(bed, Kernel::V6_1),
     },
     Check {
         name: "module-6.12",
         about: "the module builds for Linux 6.12",
-        packages: true,
+        when: When::Packages,
         run: |bed| module(bed, Kernel::V6_12),
     },
 ];
+
+const UNIT_TESTS: &[&str] = &["test", "--quiet", "--no-fail-fast"];
 
 /// Runs cargo, with a path for programs.
 fn cargo_says(bed: &Bed, arguments: &[&str], path: Option<OsString>) -> Result<()> {

@@ -1,11 +1,12 @@
-//! Runs scenarios, each in a process of its own: two at a time, of which one waits as long as there are such.
+//! Runs scenarios, and checks beside them, each in a process of its own: two at a time, of which one waits as long as there are such.
 
+use super::checks::Check;
 use crate::cleanup::still_time;
 use crate::command::Run;
 use crate::guest::build;
 use crate::layout::Layout;
 use crate::progress::say;
-use crate::scenario::runner::{self, Outcome};
+use crate::scenario::runner::Outcome;
 use crate::scenario::{Bed, Draw, Finished, Lane, Scenario, schedule};
 use crate::{Error, Result};
 use std::collections::VecDeque;
@@ -25,7 +26,7 @@ pub(crate) fn own() -> usize {
     lane.unwrap_or(0)
 }
 
-/// A scenario that has ended, and what it printed.
+/// A part that has ended, and what it printed.
 pub(super) struct Ended {
     pub(super) name: &'static str,
     pub(super) end: Finished,
@@ -53,13 +54,17 @@ impl Queues {
 }
 
 /// Runs all of them, whatever one of them does; `tell` hears of each when it ends. The longest are to be first, so that
-/// both lanes end at the same time.
+/// both lanes end at the same time. The second lane begins with the checks.
 pub(super) fn run(
     bed: &Bed,
+    checks: &[Check],
     scenarios: &[Scenario],
     mut tell: impl FnMut(Ended) -> Result<()>,
 ) -> Result<()> {
-    let mut queues = Queues::default();
+    let mut queues = Queues {
+        waits: checks.iter().map(|check| check.name).collect(),
+        ..Queues::default()
+    };
     let mut alone = Vec::new();
     for scenario in scenarios {
         match schedule::lane(scenario.name) {
@@ -175,11 +180,10 @@ fn read(result: &Path) -> Result<Option<Finished>> {
         .map_err(|error| Error::Check(format!("{}: {error}", result.display())))
 }
 
-/// What such a process does.
-pub(super) fn inside(bed: &Bed, scenario: &Scenario, result: &Path) -> Result<Outcome> {
-    let end = runner::run(bed, scenario);
-    let text = serde_json::to_vec(&end)
-        .map_err(|error| Error::Check(format!("The result of {}: {error}", scenario.name)))?;
+/// What such a process leaves for the one that started it.
+pub(super) fn leave(end: &Finished, result: &Path) -> Result<Outcome> {
+    let text = serde_json::to_vec(end)
+        .map_err(|error| Error::Check(format!("{}: {error}", result.display())))?;
     crate::layout::write_whole(result, &text)?;
     Ok(end.outcome)
 }

@@ -12,7 +12,7 @@ use crate::progress::say;
 use crate::scenario::runner::{self, Finished, Outcome};
 use crate::scenario::{self, Bed, Draw, Scenario};
 use crate::{Error, Result};
-use checks::{CHECKS, Check};
+use checks::{CHECKS, Check, When};
 use lanes::Ended;
 use plan::State;
 use record::Record;
@@ -126,8 +126,15 @@ fn parts(
     record: &mut Record,
 ) -> Result<bool> {
     let all = options.only.is_empty();
-    let needed = !scenarios.is_empty() || checks.iter().any(|check| check.packages);
-    let (after, before): (Vec<Check>, Vec<Check>) = checks.iter().partition(|check| check.packages);
+    let of = |when| {
+        let chosen = checks.iter().filter(move |check| check.when == when);
+        chosen.copied().collect::<Vec<Check>>()
+    };
+    let (mut before, after, mut beside) = (of(When::First), of(When::Packages), of(When::Beside));
+    let needed = !scenarios.is_empty() || !after.is_empty();
+    if scenarios.len() < 2 {
+        before.append(&mut beside);
+    }
     std::thread::scope(|scope| {
         // Packages come over a network while others compute.
         let packages = needed.then(|| scope.spawn(|| part(PACKAGES, || bed.get())));
@@ -162,11 +169,15 @@ fn parts(
         keep(record, (first.name, runner::run(bed, first)))?;
         return Ok(!checks.is_empty());
     }
-    lanes::run(bed, scenarios, |Ended { name, end, printed }| {
-        let about = scenarios.iter().find(|scenario| scenario.name == name);
+    lanes::run(bed, &beside, scenarios, |Ended { name, end, printed }| {
+        let about = |(of, about)| (of == name).then_some(about);
+        let checks = beside.iter().map(|check| (check.name, check.about));
+        let all = scenarios
+            .iter()
+            .map(|scenario| (scenario.name, scenario.about));
         println!(
             "test {name}: {}",
-            about.map_or("", |scenario| scenario.about)
+            checks.chain(all).find_map(about).unwrap_or_default()
         );
         print!("{printed}");
         keep(record, (name, end))
@@ -217,12 +228,17 @@ fn end(
     Ok(())
 }
 
-/// Runs one scenario in this process, which was started for it.
+/// Runs one scenario, or a check, in this process, which was started for it.
 pub fn one(bed: &Bed, name: &str, result: &Path) -> Result<Outcome> {
-    let mut all = plan::scenarios(true);
-    all.retain(|scenario| scenario.name == name);
-    let scenario = all
-        .first()
-        .ok_or_else(|| Error::Usage(format!("No scenario is called {name}")))?;
-    lanes::inside(bed, scenario, result)
+    let end = if let Some(check) = CHECKS.iter().find(|check| check.name == name) {
+        part(check.name, || (check.run)(bed)).1
+    } else {
+        let mut all = plan::scenarios(true);
+        all.retain(|scenario| scenario.name == name);
+        let scenario = all
+            .first()
+            .ok_or_else(|| Error::Usage(format!("No test is called {name}")))?;
+        runner::run(bed, scenario)
+    };
+    lanes::leave(&end, result)
 }
