@@ -22,10 +22,10 @@ pub fn bound_arenas() {
 
 /// Gives memory back to the system that nobody uses, a moment after a migration.
 pub fn give_back() {
-    tokio::spawn(async {
+    crate::task::spawn(async {
         tokio::time::sleep(AFTER).await;
         // It takes some milliseconds.
-        let _ = tokio::task::spawn_blocking(trim).await;
+        let _ = crate::task::blocking(trim).await;
     });
 }
 

@@ -212,7 +212,7 @@ impl VmCommand {
                 let _place = places.acquire().await;
                 Client::connect(&socket).await?.ask(&request).await
             };
-            stops.push((vm.name, tokio::spawn(stop)));
+            stops.push((vm.name, crate::task::spawn(stop)));
         }
         let (mut all, mut code) = (serde_json::Map::new(), 0);
         for (name, stop) in stops {

@@ -76,9 +76,9 @@ impl Daemon {
         }
         daemon.find_again(state.vms()?).await;
         daemon.finish_interrupted();
-        tokio::spawn(keep_house(Arc::downgrade(&daemon)));
-        tokio::spawn(logs::keep(Arc::downgrade(&daemon)));
-        tokio::spawn(certificates::watch(Arc::downgrade(&daemon)));
+        crate::task::spawn(keep_house(Arc::downgrade(&daemon)));
+        crate::task::spawn(logs::keep(Arc::downgrade(&daemon)));
+        crate::task::spawn(certificates::watch(Arc::downgrade(&daemon)));
         daemon.autostart();
         for (place, path) in daemon.config.missing_paths() {
             tracing::warn!(
@@ -88,7 +88,7 @@ impl Daemon {
             );
         }
         let settings = daemon.launch_settings();
-        tokio::spawn(async move { preflight::look_at_qemu(&settings).await });
+        crate::task::spawn(async move { preflight::look_at_qemu(&settings).await });
         Ok(daemon)
     }
 
@@ -140,7 +140,9 @@ impl Daemon {
                 continue;
             }
             let daemon = Arc::clone(self);
-            looked_for.push(tokio::spawn(async move { daemon.readopt(record).await }));
+            let span = tracing::info_span!("vm", vm = record.definition.name);
+            let look = async move { daemon.readopt(record).await };
+            looked_for.push(crate::task::spawn(look.instrument(span)));
         }
         for look in looked_for {
             if let Err(error) = look.await {
@@ -173,13 +175,15 @@ impl Daemon {
             return;
         }
         let daemon = Arc::clone(self);
-        tokio::spawn(async move {
+        let span = tracing::info_span!("arrival", vm = name);
+        let recovering = async move {
             let settings = daemon.launch_settings();
             match left.recover(&settings, &daemon.arrivals).await {
                 Some(vm) => daemon.arrive(vm, false),
                 None => daemon.table.release(&name),
             }
-        });
+        };
+        crate::task::spawn(recovering.instrument(span));
     }
 
     /// Whether it is about to end.
@@ -211,8 +215,9 @@ impl Daemon {
         self.table.put(vm.clone());
         // An earlier process may have ended before it did.
         relay::set_clock_right(Arc::clone(&vm));
-        let span = tracing::info_span!("vm", vm = vm.name());
-        tokio::spawn(watch(self.clone(), vm).instrument(span));
+        // It outlives what brought the VM here.
+        let span = tracing::info_span!(parent: None, "vm", vm = vm.name());
+        crate::task::spawn(watch(self.clone(), vm).instrument(span));
     }
 
     pub(super) fn arrive(self: &Arc<Self>, vm: Arc<Vm>, autostart: bool) {
@@ -525,7 +530,7 @@ impl Daemon {
             dry_run,
         };
         let span = tracing::info_span!("migration", vm = name, job = job.id(), to);
-        tokio::spawn(self.clone().run(job.clone(), request).instrument(span));
+        crate::task::spawn(self.clone().run(job.clone(), request).instrument(span));
         Ok(Response::Job(Box::new(job.info())))
     }
 
@@ -539,7 +544,7 @@ impl Daemon {
         });
         let migration = source::migrate(request, progress, journal, cancel).in_current_span();
         // In a task of its own: a panic in it must not leave a job that never ends.
-        let ending = match tokio::spawn(migration).await {
+        let ending = match crate::task::spawn(migration).await {
             Ok(Ok(source::Outcome::Migrated(summary))) => {
                 let how = format!("it moved to {} (job {})", job.info().to, job.id());
                 self.table.leave(job.vm(), |entry| entry.is(&moved), how);
@@ -570,6 +575,9 @@ impl Daemon {
                 "completed: {ending}"
             ),
             Ending::Planned(..) => tracing::info!("the dry run found that it can move"),
+            Ending::Failed(JobState::Cancelled | JobState::Refused, why) => {
+                tracing::warn!("not completed: {why}");
+            }
             other => tracing::error!("not completed: {other}"),
         }
         self.jobs.finish(&job, ending);

@@ -79,7 +79,7 @@ impl Daemon {
                 };
                 let vm = vm.to_owned();
                 let asked = async move { locate(&destination, &vm).await };
-                let asked = tokio::spawn(tokio::time::timeout(ASKING, asked));
+                let asked = crate::task::spawn(tokio::time::timeout(ASKING, asked));
                 (host.clone(), asked)
             })
             .collect();
@@ -114,7 +114,7 @@ impl Daemon {
             if self.is_due(&name) {
                 let span = tracing::info_span!("autostart", vm = name);
                 let starting = Arc::clone(self).autostart_one(name);
-                tokio::spawn(starting.instrument(span));
+                crate::task::spawn(starting.instrument(span));
             }
         }
     }

@@ -90,12 +90,14 @@ impl Daemon {
     pub(super) fn finish_interrupted(self: &Arc<Self>) {
         for job in self.jobs.all() {
             let daemon = Arc::clone(self);
-            tokio::spawn(async move {
+            let span = tracing::info_span!("migration", vm = job.vm(), job = job.id());
+            let finishing = async move {
                 if job.is_running() {
                     daemon.finish_one(&job).await;
                 }
                 daemon.ask_on(&job);
-            });
+            };
+            crate::task::spawn(finishing.instrument(span));
         }
     }
 
@@ -178,7 +180,7 @@ impl Daemon {
     fn withdraw(self: &Arc<Self>, info: &JobInfo, offered: &Offered) {
         if let (Some(destination), Some(number)) = (self.destination(info), offered.number()) {
             let vm = info.vm.clone();
-            tokio::spawn(async move {
+            crate::task::spawn(async move {
                 ask(&destination, &vm, number, &Keeper::Source, WITHDRAWAL).await
             });
         }
@@ -200,7 +202,8 @@ impl Daemon {
             );
             return;
         };
-        let span = tracing::info_span!("doubt", vm = info.vm, job = info.id, to = info.to);
+        let span =
+            tracing::info_span!(parent: None, "doubt", vm = info.vm, job = info.id, to = info.to);
         let (daemon, job) = (Arc::clone(self), Arc::clone(job));
         let asking = async move {
             while job.info().in_doubt {
@@ -221,7 +224,7 @@ impl Daemon {
                 tokio::time::sleep(PAUSE).await;
             }
         };
-        tokio::spawn(asking.instrument(span));
+        crate::task::spawn(asking.instrument(span));
     }
 
     /// Settles a job that is in doubt.
@@ -350,7 +353,7 @@ impl Daemon {
             number,
             link_patience: REST_PATIENCE,
         };
-        let span = tracing::info_span!("migration", vm = info.vm, job = info.id, to = info.to);
+        let span = tracing::info_span!(parent: None, "migration", vm = info.vm, job = info.id, to = info.to);
         let (daemon, job) = (Arc::clone(self), Arc::clone(job));
         let sending = async move {
             let cause = "transhumed ended while it followed".to_owned();
@@ -372,7 +375,7 @@ impl Daemon {
             daemon.jobs.finish(&job, ending);
             crate::allocator::give_back();
         };
-        tokio::spawn(sending.instrument(span));
+        crate::task::spawn(sending.instrument(span));
     }
 
     /// An operator says where the VM of a job runs.

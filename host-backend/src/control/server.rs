@@ -114,7 +114,7 @@ async fn serve(listener: &UnixListener, daemon: &Arc<Daemon>) {
             }
             drop(permit);
         };
-        tokio::spawn(client.instrument(span));
+        crate::task::spawn(client.instrument(span));
     }
 }
 

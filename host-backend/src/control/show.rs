@@ -319,6 +319,10 @@ pub(super) fn job(job: &JobInfo) -> String {
                 moment(job, None)
             )
         }
+        // Most of these say themselves how it ended.
+        (_, _, _, Some(error)) if error.starts_with("the migration ") => {
+            format!("job {id}, {vm} to {to}: {error}")
+        }
         (_, _, _, Some(error)) => format!("job {id}, {vm} to {to}, {}: {error}", state_word(job)),
         _ => format!("job {id}, {vm} to {to}: {}", state_word(job)),
     }
@@ -473,9 +477,14 @@ fn moment(job: &JobInfo, rates: Option<(f64, f64)>) -> String {
     } else if job.progress.link_away_ms > 0 {
         let away = duration(to_float(job.progress.link_away_ms));
         let _ = write!(text, ", the link has been away for {away}");
+    } else if let Some((stream, wire)) = rates
+        && job.progress.phase == Phase::PreCopy
+        && stream.max(wire) < STANDSTILL
+    {
+        // It takes seconds until a link is known to be away.
+        text += ", nothing moves at the moment";
     } else if let Some((stream, wire)) = rates {
         if let Some(left) = job.progress.remaining_bytes
-            && stream > 1.0
             && job.progress.phase == Phase::PreCopy
             && job.progress.elapsed_ms >= GROUND_MS
         {
@@ -498,6 +507,12 @@ fn moment(job: &JobInfo, rates: Option<(f64, f64)>) -> String {
     text
 }
 
+/// For how long a forecast must have been bad before it is told.
+const ADVICE_AFTER: Duration = Duration::from_secs(5);
+
+/// In bytes a second: below it no time left is named, which would be days.
+const STANDSTILL: f64 = 10_000.0;
+
 /// How long a migration must have gone on before a time left is named: what its first seconds say of its rates is far off.
 const GROUND_MS: u64 = 4000;
 
@@ -508,6 +523,7 @@ pub(super) struct Progress {
     last: Option<(Instant, Phase)>,
     before: Option<(Instant, Traffic)>,
     rates: Option<(f64, f64)>,
+    missed_since: Option<Instant>,
     advised: bool,
     goes_over: bool,
 }
@@ -529,6 +545,7 @@ impl Progress {
             last: None,
             before: None,
             rates: None,
+            missed_since: None,
             advised: false,
             goes_over: false,
         }
@@ -587,15 +604,20 @@ impl Progress {
         }
     }
 
-    /// Tells once why the goal will not be met.
+    /// Tells once why the goal will not be met, when that has been so for a while: a guest that starts a program, or boots,
+    /// writes much for some seconds.
     fn advise(&mut self, job: &JobInfo) {
         let advice = job
             .progress
             .forecast
             .as_ref()
             .and_then(|forecast| forecast.advice.as_ref());
-        let Some(advice) = advice else { return };
-        if std::mem::replace(&mut self.advised, true) {
+        let Some(advice) = advice else {
+            self.missed_since = None;
+            return;
+        };
+        let since = *self.missed_since.get_or_insert_with(Instant::now);
+        if since.elapsed() < ADVICE_AFTER || std::mem::replace(&mut self.advised, true) {
             return;
         }
         self.say(&format!("{}: {advice}", job.vm));

@@ -81,6 +81,11 @@ fn tells_a_running_job_with_what_can_be_done() {
         text.starts_with("copying memory, 4.00 s, about 10.00 s left, 512 KiB/s, wire 2.00 MiB"),
         "{text}"
     );
+    let text = moment(&job, Some((900.0, 20.0)));
+    assert!(
+        text.starts_with("copying memory, 4.00 s, nothing moves at the moment, wire"),
+        "{text}"
+    );
     job.progress.link_away_ms = 7000;
     let text = moment(&job, rates);
     assert!(

@@ -77,9 +77,8 @@ impl OpenedFiles {
         let (definition, settings) = (definition.clone(), settings.clone());
         let limits = limits.cloned();
         let host = settings.host.clone();
-        let open = tokio::task::spawn_blocking(move || {
-            Self::open(&definition, &settings, limits.as_ref())
-        });
+        let open =
+            crate::task::blocking(move || Self::open(&definition, &settings, limits.as_ref()));
         match tokio::time::timeout(PATIENCE, open).await {
             Ok(Ok(opened)) => opened,
             Ok(Err(error)) => Err(Error::Protocol(error.to_string())),
@@ -207,6 +206,27 @@ pub(super) struct Handed {
     descriptors: Vec<RawFd>,
     /// Kept until QEMU has its own.
     made: Vec<OwnedFd>,
+    /// What each set is a file of.
+    sets: Sets,
+}
+
+/// The files that a QEMU was handed as sets of descriptors, by their numbers.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Sets(Vec<String>);
+
+impl Sets {
+    /// QEMU's words, with the files' own names.
+    pub(super) fn named(&self, words: &str) -> String {
+        // The highest number first: "…/1" begins "…/10".
+        let sets = self.0.iter().enumerate().rev();
+        sets.fold(words.to_owned(), |words, (number, path)| {
+            words.replace(&set_name(number), path)
+        })
+    }
+}
+
+fn set_name(number: usize) -> String {
+    format!("/dev/fdset/{number}")
 }
 
 impl Handed {
@@ -224,6 +244,7 @@ impl Handed {
             },
             descriptors: Vec::new(),
             made: Vec::new(),
+            sets: Sets::default(),
         };
         handed.names.qmp = handed.socket(&files.qmp())?;
         if definition.console.serial {
@@ -254,6 +275,11 @@ impl Handed {
             handed.names.nics.push(name);
         }
         Ok(handed)
+    }
+
+    /// What its sets are.
+    pub(super) fn sets(&self) -> Sets {
+        self.sets.clone()
     }
 
     /// What QEMU inherits.
@@ -296,7 +322,8 @@ impl Handed {
             escape(&text(path))
         ));
         self.descriptors.push(descriptor);
-        format!("/dev/fdset/{number}")
+        self.sets.0.push(path.display().to_string());
+        set_name(number)
     }
 
     fn node(&mut self, node: &Node) -> NodeName {
@@ -330,5 +357,21 @@ impl Handed {
         let number = tap.as_raw_fd();
         self.keep(tap);
         Ok(("tap", format!(",fd={number}")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn qemu_is_heard_with_the_names_that_its_operator_knows() {
+        let sets = Sets((0..12).map(|number| format!("/srv/{number}.raw")).collect());
+        let said = r#"Failed to get "write" lock: is another process using the image [/dev/fdset/11]? /dev/fdset/1: in use"#;
+        let heard = sets.named(said);
+        assert!(
+            heard.contains("[/srv/11.raw]") && heard.ends_with("/srv/1.raw: in use"),
+            "{heard}"
+        );
     }
 }

@@ -85,7 +85,7 @@ impl Limits {
     ) -> Vec<Refusal> {
         let (limits, definition, settings) = (self.clone(), definition.clone(), settings.clone());
         let host = settings.host.clone();
-        let check = tokio::task::spawn_blocking(move || limits.check(&definition, &settings));
+        let check = crate::task::blocking(move || limits.check(&definition, &settings));
         match tokio::time::timeout(PATIENCE, check).await {
             Ok(Ok(refusals)) => refusals,
             Ok(Err(error)) => vec![Refusal::new(
@@ -172,7 +172,7 @@ impl Limits {
         if self.paths.iter().any(|directory| is_below(path, directory)) {
             return Ok(());
         }
-        let mut cause = format!("{what}: {}", path.display());
+        let cause = format!("{what}: {}", path.display());
         let link = self
             .paths
             .iter()
@@ -183,7 +183,18 @@ impl Limits {
             } else {
                 format!("goes by the link {}", link.display())
             };
-            cause = format!("{cause}, which {link} to {}", to.display());
+            let mut refusal = self.refusal(
+                format!("{cause}, which {link} to {}", to.display()),
+                "paths",
+                &self.paths,
+            );
+            // Whoever wrote the link may want just that it is followed.
+            refusal.cure = format!(
+                "have it lead to a file below one of them. Whoever may write below them made the link: only when VMs from \
+                 other hosts may use what it leads to, add to `paths` in {}",
+                self.place
+            );
+            return Err(refusal);
         }
         Err(self.refusal(cause, "paths", &self.paths))
     }

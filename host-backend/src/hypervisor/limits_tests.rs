@@ -129,7 +129,11 @@ fn paths_are_judged_by_where_they_lead() {
         said("vms/out", "../secret"),
         said("vms/dangling", "../not-there-yet")
     );
-    host.refused("raw", "vms/out", &["is a link to ../secret,"]);
+    host.refused(
+        "raw",
+        "vms/out",
+        &["is a link to ../secret,", "Whoever may write below them"],
+    );
     host.refused(
         "raw",
         "vms/up/secret",

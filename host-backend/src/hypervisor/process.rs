@@ -117,7 +117,7 @@ impl Child {
         let id = child.id().unwrap_or_default();
         let (kill, killed) = oneshot::channel();
         let (exit, status) = watch::channel(None);
-        tokio::spawn(async move {
+        crate::task::spawn(async move {
             let waited = tokio::select! {
                 waited = child.wait() => waited,
                 Ok(()) = killed => {

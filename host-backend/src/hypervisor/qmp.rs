@@ -196,14 +196,14 @@ impl Qmp {
         let (close, closed) = watch::channel(None);
         let (ends, shutdown) = watch::channel(None);
         let (requests, outgoing) = mpsc::channel(REQUESTS);
-        let writer = tokio::spawn(write(outgoing, writer));
+        let writer = crate::task::spawn(write(outgoing, writer));
         let tell = Tell {
             waiting: waiting.clone(),
             events: events.clone(),
             shutdown: ends,
             closed: close,
         };
-        let reader = tokio::spawn(read(lines, tell));
+        let reader = crate::task::spawn(read(lines, tell));
         Self {
             shared: Arc::new(Shared {
                 writer: requests,

@@ -3,7 +3,7 @@
 use super::command_line::{self, Start};
 use super::confine::Confinement;
 use super::files::{LaunchSettings, RunFiles};
-use super::handed::{Handed, OpenedFiles};
+use super::handed::{Handed, OpenedFiles, Sets};
 use super::process::{Child, Process};
 use super::qmp::Status;
 use super::{Definition, Error, Identity, Qmp, Result, inspect};
@@ -80,6 +80,7 @@ impl Vm {
         tracing::debug!(vm = definition.name, qemu = %binary.display(), ?arguments, "starting QEMU");
         let confinement = Confinement::of(user, handed.descriptors());
         let started = Child::spawn(binary, &arguments, logs.open_qemu()?, confinement);
+        let sets = handed.sets();
         // What is left of them is QEMU's: a lock ends with it, and its sockets are closed with it.
         drop(handed);
         let mut child = match started {
@@ -114,7 +115,7 @@ impl Vm {
                     }
                     error => error,
                 };
-                let error = with_words(error, &files);
+                let error = with_words(error, &files, &sets);
                 child.end(QUIT_PATIENCE).await;
                 if let Err(error) = files.remove() {
                     tracing::warn!(vm = definition.name, %error, "its run directory stays");
@@ -430,12 +431,16 @@ impl Vm {
 }
 
 /// An error of a QEMU that was started, with what it said.
-fn with_words(error: Error, files: &RunFiles) -> Error {
+fn with_words(error: Error, files: &RunFiles, sets: &Sets) -> Error {
     match (error, files.logs().last_words()) {
-        (error @ Error::Exited { .. }, _) | (error, None) => error,
+        (Error::Exited { status, log }, _) => Error::Exited {
+            status,
+            log: sets.named(&log),
+        },
+        (error, None) => error,
         (error, Some(words)) => Error::Unfit {
             cause: error.to_string(),
-            cure: format!("QEMU said:\n{words}"),
+            cure: format!("QEMU said:\n{}", sets.named(&words)),
         },
     }
 }

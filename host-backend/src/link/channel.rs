@@ -175,9 +175,10 @@ impl Channel {
                     let mut bytes = &sealed.raw[sealed.start..sealed.end];
                     session.read_tls(&mut bytes)?;
                     sealed.start = sealed.end - bytes.len();
-                    session
-                        .process_new_packets()
-                        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+                    // A peer that does not believe our certificate says so after our own handshake (RFC 8446, 4.4.2.4).
+                    session.process_new_packets().map_err(|error| {
+                        io::Error::new(io::ErrorKind::InvalidData, HandshakeError::Refused(error))
+                    })?;
                     continue;
                 }
             }

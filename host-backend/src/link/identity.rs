@@ -187,21 +187,26 @@ fn refusal(error: &rustls::Error) -> String {
         }
         Error::InvalidCertificate(cause) => {
             let what = match cause {
-                Cause::Expired | Cause::ExpiredContext { .. } => "has expired",
+                Cause::Expired | Cause::ExpiredContext { .. } => {
+                    "has expired: `transhume pki issue --renew` makes a new one for it"
+                }
                 Cause::NotValidYet | Cause::NotValidYetContext { .. } => {
                     "is not valid yet: are the clocks right?"
                 }
                 Cause::UnknownIssuer | Cause::BadSignature => {
-                    "is not from an authority that this host believes"
+                    "is not from an authority that this host believes: all hosts need certificates of one authority, and \
+                     `transhume pki show` tells whose one is"
                 }
                 Cause::NotValidForName | Cause::NotValidForNameContext { .. } => {
-                    "is for another name than it has in transhumed.toml"
+                    "is for another name than it has in transhumed.toml: `transhume pki show` tells for which"
                 }
                 other => return format!("the other host's certificate is not good: {other:?}"),
             };
             format!("the other host's certificate {what}")
         }
-        Error::NoCertificatesPresented => "the other host has no certificate".to_owned(),
+        Error::NoCertificatesPresented => {
+            "the other host has no certificate; [tls] must be in transhumed.toml of both hosts".to_owned()
+        }
         Error::AlertReceived(Alert::CertificateExpired) => {
             "the other host says that this host's certificate has expired, or is not valid yet; `transhume pki show` tells \
              when it is, and `transhume pki issue --renew` makes a new one"
@@ -213,7 +218,10 @@ fn refusal(error: &rustls::Error) -> String {
             | Alert::CertificateRequired
             | Alert::AccessDenied
             | Alert::DecryptError,
-        ) => format!("the other host does not believe this host's certificate ({error})"),
+        ) => format!(
+            "the other host does not believe this host's certificate ({error}): all hosts need certificates of one \
+             authority, and `transhume pki show` tells whose one is"
+        ),
         error => error.to_string(),
     }
 }

@@ -64,8 +64,7 @@ pub fn set_clock_right(vm: Arc<Vm>) {
 }
 
 fn spawn(work: impl FnOnce() + Send + 'static) {
-    let thread = std::thread::Builder::new().name("relay-greet".to_owned());
-    if let Err(error) = thread.spawn(work) {
+    if let Err(error) = crate::task::thread("relay-greet", work) {
         tracing::warn!(%error, "a thread that speaks with a guest's agent cannot be started");
     }
 }

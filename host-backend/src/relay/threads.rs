@@ -1,28 +1,24 @@
 //! Starts the threads of a relay.
 
-use std::thread;
-
 use super::error::RelayError;
+use crate::task;
 
 /// What a thread that can wait is nicer by than the guests' CPUs (`nice(2)`): where CPUs are short, it gets
 /// a third of what a guest's CPU does.
 const NICE: i32 = 5;
 
-/// Starts a thread that logs as its starter does, and hands its error to `failed`.
+/// Starts a thread, and hands its error to `failed`.
 pub(super) fn spawn(
     name: &str,
     run: impl FnOnce() -> Result<(), RelayError> + Send + 'static,
     failed: impl FnOnce(RelayError) + Send + 'static,
 ) -> Result<(), RelayError> {
-    let span = tracing::Span::current();
-    thread::Builder::new()
-        .name(name.to_owned())
-        .spawn(move || {
-            let _entered = span.entered();
-            if let Err(error) = run() {
-                failed(error);
-            }
-        })
+    let run = || {
+        if let Err(error) = run() {
+            failed(error);
+        }
+    };
+    task::thread(name, run)
         .map(drop)
         .map_err(RelayError::Socket)
 }

@@ -4,6 +4,7 @@ use super::nbd::{Client, printable};
 use super::{Error, Format, Settings};
 use crate::hypervisor::backing::{Image, Node};
 use crate::hypervisor::confine::{Confinement, DAC_READ_SEARCH};
+use crate::task;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::prctl::set_pdeathsig;
@@ -20,7 +21,7 @@ use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use std::{fs, io, thread};
+use std::{fs, io};
 
 const NAME: &str = "disk";
 const MAX_CONNECTIONS: usize = 64;
@@ -213,9 +214,9 @@ impl Process {
             });
         }
         let owner = Arc::clone(&shared);
-        thread::Builder::new()
-            .name("volume-export".into())
-            .spawn(move || owner.own(command, &started, alive))?;
+        task::thread("volume-export", move || {
+            owner.own(command, &started, alive);
+        })?;
         answer
             .recv()
             .unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))?;

@@ -268,6 +268,11 @@ impl Daemon {
         Ok(())
     }
 
+    /// All of its log.
+    pub(crate) fn log(&self) -> Result<String> {
+        fs::read_to_string(&self.log).map_err(Error::file("read", &self.log))
+    }
+
     /// The end of its log.
     pub fn words(&self) -> String {
         let text = fs::read_to_string(&self.log).unwrap_or_default();

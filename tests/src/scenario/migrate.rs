@@ -7,6 +7,7 @@ use super::transhume::{Answer, ask};
 use super::{Bed, Scenario};
 use crate::Result;
 use crate::error::check;
+use crate::hosts::daemon::Daemon;
 use crate::packages::Qemu;
 use crate::qemu::DiskImage;
 use std::time::Duration;
@@ -166,7 +167,26 @@ fn there_and_back(bed: &Bed, qemus: Qemus, micro: &Micro) -> Result<()> {
             format!("Few pages came from disk: {answer}")
         })?;
     }
+    for host in [&pair.a, &pair.b] {
+        logs_name_the_vm(host)?;
+    }
     Ok(())
+}
+
+/// All that a daemon logs once it has a VM is of that one, and a host has many.
+fn logs_name_the_vm(host: &Daemon) -> Result<()> {
+    let of_it = format!("vm=\"{NAME}\"");
+    let log = host.log()?;
+    let mut lines = log.lines().skip_while(|line| !line.contains(&of_it));
+    // A host's connection is of no VM yet.
+    let is_of_it = |line: &&str| line.contains(&of_it) || line.contains("what=\"connection\"");
+    let nameless = lines.find(|line| !is_of_it(line));
+    check(nameless.is_none(), || {
+        format!(
+            "A line of the log names no VM: {}",
+            nameless.unwrap_or_default()
+        )
+    })
 }
 
 fn newer(bed: &Bed, qemus: Qemus, machine: &str) -> Result<()> {

@@ -2,7 +2,7 @@
 //! making of new connections.
 
 use std::sync::Arc;
-use std::thread;
+
 use std::time::{Duration, Instant};
 
 use transhume_protocol::link::{Control, FrameKind};
@@ -11,6 +11,7 @@ use super::core::{Core, Job};
 use super::outbox::Carrier;
 use super::{Make, Prepare};
 use crate::link::{Connection, Error, REFUSALS, Receiver, Security, Sender};
+use crate::task;
 
 /// How long a connection may be silent, the making of one included.
 const SILENCE: Duration = Duration::from_secs(6);
@@ -47,15 +48,12 @@ impl<R: Send + 'static> Keeper<R> {
         first: Option<Connection>,
         make: Arc<Make<P>>,
     ) -> Result<(), Error> {
-        let span = tracing::Span::current();
-        thread::Builder::new()
-            .name("link-out".to_owned())
-            .spawn(move || {
-                let _entered = span.entered();
-                let mut preparer = make();
-                preparer.begin();
-                self.keep(first, &mut preparer);
-            })
+        let keep = move || {
+            let mut preparer = make();
+            preparer.begin();
+            self.keep(first, &mut preparer);
+        };
+        task::thread("link-out", keep)
             .map(drop)
             .map_err(Error::Broken)
     }
@@ -86,13 +84,8 @@ impl<R: Send + 'static> Keeper<R> {
             return;
         };
         let core = Arc::clone(&self.core);
-        let span = tracing::Span::current();
-        let reader = thread::Builder::new().name("link-in".to_owned());
-        let reader = reader.spawn(move || {
-            let _entered = span.entered();
-            receive(&core, carrier, receiver);
-        });
-        match reader {
+        let reader = move || receive(&core, carrier, receiver);
+        match task::thread("link-in", reader) {
             Ok(reader) => {
                 self.send(carrier, sender, preparer);
                 if self.core.is_over() {

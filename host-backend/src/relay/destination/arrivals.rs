@@ -192,7 +192,7 @@ impl Arrivals {
             "the journal of arriving VMs cannot be written: it is tried again; is the `state-directory` full?"
         );
         let (arrivals, vm) = (self.clone(), vm.to_owned());
-        tokio::spawn(async move {
+        crate::task::spawn(async move {
             loop {
                 tokio::time::sleep(AGAIN).await;
                 let noted = arrivals.of(job);

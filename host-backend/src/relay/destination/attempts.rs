@@ -116,7 +116,7 @@ impl Attempts {
                 return Err("a later offer of this migration has come".to_owned());
             }
             tracing::info!(
-                job = one.job,
+                offer = one.job,
                 "its source offers the VM anew: what was begun ends"
             );
             one.over = true;

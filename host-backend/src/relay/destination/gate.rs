@@ -93,7 +93,7 @@ pub(super) fn start(
         flags: Arc::clone(&flags),
         counts,
     };
-    tokio::spawn(async move {
+    crate::task::spawn(async move {
         let layout = tokio::time::timeout(PATIENCE, Layout::read(vm.qmp())).await;
         let Ok(Ok(layout)) = layout else {
             tracing::info!(vm = vm.name(), "its memory's layout is not known: no gate");
@@ -130,8 +130,7 @@ pub(super) fn start(
             // If that was not done while there was a gate.
             agent::set_clock_right(Arc::clone(&vm));
         };
-        let thread = std::thread::Builder::new().name("relay-gate".to_owned());
-        if let Err(error) = thread.spawn(run) {
+        if let Err(error) = crate::task::thread("relay-gate", run) {
             tracing::warn!(%error, "a thread");
         }
     });
@@ -195,7 +194,11 @@ fn insist<T>(
             return Err(reason);
         }
         if !is_said {
-            tracing::info!(vm, reason, "no process sleeps yet: it is tried again");
+            tracing::info!(
+                vm,
+                reason,
+                "the agent does not put processes to sleep yet: it is asked again"
+            );
             is_said = true;
         }
     }

@@ -68,6 +68,7 @@ pub(super) async fn take(
         }
     };
     if let Ok(definition) = Definition::parse(&offer.definition) {
+        tracing::Span::current().record("vm", &definition.name);
         outcomes.sessions.end_earlier(&definition.name, &offer.from);
         held::end_earlier(&definition.name, &offer.from, &host).await;
     }
@@ -108,7 +109,7 @@ pub(super) async fn take(
         accepted
     };
     send(&mut connection, &accepted)?;
-    let begun = tokio::task::spawn_blocking(move || {
+    let begun = crate::task::blocking(move || {
         let message = shown.serve(&mut connection);
         (connection, message, shown.comparer())
     });
@@ -133,12 +134,7 @@ pub(super) async fn take(
         Ok(_) => return Err("something else came where the migration should begin".to_owned()),
         Err(error) => return Err(error.to_string()),
     };
-    tracing::info!(
-        vm = name,
-        from = offer.from,
-        job = offer.job,
-        "migration arrives"
-    );
+    tracing::info!(offer = offer.job, "the migration arrives");
     let decision = Decision {
         host: Arc::clone(&host),
         job: offer.job,

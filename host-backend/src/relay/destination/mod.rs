@@ -42,7 +42,7 @@ use attempts::Attempts;
 use sessions::{Open, Sessions};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
-use tracing::Instrument;
+use tracing::{Instrument, field};
 use transhume_protocol::link::{Control, Presence};
 use waiting::{GREETING, Waiting};
 
@@ -185,7 +185,7 @@ pub async fn serve(listener: TcpListener, host: Arc<dyn Host>) {
         let (host, outcomes) = (Arc::clone(&host), Arc::clone(&outcomes));
         let waiting = waiting.clone();
         let span = tracing::info_span!("peer", %peer);
-        tokio::spawn(
+        crate::task::spawn(
             async move {
                 if let Err(reason) = greet(stream, host, &outcomes, &waiting).await {
                     tracing::warn!(reason, "connection dropped");
@@ -208,7 +208,7 @@ async fn greet(
     let stream = stream.into_std().map_err(|error| error.to_string())?;
     let place = waiting.enter(&stream).map_err(|error| error.to_string())?;
     let security = host.security();
-    let mut greeted = tokio::task::spawn_blocking(move || {
+    let mut greeted = crate::task::blocking(move || {
         let mut connection = Connection::accept(stream, &security)?;
         let first = connection.receive(PATIENCE)?;
         Ok::<_, crate::link::Error>((connection, first))
@@ -255,7 +255,7 @@ async fn greet(
             match peer.admit(is_from, &offer, &*host).await {
                 Ok(()) => {
                     let job = prepared::label(&offer);
-                    let span = tracing::info_span!("arrival", job);
+                    let span = tracing::info_span!("arrival", vm = field::Empty, job);
                     let taken = incoming::take(connection, *offer, host, outcomes);
                     let taken = taken.instrument(span).await;
                     allocator::give_back();
@@ -321,9 +321,12 @@ async fn greet(
                 )];
                 return send(&mut connection, &Control::Refused { reasons });
             };
-            tracing::info!(vm, job, index, "a connection joins its migration");
-            let joined =
-                tokio::task::spawn_blocking(move || session.join(index, connection, received));
+            // It goes on as part of that one.
+            let span = tracing::info_span!("arrival", vm, offer = job);
+            let joined = span.in_scope(|| {
+                tracing::info!(index, "a connection joins its migration");
+                crate::task::blocking(move || session.join(index, connection, received))
+            });
             match joined.await {
                 Ok(joined) => joined.map_err(|error| error.to_string()),
                 Err(error) => Err(error.to_string()),

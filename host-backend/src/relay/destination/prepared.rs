@@ -133,7 +133,7 @@ async fn open_volumes(
     let mut run = volume::Settings::new(settings.run_directory.clone())
         .beside(settings.binary(&fit.definition));
     run.user.clone_from(&settings.user);
-    let opened = tokio::task::spawn_blocking(move || {
+    let opened = crate::task::blocking(move || {
         let images = files.images.iter();
         images
             .map(|image| volume::open_image(image, &run))

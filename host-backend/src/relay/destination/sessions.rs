@@ -116,7 +116,7 @@ impl Sessions {
         for open in earlier {
             tracing::info!(
                 vm,
-                job = open.job,
+                offer = open.job,
                 "its source begins anew: the earlier migration ends"
             );
             open.session.close();

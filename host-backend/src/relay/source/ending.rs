@@ -104,9 +104,12 @@ impl Migration {
     ) -> Summary {
         let breaks = self.early_breaks + copied.shared.link_breaks();
         if breaks > 0 {
-            remarks.push(format!(
-                "connections of the link broke {breaks} times, and were taken up again"
-            ));
+            remarks.push(match breaks {
+                1 => "a connection of the link broke, and was taken up again".to_owned(),
+                _ => {
+                    format!("connections of the link broke {breaks} times, and were taken up again")
+                }
+            });
         }
         copied.shared.stop(RelayError::Stopped);
         if let Err(error) = self.request.vm.discard_whole().await {
@@ -170,7 +173,7 @@ impl Migration {
     /// reached: a source that asks has given its session up. Without that it would wait for the link as long as it was told to.
     fn withdraw(&self, patience: Duration) {
         let (request, job) = (self.request.clone(), self.facts.offer.job);
-        tokio::spawn(async move {
+        crate::task::spawn(async move {
             let Request {
                 vm, destination, ..
             } = &request;
@@ -234,7 +237,7 @@ impl Migration {
             }
             session.close();
             let session = session.clone();
-            let told = tokio::task::spawn_blocking(move || session.wait_for_end(FAREWELL));
+            let told = crate::task::blocking(move || session.wait_for_end(FAREWELL));
             let _ = told.await;
         }
         drop(self.reports.take());

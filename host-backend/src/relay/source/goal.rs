@@ -150,9 +150,9 @@ impl Goal {
         }
         ways.push("a quieter hour".to_owned());
         let what = if comes {
-            "it will not be there by the deadline"
+            "as it goes now, it will not be there by the deadline"
         } else {
-            "it does not come to an end"
+            "as it goes now, it does not come to an end"
         };
         format!(
             "{what}: {}. What would do: {}",

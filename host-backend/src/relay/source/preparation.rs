@@ -142,9 +142,8 @@ impl Migration {
         self.may_wait_for_us = true;
         loop {
             let clocks = Arc::clone(&self.clocks);
-            let prepared = tokio::task::spawn_blocking(move || {
-                prepare(accepted, &clocks, patience, post_copy)
-            });
+            let prepared =
+                crate::task::blocking(move || prepare(accepted, &clocks, patience, post_copy));
             let prepared = tokio::select! {
                 prepared = prepared => prepared,
                 () = cancelled(cancel) => return Err(Stop::Cancelled),

@@ -74,7 +74,6 @@ impl Reports {
             first,
             gate: Arc::default(),
         };
-        let span = tracing::Span::current();
         let listener = Listener {
             stop,
             remarks,
@@ -86,12 +85,8 @@ impl Reports {
             clocks,
             gate: Arc::clone(&reports.gate),
         };
-        let thread = std::thread::Builder::new().name("relay-agent".to_owned());
-        let spawned = thread.spawn(move || {
-            let _entered = span.entered();
-            listener.run(agent, &disks, session);
-        });
-        if let Err(error) = spawned {
+        let listen = move || listener.run(agent, &disks, session);
+        if let Err(error) = crate::task::thread("relay-agent", listen) {
             reports.remark(format!("the agent cannot be listened to: {error}"));
         }
         reports
