@@ -43,7 +43,7 @@ pub use layout::Layout;
 pub use limits::Limits;
 pub use logs::Logs;
 pub use qmp::Qmp;
-pub use shutdown::{GuestEnd, Shutdown};
+pub use shutdown::Shutdown;
 pub use size::Size;
 pub use vm::{Vm, is_block_device};
 

@@ -13,6 +13,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Duration;
+use transhume_protocol::link::{Offer, OfferedDisk};
 
 /// How long storage may take to answer.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
@@ -20,27 +21,15 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 const OVERHEAD: Size = Size::from_bytes(64 << 20);
 const MAX_FLAGS: usize = 1024;
 
-/// What a source tells of a VM, so that a destination can judge whether it can run there. Its fields are
-/// plain, for any encoding; a destination trusts none of them.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Offer {
+/// What a VM needs of a host, as its source offers it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Needs {
     /// The definition as TOML, its machine type in full.
     pub definition: String,
-    /// The source's QEMU.
-    pub version: Version,
     /// The disks' sizes as the guest sees them.
     pub disks: Vec<OfferedDisk>,
     /// The processor's features if the guest sees the host's own (`cpu = "host"`); else none.
     pub cpu_flags: Vec<String>,
-}
-
-/// A disk's size.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct OfferedDisk {
-    /// The disk's id in the definition.
-    pub id: String,
-    /// What the guest sees of it, in bytes.
-    pub bytes: u64,
 }
 
 /// Why a VM cannot run here, and what to do.
@@ -91,7 +80,7 @@ impl std::fmt::Display for Refusal {
     }
 }
 
-impl Offer {
+impl Needs {
     /// Describes a VM that runs here.
     ///
     /// # Errors
@@ -105,84 +94,81 @@ impl Offer {
                 Some("host" | "max")
             );
         Ok(Self {
-            version: vm.qmp().version(),
             disks: disk_sizes(vm, &definition).await?,
             cpu_flags: if sees_host { cpu_flags() } else { Vec::new() },
             definition: definition.to_toml()?,
         })
     }
+}
 
-    /// Judges whether the VM can come here. Its definition, to launch, if it can; else every reason why
-    /// it cannot.
-    ///
-    /// # Errors
-    /// At least one refusal.
-    pub async fn check(
-        &self,
-        settings: &LaunchSettings,
-    ) -> std::result::Result<Definition, Vec<Refusal>> {
-        let definition = parse_offered(&self.definition).map_err(|refusal| vec![refusal])?;
-        let mut refusals = check_here(&definition, settings, &self.disks).await;
-        refusals.extend(self.check_version(&definition, settings).await);
-        refusals.extend(self.check_cpu(&cpu_flags()));
-        if refusals.is_empty() {
-            Ok(definition)
-        } else {
-            Err(refusals)
-        }
+/// Judges whether the VM can come here. Its definition, to launch, if it can; else every reason why
+/// it cannot.
+///
+/// # Errors
+/// At least one refusal.
+pub async fn check(
+    offer: &Offer,
+    settings: &LaunchSettings,
+) -> std::result::Result<Definition, Vec<Refusal>> {
+    let definition = parse_offered(&offer.definition).map_err(|refusal| vec![refusal])?;
+    let mut refusals = check_here(&definition, settings, &offer.disks).await;
+    refusals.extend(check_version(Version::from(offer.qemu), &definition, settings).await);
+    refusals.extend(check_cpu(&offer.cpu_flags, &cpu_flags()));
+    if refusals.is_empty() {
+        Ok(definition)
+    } else {
+        Err(refusals)
     }
+}
 
-    async fn check_version(
-        &self,
-        definition: &Definition,
-        settings: &LaunchSettings,
-    ) -> Option<Refusal> {
-        // A QEMU that does not run at all is refused by check_here.
-        let Some(here) = binary::version(settings.binary(definition)).await.ok()? else {
-            return Some(Refusal::new(
-                format!("{} tells no version", settings.binary(definition).display()),
-                "set `qemu` to a qemu-system-x86_64",
-            ));
-        };
-        let there = self.version;
-        ((here.major, here.minor) < (there.major, there.minor)).then(|| {
-            Refusal::new(
-                format!(
-                    "QEMU is {here} on {}, and the VM runs by {there}",
-                    settings.host
-                ),
-                format!(
-                    "QEMU loads no state of a newer one: bring {} to QEMU {}.{} or newer",
-                    settings.host, there.major, there.minor
-                ),
-            )
-        })
-    }
-
-    fn check_cpu(&self, here: &[String]) -> Option<Refusal> {
-        let mut missing: Vec<&str> = self
-            .cpu_flags
-            .iter()
-            .take(MAX_FLAGS)
-            .filter(|flag| !here.contains(flag))
-            .map(String::as_str)
-            .collect();
-        if missing.is_empty() {
-            return None;
-        }
-        let number = missing.len();
-        missing.truncate(8);
-        Some(Refusal::new(
+async fn check_version(
+    there: Version,
+    definition: &Definition,
+    settings: &LaunchSettings,
+) -> Option<Refusal> {
+    // A QEMU that does not run at all is refused by check_here.
+    let Some(here) = binary::version(settings.binary(definition)).await.ok()? else {
+        return Some(Refusal::new(
+            format!("{} tells no version", settings.binary(definition).display()),
+            "set `qemu` to a qemu-system-x86_64",
+        ));
+    };
+    ((here.major, here.minor) < (there.major, there.minor)).then(|| {
+        Refusal::new(
             format!(
-                "the guest sees the processor of its host (cpu = \"host\"), and this one lacks {number} of \
-                 its features ({}{})",
-                missing.join(" "),
-                if number > missing.len() { " …" } else { "" }
+                "QEMU is {here} on {}, and the VM runs by {there}",
+                settings.host
             ),
-            "start the VM with a CPU model that both hosts have, as in cpu = \"Skylake-Server\" \
-             (`qemu-system-x86_64 -cpu help` lists them)",
-        ))
+            format!(
+                "QEMU loads no state of a newer one: bring {} to QEMU {}.{} or newer",
+                settings.host, there.major, there.minor
+            ),
+        )
+    })
+}
+
+fn check_cpu(seen: &[String], here: &[String]) -> Option<Refusal> {
+    let mut missing: Vec<&str> = seen
+        .iter()
+        .take(MAX_FLAGS)
+        .filter(|flag| !here.contains(flag))
+        .map(String::as_str)
+        .collect();
+    if missing.is_empty() {
+        return None;
     }
+    let number = missing.len();
+    missing.truncate(8);
+    Some(Refusal::new(
+        format!(
+            "the guest sees the processor of its host (cpu = \"host\"), and this one lacks {number} of \
+             its features ({}{})",
+            missing.join(" "),
+            if number > missing.len() { " …" } else { "" }
+        ),
+        "start the VM with a CPU model that both hosts have, as in cpu = \"Skylake-Server\" \
+         (`qemu-system-x86_64 -cpu help` lists them)",
+    ))
 }
 
 /// The build of the QEMU that would run the VM here; `None` if it tells none.
@@ -212,13 +198,13 @@ async fn disk_sizes(vm: &Vm, definition: &Definition) -> Result<Vec<OfferedDisk>
             continue;
         };
         let serial = vm.qmp().qom_get(device, "serial").await?;
-        let bytes = block["inserted"]["image"]["virtual-size"].as_u64();
-        if let (Some(id), Some(bytes)) = (serial.as_str(), bytes)
+        let size = block["inserted"]["image"]["virtual-size"].as_u64();
+        if let (Some(id), Some(size)) = (serial.as_str(), size)
             && definition.disks.iter().any(|disk| disk.id == id)
         {
             disks.push(OfferedDisk {
                 id: id.to_owned(),
-                bytes,
+                size,
             });
         }
     }
@@ -274,7 +260,7 @@ fn check_resources(
         let size = sizes
             .iter()
             .find(|one| one.id == disk.id)
-            .map(|one| one.bytes);
+            .map(|one| one.size);
         let path = definition.disk_path(disk, host);
         refusals.extend(check_disk(disk, path, size, host).err());
     }

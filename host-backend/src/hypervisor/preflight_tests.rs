@@ -46,16 +46,12 @@ fn offer(more: &str, bytes: u64) -> Offer {
         definition: format!(
             "name = \"web1\"\nmachine = \"pc-q35-7.2\"\naccelerator = \"tcg\"\nmemory = \"64MiB\"\nvcpus = 1\n{more}"
         ),
-        version: Version {
-            major: 7,
-            minor: 2,
-            micro: 5,
-        },
+        qemu: [7, 2, 5],
         disks: vec![OfferedDisk {
             id: "root".to_owned(),
-            bytes,
+            size: bytes,
         }],
-        cpu_flags: Vec::new(),
+        ..crate::link::some_offer()
     }
 }
 
@@ -64,7 +60,7 @@ fn raw(path: &Path) -> String {
 }
 
 async fn refusals(offer: &Offer, host: &Host) -> Vec<String> {
-    let refusals = offer.check(&host.settings).await.expect_err("a refusal");
+    let refusals = check(offer, &host.settings).await.expect_err("a refusal");
     refusals.iter().map(ToString::to_string).collect()
 }
 
@@ -78,7 +74,7 @@ async fn refusal(offer: &Offer, host: &Host) -> String {
 async fn a_host_that_has_everything_takes_the_vm() {
     let host = host(QEMU_7_2);
     let offer = offer(&raw(&host.file("disk", 1 << 20)), 1 << 20);
-    let definition = offer.check(&host.settings).await.expect("it can come");
+    let definition = check(&offer, &host.settings).await.expect("it can come");
     assert_eq!(definition.machine, "pc-q35-7.2");
 }
 
@@ -120,8 +116,7 @@ async fn reads_the_size_of_qcow2() {
         .expect("the file");
     file.write_all(&header).expect("a header");
     assert!(
-        offer(&definition, 1 << 30)
-            .check(&host.settings)
+        check(&offer(&definition, 1 << 30), &host.settings)
             .await
             .is_ok()
     );
@@ -134,11 +129,7 @@ async fn refuses_an_older_qemu_and_an_unknown_machine() {
     let host = host(QEMU_7_2);
     let disk = raw(&host.file("disk", 512));
     let mut newer = offer(&disk, 512);
-    newer.version = Version {
-        major: 10,
-        minor: 0,
-        micro: 2,
-    };
+    newer.qemu = [10, 0, 2];
     let said = refusal(&newer, &host).await;
     assert!(
         said.contains("QEMU is 7.2.22 on hostb, and the VM runs by 10.0.2"),
@@ -207,11 +198,9 @@ async fn refuses_a_name_in_use_and_a_senseless_definition() {
 #[test]
 fn refuses_a_lesser_processor() {
     let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
-    let mut offer = offer("", 0);
-    offer.cpu_flags = words("fpu sse2 avx512f");
-    assert_eq!(offer.check_cpu(&words("avx512f sse2 fpu more")), None);
-    let said = offer
-        .check_cpu(&words("fpu sse2"))
+    let seen = words("fpu sse2 avx512f");
+    assert_eq!(check_cpu(&seen, &words("avx512f sse2 fpu more")), None);
+    let said = check_cpu(&seen, &words("fpu sse2"))
         .expect("a refusal")
         .to_string();
     assert!(said.contains("lacks 1 of its features (avx512f)"), "{said}");

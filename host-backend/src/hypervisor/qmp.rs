@@ -1,7 +1,7 @@
 //! A client of QEMU's machine protocol: one JSON object a line, over a unix socket.
 
 use super::lines::Lines;
-use super::shutdown::{GuestEnd, Shutdown};
+use super::shutdown::Shutdown;
 use super::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -16,6 +16,7 @@ use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use transhume_protocol::link::GuestEnd;
 
 /// The longest line that QEMU may send; `query-qmp-schema`, the largest answer, has some 200 KiB.
 const MAX_LINE: usize = 8 << 20;

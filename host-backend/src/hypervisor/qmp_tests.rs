@@ -153,7 +153,7 @@ async fn ends_on_an_endless_line() {
 
 #[tokio::test]
 async fn remembers_why_qemu_ends() {
-    use super::super::{GuestEnd, Shutdown};
+    use super::super::Shutdown;
     let event = |name: &str, data: Value| {
         let timestamp = json!({ "seconds": 1, "microseconds": 2 });
         json!({ "event": name, "data": data, "timestamp": timestamp }).to_string() + "\r\n"

@@ -2,17 +2,7 @@
 //! `ShutdownCause`). A QEMU that crashes or is killed says nothing.
 
 use super::qmp::Event;
-
-/// How a guest ended by itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum GuestEnd {
-    /// It shut down.
-    ShutDown,
-    /// It panicked, and QEMU ends then.
-    Panicked,
-    /// It rebooted, and QEMU ends then (`-no-reboot`).
-    Rebooted,
-}
+use transhume_protocol::link::GuestEnd;
 
 /// Why QEMU ends, or stands still for good.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,17 +13,6 @@ pub enum Shutdown {
     Told,
     /// Something else, in QEMU's word.
     Other(String),
-}
-
-impl GuestEnd {
-    /// What the guest did, as in "its guest shut down".
-    pub fn did(self) -> &'static str {
-        match self {
-            Self::ShutDown => "shut down",
-            Self::Panicked => "panicked",
-            Self::Rebooted => "rebooted, and its QEMU ends then (-no-reboot)",
-        }
-    }
 }
 
 impl Shutdown {

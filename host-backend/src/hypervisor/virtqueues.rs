@@ -5,23 +5,13 @@
 use super::{Qmp, Result};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use transhume_protocol::link::OfferedVirtio;
 
 /// Queues of a device, at most (`VIRTIO_QUEUE_MAX`).
 const MOST: u16 = 1024;
 /// QEMUs that are asked how long a running VM's queues are, major and minor version: those in which that was tried. 11.1.3
 /// aborts at `x-query-virtio-status`, and no VM is to be lost by a question.
 const ASKED: [(u32, u32); 2] = [(7, 2), (10, 0)];
-
-/// A device's queues.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Device {
-    /// Its place in QEMU's tree of objects.
-    pub path: String,
-    /// What it is, as in `virtio-blk`.
-    pub kind: String,
-    /// How long each of its queues is: what the guest made of it.
-    pub lengths: Vec<u32>,
-}
 
 /// A queue that is too long.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,7 +42,7 @@ struct Queue {
 ///
 /// # Errors
 /// As [`Qmp::query`].
-pub async fn devices(qmp: &Qmp) -> Result<Vec<Device>> {
+pub async fn devices(qmp: &Qmp) -> Result<Vec<OfferedVirtio>> {
     #[derive(Deserialize)]
     #[serde(rename_all = "kebab-case")]
     struct Status {
@@ -75,7 +65,7 @@ pub async fn devices(qmp: &Qmp) -> Result<Vec<Device>> {
         for number in 0..status.num_vqs.min(MOST) {
             lengths.push(queue(qmp, &path, number).await?.vring_num);
         }
-        devices.push(Device {
+        devices.push(OfferedVirtio {
             path,
             kind,
             lengths,
@@ -88,7 +78,7 @@ pub async fn devices(qmp: &Qmp) -> Result<Vec<Device>> {
 ///
 /// # Errors
 /// As [`Qmp::query`].
-pub async fn too_long(qmp: &Qmp, devices: &[Device]) -> Result<Option<TooLong>> {
+pub async fn too_long(qmp: &Qmp, devices: &[OfferedVirtio]) -> Result<Option<TooLong>> {
     if devices.is_empty() || qmp.version().is_untried() {
         return Ok(None);
     }

@@ -3,9 +3,7 @@
 use std::fmt;
 
 use thiserror::Error as ThisError;
-use transhume_protocol::link;
-
-use crate::hypervisor::GuestEnd;
+use transhume_protocol::link::GuestEnd;
 
 /// What an error means for the VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -221,25 +219,5 @@ pub(super) enum CutOff {
 impl From<String> for CutOff {
     fn from(cause: String) -> Self {
         Self::Broken(cause)
-    }
-}
-
-impl From<link::GuestEnd> for GuestEnd {
-    fn from(end: link::GuestEnd) -> Self {
-        match end {
-            link::GuestEnd::ShutDown => Self::ShutDown,
-            link::GuestEnd::Panicked => Self::Panicked,
-            link::GuestEnd::Rebooted => Self::Rebooted,
-        }
-    }
-}
-
-impl From<GuestEnd> for link::GuestEnd {
-    fn from(end: GuestEnd) -> Self {
-        match end {
-            GuestEnd::ShutDown => Self::ShutDown,
-            GuestEnd::Panicked => Self::Panicked,
-            GuestEnd::Rebooted => Self::Rebooted,
-        }
     }
 }

@@ -122,8 +122,19 @@ pub enum GuestEnd {
     ShutDown,
     /// It panicked, and its QEMU ends then.
     Panicked,
-    /// It rebooted, and its QEMU ends then.
+    /// It rebooted, and its QEMU ends then (`-no-reboot`).
     Rebooted,
+}
+
+impl GuestEnd {
+    /// What the guest did, as in "its guest shut down".
+    pub fn did(self) -> &'static str {
+        match self {
+            Self::ShutDown => "shut down",
+            Self::Panicked => "panicked",
+            Self::Rebooted => "rebooted, and its QEMU ends then (-no-reboot)",
+        }
+    }
 }
 
 /// The guest's clock, as it went at the source.

@@ -12,8 +12,8 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 
-use crate::hypervisor::GuestEnd;
 use crate::{bounded, durable};
+use transhume_protocol::link::GuestEnd;
 
 /// The version of the notes that are written.
 const VERSION: u32 = 1;

@@ -26,21 +26,7 @@ pub(super) async fn at(offer: &Offer, settings: &LaunchSettings) -> Result<Fit, 
         version: Version::from(offer.qemu),
         package: offer.qemu_package.clone(),
     };
-    let judged = preflight::Offer {
-        definition: offer.definition.clone(),
-        version: there.version,
-        disks: offer
-            .disks
-            .iter()
-            .map(|disk| preflight::OfferedDisk {
-                id: disk.id.clone(),
-                bytes: disk.size,
-            })
-            .collect(),
-        cpu_flags: offer.cpu_flags.clone(),
-    };
-    let definition = judged
-        .check(settings)
+    let definition = preflight::check(offer, settings)
         .await
         .map_err(|refusals| refusals.iter().map(ToString::to_string).collect::<Vec<_>>())?;
     let Some(here) = preflight::build_here(&definition, settings).await else {

@@ -7,7 +7,7 @@
 use std::time::{Duration, Instant};
 
 use tokio::sync::broadcast;
-use transhume_protocol::link::{Control, Stalls, Waits};
+use transhume_protocol::link::{Control, GuestEnd, Stalls, Waits};
 use transhume_protocol::qemu::return_path::{Message, PACKAGE_LOADED};
 use transhume_protocol::qemu::{Command, CommandKind};
 
@@ -15,7 +15,7 @@ use super::arrivals::{Arrivals, Stage};
 use super::engine::Engine;
 use super::gate::Gate;
 use crate::hypervisor::qmp::Event;
-use crate::hypervisor::{GuestEnd, Qmp, Vm};
+use crate::hypervisor::{Qmp, Vm};
 use crate::pages::PageKey;
 use crate::pages::bitmap::Bitmap;
 use crate::relay::error::{CutOff, RelayError};
@@ -263,7 +263,7 @@ pub(super) async fn guest_ended(
         "its guest {} before all of its memory was here",
         how.did()
     );
-    engine.send(Control::GuestEnded(how.into()));
+    engine.send(Control::GuestEnded(how));
 }
 
 /// What it cost the guest. Takes a moment if the guest's agent does.

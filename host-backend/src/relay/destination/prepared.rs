@@ -212,16 +212,7 @@ pub(super) fn loads_first(offer: &Offer) -> bool {
 
 /// Whether the QEMU that waits for the VM has room for its virtqueues; if not, why.
 async fn check_queues(vm: &Vm, offer: &Offer, host: &str) -> Result<(), String> {
-    let devices: Vec<_> = offer
-        .virtio
-        .iter()
-        .map(|device| virtqueues::Device {
-            path: device.path.clone(),
-            kind: device.kind.clone(),
-            lengths: device.lengths.clone(),
-        })
-        .collect();
-    let found = virtqueues::too_long(vm.qmp(), &devices).await;
+    let found = virtqueues::too_long(vm.qmp(), &offer.virtio).await;
     let Some(virtqueues::TooLong { kind, length, room }) =
         found.map_err(|error| error.to_string())?
     else {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::{getsockopt, sockopt};
 use tokio::time::timeout;
-use transhume_protocol::link::Control;
+use transhume_protocol::link::{Control, GuestEnd};
 
 use super::arrivals::{Arrival, Arrivals, Stage};
 use super::engine::{Engine, Target, Way};
@@ -18,7 +18,7 @@ use super::forgotten::Forgotten;
 use super::incoming::{FAREWELL, MOST_CONNECTIONS};
 use super::sessions::Open;
 use super::{Host, Outcomes, postcopy, recovery, send};
-use crate::hypervisor::{Error, GuestEnd, Vm, stream};
+use crate::hypervisor::{Error, Vm, stream};
 use crate::link::Connection;
 use crate::link::session::{Ready, Session};
 use crate::pages::digest::Digester;
@@ -77,7 +77,7 @@ pub(super) async fn serve(
             let answer = match not {
                 Not::Needed => Control::Whole,
                 Not::Possible => Control::Outcome { taken: false },
-                Not::Wanted(how) => Control::GuestEnded(how.into()),
+                Not::Wanted(how) => Control::GuestEnded(how),
                 Not::Now(reason) => Control::Refused {
                     reasons: vec![reason],
                 },

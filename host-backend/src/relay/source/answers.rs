@@ -86,7 +86,7 @@ impl Answers {
                     },
                     Control::GuestEnded(how) if self.shared.is_over() => {
                         self.shared.set_guest_ended(how.into());
-                        return Err(RelayError::GuestEnded(how.into()));
+                        return Err(RelayError::GuestEnded(how));
                     }
                     Control::Abort { reason } => {
                         self.shared.answer(Err(reason.clone()));

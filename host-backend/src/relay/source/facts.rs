@@ -3,12 +3,13 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use transhume_protocol::link::{Offer, OfferedDisk, OfferedVirtio, Signs};
+use transhume_protocol::link::{Offer, Signs};
 
 use super::request::Request;
 use crate::hypervisor::definition::{Accelerator, MissedWrites};
 use crate::hypervisor::layout::{Layout, Region};
-use crate::hypervisor::{Vm, preflight, virtqueues};
+use crate::hypervisor::preflight::Needs;
+use crate::hypervisor::{Vm, virtqueues};
 use crate::pages::digest;
 use crate::relay::Error;
 
@@ -101,29 +102,19 @@ pub(super) async fn examine(request: &Request) -> Result<Facts, Error> {
     }
     let layout = Layout::read(qmp).await.map_err(Error::refused)?;
     let capabilities = qmp.migrate_capabilities().await.map_err(Error::refused)?;
-    let vm_offer = preflight::Offer::of(vm).await.map_err(Error::refused)?;
-    let version = vm_offer.version;
-    let disk = |disk: preflight::OfferedDisk| OfferedDisk {
-        id: disk.id,
-        size: disk.bytes,
-    };
-    let queues = virtqueues::devices(qmp).await.map_err(Error::refused)?;
-    let offered = |device: virtqueues::Device| OfferedVirtio {
-        path: device.path,
-        kind: device.kind,
-        lengths: device.lengths,
-    };
+    let needs = Needs::of(vm).await.map_err(Error::refused)?;
+    let virtio = virtqueues::devices(qmp).await.map_err(Error::refused)?;
     let job = random_number()?;
     let offer = Offer {
         from: from.clone(),
         job,
         first: job,
         attempt: 0,
-        definition: vm_offer.definition,
-        qemu: version.into(),
+        definition: needs.definition,
+        qemu: qmp.version().into(),
         qemu_package: qmp.package().to_owned(),
-        disks: vm_offer.disks.into_iter().map(disk).collect(),
-        cpu_flags: vm_offer.cpu_flags,
+        disks: needs.disks,
+        cpu_flags: needs.cpu_flags,
         digest_key: digest::random_key().map_err(Error::refused)?,
         running: status.running,
         dry_run: *dry_run,
@@ -134,7 +125,7 @@ pub(super) async fn examine(request: &Request) -> Result<Facts, Error> {
             nonce: [0; 16],
             made: 0,
         },
-        virtio: queues.into_iter().map(offered).collect(),
+        virtio,
     };
     let layout = layout.regions().to_vec();
     Ok(Facts {

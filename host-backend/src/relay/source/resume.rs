@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use transhume_protocol::link::{Control, Stalls};
+use transhume_protocol::link::{Control, GuestEnd, Stalls};
 use transhume_protocol::qemu::Block;
 
 use super::clocks::Clocks;
@@ -20,7 +20,7 @@ use super::preparation::connections;
 use super::request::Destination;
 use super::shared::{Shared, Sockets};
 use super::transmit::Packer;
-use crate::hypervisor::{GuestEnd, Vm, stream};
+use crate::hypervisor::{Vm, stream};
 use crate::link::session::{Rejoin, Session};
 use crate::link::{Connection, START_PATIENCE};
 use crate::relay::error::{CutOff, RelayError};
@@ -303,7 +303,7 @@ impl Rest {
             Control::Outcome { taken: false } => {
                 Err(Not::Ever(format!("{host}'s QEMU of it has ended")))
             }
-            Control::GuestEnded(how) => Err(Not::GuestEnded(how.into())),
+            Control::GuestEnded(how) => Err(Not::GuestEnded(how)),
             Control::Refused { reasons } => Err(Not::Now(reasons.join("; "))),
             Control::Resumed {
                 token,

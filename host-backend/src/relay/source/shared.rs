@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
-use transhume_protocol::link::{Control, Stalls, encode_control};
+use transhume_protocol::link::{Control, GuestEnd, Stalls, encode_control};
 use transhume_protocol::qemu::Block;
 use transhume_protocol::qemu::return_path::{Message, PACKAGE_LOADED};
 
@@ -25,7 +25,7 @@ use super::rendezvous::Rendezvous;
 use super::requests::Requests;
 use super::stream::StreamReader;
 use super::transmit::{Packer, Transmitter};
-use crate::hypervisor::{GuestEnd, stream};
+use crate::hypervisor::stream;
 use crate::link::session::Session;
 use crate::pages::digest::Digester;
 use crate::relay::IN_BETWEEN;
