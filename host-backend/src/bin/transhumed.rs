@@ -8,8 +8,8 @@ use tracing_subscriber::filter::{FilterExt, LevelFilter, Targets, filter_fn};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, fmt};
+use transhume_base::{allocator, audit};
 use transhume_host::control::{config::Config, server};
-use transhume_host::{allocator, audit};
 
 /// Keeps this host's VMs, and moves them to and from other hosts.
 #[derive(Debug, Parser)]

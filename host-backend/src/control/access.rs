@@ -6,11 +6,12 @@
 use super::api::Request;
 use super::config::Config;
 use super::{Error, Result};
-use crate::audit::{self, Who};
-use crate::hypervisor::definition::{Accelerator, is_interface, is_name};
+use crate::hypervisor::definition::{Accelerator, is_interface};
 use crate::hypervisor::{Definition, Limits};
 use serde::Deserialize;
 use std::path::{Component, Path, PathBuf};
+use transhume_base::audit::{self, Who};
+use transhume_base::names::is_name;
 
 /// What VMs from other hosts may use here; what is not named is refused.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]

@@ -137,7 +137,7 @@ fn what_changes_something_is_noted_before_it_is_done() {
     };
     let name = || "web1".to_owned();
     let note = |request: &Request| {
-        audit::tests::written(|| {
+        transhume_testing::written(|| {
             let verdict = config.admit(who, request, |_| Some(name()));
             assert_eq!(
                 verdict.is_err(),

@@ -445,7 +445,7 @@ mod tests {
             format!("{{{}\"a\":0}}", nothing("\"\":0,")),
         ] {
             // Serde passes over what is beside a command without fields.
-            let (_, most) = crate::counted::peak(|| serde_json::from_str::<Request>(&text));
+            let (_, most) = transhume_testing::peak(|| serde_json::from_str::<Request>(&text));
             assert!(most < 64 << 20, "{most} bytes");
         }
     }

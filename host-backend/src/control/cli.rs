@@ -5,7 +5,6 @@ use super::cli_vms::{VmCommand, check_name};
 use super::client::Client;
 use super::show;
 use super::{Error, Result};
-use crate::hypervisor::definition;
 use crate::pki::{self, Authority};
 use crate::relay::Mode;
 use crate::relay::source::Goal;
@@ -13,6 +12,7 @@ use clap::{Args, Parser, Subcommand};
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use transhume_base::names::is_name;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -336,7 +336,7 @@ impl PkiCommand {
                 days,
                 renew,
             } => {
-                if !definition::is_name(host) {
+                if !is_name(host) {
                     return Err(Error::refused(
                         format!("{host:?} is no host's name"),
                         "a name has at most 63 of a-z, 0-9 and -, as `host` in transhumed.toml",

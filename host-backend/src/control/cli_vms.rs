@@ -5,12 +5,12 @@ use super::cli::print_line;
 use super::client::Client;
 use super::show;
 use super::{Error, Result};
-use crate::hypervisor::definition;
 use clap::Subcommand;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::sync::Semaphore;
+use transhume_base::names::{MAX_DEFINITION_LEN, is_name};
 
 /// VMs that are stopped at once by one command: the service serves a number of clients.
 const AT_ONCE: usize = 32;
@@ -130,7 +130,7 @@ impl VmCommand {
     pub(super) fn request(&self) -> Result<Request> {
         Ok(match self {
             Self::Start { what, anyway } => match what.to_str() {
-                Some(name) if definition::is_name(name) => Request::VmStartDefined {
+                Some(name) if is_name(name) => Request::VmStartDefined {
                     name: name.to_owned(),
                     anyway: *anyway,
                 },
@@ -212,7 +212,7 @@ impl VmCommand {
                 let _place = places.acquire().await;
                 Client::connect(&socket).await?.ask(&request).await
             };
-            stops.push((vm.name, crate::task::spawn(stop)));
+            stops.push((vm.name, transhume_base::task::spawn(stop)));
         }
         let (mut all, mut code) = (serde_json::Map::new(), 0);
         for (name, stop) in stops {
@@ -244,7 +244,7 @@ impl VmCommand {
 
 /// A file given where a name belongs is a common slip.
 pub(super) fn check_name(name: &str) -> Result<String> {
-    if definition::is_name(name) {
+    if is_name(name) {
         return Ok(name.to_owned());
     }
     Err(Error::refused(
@@ -254,7 +254,7 @@ pub(super) fn check_name(name: &str) -> Result<String> {
 }
 
 fn read(path: &Path) -> Result<String> {
-    let limit = definition::MAX_TEXT as u64;
+    let limit = MAX_DEFINITION_LEN as u64;
     if path == Path::new("-") {
         let mut text = String::new();
         let input = std::io::stdin()
@@ -264,7 +264,7 @@ fn read(path: &Path) -> Result<String> {
         input.map_err(|error| Error::file("read", "standard input", error))?;
         return Ok(text);
     }
-    crate::bounded::read_text(path, limit).map_err(|source| Error::File {
+    transhume_base::bounded::read_text(path, limit).map_err(|source| Error::File {
         action: "read",
         path: path.to_owned(),
         source,

@@ -2,11 +2,11 @@
 
 use super::api::{MAX_RESPONSE, Request, Response};
 use super::{Error, Result, socket};
-use crate::hypervisor::lines::Lines;
 use std::io;
 use std::path::{Path, PathBuf};
 use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::UnixStream;
+use transhume_base::lines::Lines;
 
 /// A connection to the service.
 #[derive(Debug)]

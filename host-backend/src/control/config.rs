@@ -2,13 +2,13 @@
 
 use super::access::{Incoming, Peer};
 use super::{Error, Result};
-use crate::hypervisor::definition::is_name;
 use crate::hypervisor::{LaunchSettings, Size, User};
 use crate::link::{Files, Security};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use transhume_base::names::is_name;
 
 const MAX_TEXT: u64 = 1 << 20;
 /// Each has a thread here and one in QEMU.
@@ -121,7 +121,7 @@ impl Config {
     pub fn load(path: &Path) -> Result<Self> {
         // What is not there does not come by trying again, either.
         let text =
-            crate::bounded::read_text(path, MAX_TEXT).map_err(|source| Error::Config {
+            transhume_base::bounded::read_text(path, MAX_TEXT).map_err(|source| Error::Config {
                 path: path.to_owned(),
                 cause: format!(
                     "it cannot be read: {source}; write it (`host = \"NAME\"` and [tls]) or name another by --config"

@@ -76,9 +76,9 @@ impl Daemon {
         }
         daemon.find_again(state.vms()?).await;
         daemon.finish_interrupted();
-        crate::task::spawn(keep_house(Arc::downgrade(&daemon)));
-        crate::task::spawn(logs::keep(Arc::downgrade(&daemon)));
-        crate::task::spawn(certificates::watch(Arc::downgrade(&daemon)));
+        transhume_base::task::spawn(keep_house(Arc::downgrade(&daemon)));
+        transhume_base::task::spawn(logs::keep(Arc::downgrade(&daemon)));
+        transhume_base::task::spawn(certificates::watch(Arc::downgrade(&daemon)));
         daemon.autostart();
         for (place, path) in daemon.config.missing_paths() {
             tracing::warn!(
@@ -88,7 +88,7 @@ impl Daemon {
             );
         }
         let settings = daemon.launch_settings();
-        crate::task::spawn(async move { preflight::look_at_qemu(&settings).await });
+        transhume_base::task::spawn(async move { preflight::look_at_qemu(&settings).await });
         Ok(daemon)
     }
 
@@ -142,7 +142,7 @@ impl Daemon {
             let daemon = Arc::clone(self);
             let span = tracing::info_span!("vm", vm = record.definition.name);
             let look = async move { daemon.readopt(record).await };
-            looked_for.push(crate::task::spawn(look.instrument(span)));
+            looked_for.push(transhume_base::task::spawn(look.instrument(span)));
         }
         for look in looked_for {
             if let Err(error) = look.await {
@@ -183,7 +183,7 @@ impl Daemon {
                 None => daemon.table.release(&name),
             }
         };
-        crate::task::spawn(recovering.instrument(span));
+        transhume_base::task::spawn(recovering.instrument(span));
     }
 
     /// Whether it is about to end.
@@ -217,7 +217,7 @@ impl Daemon {
         relay::set_clock_right(Arc::clone(&vm));
         // It outlives what brought the VM here.
         let span = tracing::info_span!(parent: None, "vm", vm = vm.name());
-        crate::task::spawn(watch(self.clone(), vm).instrument(span));
+        transhume_base::task::spawn(watch(self.clone(), vm).instrument(span));
     }
 
     pub(super) fn arrive(self: &Arc<Self>, vm: Arc<Vm>, autostart: bool) {
@@ -530,7 +530,7 @@ impl Daemon {
             dry_run,
         };
         let span = tracing::info_span!("migration", vm = name, job = job.id(), to);
-        crate::task::spawn(self.clone().run(job.clone(), request).instrument(span));
+        transhume_base::task::spawn(self.clone().run(job.clone(), request).instrument(span));
         Ok(Response::Job(Box::new(job.info())))
     }
 
@@ -544,7 +544,7 @@ impl Daemon {
         });
         let migration = source::migrate(request, progress, journal, cancel).in_current_span();
         // In a task of its own: a panic in it must not leave a job that never ends.
-        let ending = match crate::task::spawn(migration).await {
+        let ending = match transhume_base::task::spawn(migration).await {
             Ok(Ok(source::Outcome::Migrated(summary))) => {
                 let how = format!("it moved to {} (job {})", job.info().to, job.id());
                 self.table.leave(job.vm(), |entry| entry.is(&moved), how);
@@ -582,7 +582,7 @@ impl Daemon {
         }
         self.jobs.finish(&job, ending);
         self.ask_on(&job);
-        crate::allocator::give_back();
+        transhume_base::allocator::give_back();
     }
 
     /// How a job ends by an error. A VM whose guest ended elsewhere leaves this host.

@@ -79,7 +79,7 @@ impl Daemon {
                 };
                 let vm = vm.to_owned();
                 let asked = async move { locate(&destination, &vm).await };
-                let asked = crate::task::spawn(tokio::time::timeout(ASKING, asked));
+                let asked = transhume_base::task::spawn(tokio::time::timeout(ASKING, asked));
                 (host.clone(), asked)
             })
             .collect();
@@ -114,7 +114,7 @@ impl Daemon {
             if self.is_due(&name) {
                 let span = tracing::info_span!("autostart", vm = name);
                 let starting = Arc::clone(self).autostart_one(name);
-                crate::task::spawn(starting.instrument(span));
+                transhume_base::task::spawn(starting.instrument(span));
             }
         }
     }

@@ -33,7 +33,10 @@ pub(super) async fn keep(daemon: Weak<Daemon>) {
             });
             failed.collect::<Vec<_>>()
         };
-        for (vm, error) in crate::task::blocking(look).await.unwrap_or_default() {
+        for (vm, error) in transhume_base::task::blocking(look)
+            .await
+            .unwrap_or_default()
+        {
             if said.insert(vm.clone()) {
                 tracing::warn!(vm, %error, "its log is not kept within `log-size`");
             }

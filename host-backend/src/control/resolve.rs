@@ -97,7 +97,7 @@ impl Daemon {
                 }
                 daemon.ask_on(&job);
             };
-            crate::task::spawn(finishing.instrument(span));
+            transhume_base::task::spawn(finishing.instrument(span));
         }
     }
 
@@ -180,7 +180,7 @@ impl Daemon {
     fn withdraw(self: &Arc<Self>, info: &JobInfo, offered: &Offered) {
         if let (Some(destination), Some(number)) = (self.destination(info), offered.number()) {
             let vm = info.vm.clone();
-            crate::task::spawn(async move {
+            transhume_base::task::spawn(async move {
                 ask(&destination, &vm, number, &Keeper::Source, WITHDRAWAL).await
             });
         }
@@ -224,7 +224,7 @@ impl Daemon {
                 tokio::time::sleep(PAUSE).await;
             }
         };
-        crate::task::spawn(asking.instrument(span));
+        transhume_base::task::spawn(asking.instrument(span));
     }
 
     /// Settles a job that is in doubt.
@@ -373,9 +373,9 @@ impl Daemon {
             };
             tracing::info!("ended: {ending}");
             daemon.jobs.finish(&job, ending);
-            crate::allocator::give_back();
+            transhume_base::allocator::give_back();
         };
-        crate::task::spawn(sending.instrument(span));
+        transhume_base::task::spawn(sending.instrument(span));
     }
 
     /// An operator says where the VM of a job runs.

@@ -5,8 +5,6 @@ use super::config::Config;
 use super::daemon::Daemon;
 use super::door::Door;
 use super::{Error, Result, socket};
-use crate::audit::Who;
-use crate::hypervisor::lines::Lines;
 use crate::relay::destination;
 use std::io;
 use std::path::PathBuf;
@@ -17,6 +15,8 @@ use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Semaphore;
 use tracing::Instrument;
+use transhume_base::audit::Who;
+use transhume_base::lines::Lines;
 
 /// Clients served at once.
 const CLIENTS: usize = 64;
@@ -114,7 +114,7 @@ async fn serve(listener: &UnixListener, daemon: &Arc<Daemon>) {
             }
             drop(permit);
         };
-        crate::task::spawn(client.instrument(span));
+        transhume_base::task::spawn(client.instrument(span));
     }
 }
 

@@ -6,15 +6,16 @@
 
 use super::api::{JobInfo, JobState};
 use super::{Error, Result};
-use crate::bounded::read_text;
-use crate::durable;
-use crate::hypervisor::{self, Definition, Identity, boot_id, definition};
+use crate::hypervisor::{self, Definition, Identity, boot_id};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
+use transhume_base::bounded::read_text;
+use transhume_base::durable;
+use transhume_base::names::is_name;
 
 const MAX_FILE: u64 = 2 << 20;
 /// The version of the files that are written.
@@ -257,9 +258,7 @@ impl State {
         }
         for one in &mut found.unreadable {
             let name = one.path.file_stem().and_then(|name| name.to_str());
-            one.vm = name
-                .filter(|name| definition::is_name(name))
-                .map(str::to_owned);
+            one.vm = name.filter(|name| is_name(name)).map(str::to_owned);
         }
         Ok(found)
     }
@@ -313,7 +312,7 @@ fn vm_of_job(path: &Path) -> Option<String> {
     let (_, rest) = text.split_once("\"vm\"")?;
     let name = rest.trim_start().strip_prefix(':')?.trim_start();
     let (name, _) = name.strip_prefix('"')?.split_once('"')?;
-    definition::is_name(name).then(|| name.to_owned())
+    is_name(name).then(|| name.to_owned())
 }
 
 fn write_record(path: &Path, record: &Record) -> Result<()> {

@@ -252,7 +252,7 @@ impl Daemon {
             Ok(vm) => Ok(vm.kill().await?),
             Err(error) if record.has_ended(&error) => Ok(()),
             Err(error) => match &record.qemu {
-                Some(qemu) => Ok(qemu.end().await?),
+                Some(qemu) => Ok(qemu.end().await.map_err(hypervisor::Error::from)?),
                 None => Err(error.into()),
             },
         }

@@ -193,7 +193,7 @@ const MOST_TEXT: usize = 256;
 
 /// A guest's text, made safe for terminals and logs.
 pub(super) fn printable(text: &str) -> String {
-    crate::text::line(text, MOST_TEXT)
+    transhume_base::text::line(text, MOST_TEXT)
 }
 
 pub(super) fn send(mut stream: &UnixStream, message: &HostMessage<'_>) -> io::Result<()> {

@@ -7,7 +7,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::clock::{Known, Lead};
-use crate::bounded;
+use transhume_base::bounded;
 
 const VERSION: u32 = 1;
 /// Its bytes at most.

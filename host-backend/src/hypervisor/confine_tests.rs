@@ -1,13 +1,14 @@
-use super::super::command_line::Start;
-use super::super::files::LaunchSettings;
-use super::super::handed::OpenedFiles;
-use super::super::process::Child;
-use super::super::{Definition, Vm};
-use super::*;
+use super::command_line::Start;
+use super::files::LaunchSettings;
+use super::handed::OpenedFiles;
+use super::process::Child;
+use super::{Definition, Vm};
 use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use transhume_base::confine::{Confinement, User};
 
 /// Somebody without rights, whom every system has; `None` if others do not get through to what he is to run.
 pub(crate) fn nobody(program: &Path) -> Option<User> {
@@ -99,8 +100,8 @@ async fn a_running_qemu_has_what_it_was_handed_and_no_more() {
         .filter(|_| nix::unistd::geteuid().is_root())
     {
         let ids = |id: u32| [id; 4].map(|id| id.to_string()).join("\t");
-        assert_eq!(field(pid, "Uid:"), ids(user.uid));
-        assert_eq!(field(pid, "Gid:"), ids(user.gid));
+        assert_eq!(field(pid, "Uid:"), ids(user.uid()));
+        assert_eq!(field(pid, "Gid:"), ids(user.gid()));
         assert!(!field(pid, "Groups:").split(' ').any(|group| group == "0"));
     }
     // A daemon that is started again knows it by what the definition says.

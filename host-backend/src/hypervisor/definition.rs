@@ -5,9 +5,8 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
+use transhume_base::names::{MAX_DEFINITION_LEN, is_name};
 
-/// Bytes of TOML that a definition may have.
-pub const MAX_TEXT: usize = 256 << 10;
 /// Disks that a definition may have: as many as there are fixed PCI slots for them.
 pub const MAX_DISKS: usize = 16;
 /// Network cards that a definition may have.
@@ -254,7 +253,7 @@ const MOST_SAID: usize = 4096;
 
 #[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
 fn syntax(error: toml::de::Error) -> Error {
-    Error::Syntax(crate::text::lines(&error.to_string(), MOST_SAID))
+    Error::Syntax(transhume_base::text::lines(&error.to_string(), MOST_SAID))
 }
 
 fn yes() -> bool {
@@ -267,9 +266,9 @@ impl Definition {
     /// # Errors
     /// [`Error::Syntax`] and [`Error::Field`], with cause and cure.
     pub fn parse(text: &str) -> Result<Self> {
-        if text.len() > MAX_TEXT {
+        if text.len() > MAX_DEFINITION_LEN {
             return Err(Error::Syntax(format!(
-                "it has {} bytes of text, and {MAX_TEXT} are the most; is this the right file?",
+                "it has {} bytes of text, and {MAX_DEFINITION_LEN} are the most; is this the right file?",
                 text.len()
             )));
         }
@@ -535,14 +534,6 @@ pub(crate) fn parse_mac(text: &str) -> Option<[u8; 6]> {
         *octet = u8::from_str_radix(part, 16).ok()?;
     }
     parts.next().is_none().then_some(octets)
-}
-
-/// Whether `name` may name a VM or a host: `[a-z0-9][a-z0-9-]{0,62}`.
-pub fn is_name(name: &str) -> bool {
-    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
-    name.len() <= 63
-        && name.bytes().next().is_some_and(plain)
-        && name.bytes().all(|byte| plain(byte) || byte == b'-')
 }
 
 fn check_name(field: &str, name: &str) -> Result<()> {

@@ -219,7 +219,7 @@ fn bounds_numbers_of_things() {
     let disks: Vec<String> = (0..=MAX_DISKS).map(disk).collect();
     let text = minimal(&disks.concat());
     assert!(complaint(&text).contains("16 are the most"));
-    assert!(complaint(&"#".repeat(MAX_TEXT + 1)).contains("bytes of text"));
+    assert!(complaint(&"#".repeat(MAX_DEFINITION_LEN + 1)).contains("bytes of text"));
 }
 
 mod worst {
@@ -253,22 +253,22 @@ mod worst {
     /// Texts of a peer, as long as they may be.
     #[test]
     fn the_worst_texts_take_little_memory() {
-        let full = |piece: &str| piece.repeat(MAX_TEXT / piece.len());
+        let full = |piece: &str| piece.repeat(MAX_DEFINITION_LEN / piece.len());
         let keys = (0..30_000).fold(String::new(), |keys, n| keys + &format!("k{n}=1\n"));
         let texts = [
             full("[[disk]]\n"),
             full("["),
-            format!("a={}", "[".repeat(MAX_TEXT - 2)),
-            format!("a={}", "{b=".repeat(MAX_TEXT / 3 - 1)),
-            format!("{}b=1", "a.".repeat(MAX_TEXT / 2 - 2)),
-            format!("cpu=[{}]", "0,".repeat(MAX_TEXT / 2 - 3)),
-            format!("name=\"{}\"", "\u{1b}".repeat(MAX_TEXT - 8)),
+            format!("a={}", "[".repeat(MAX_DEFINITION_LEN - 2)),
+            format!("a={}", "{b=".repeat(MAX_DEFINITION_LEN / 3 - 1)),
+            format!("{}b=1", "a.".repeat(MAX_DEFINITION_LEN / 2 - 2)),
+            format!("cpu=[{}]", "0,".repeat(MAX_DEFINITION_LEN / 2 - 3)),
+            format!("name=\"{}\"", "\u{1b}".repeat(MAX_DEFINITION_LEN - 8)),
             full("\u{202e}"),
-            keys[..MAX_TEXT.min(keys.len())].to_owned(),
+            keys[..MAX_DEFINITION_LEN.min(keys.len())].to_owned(),
         ];
         for text in texts {
-            assert!(text.len() <= MAX_TEXT);
-            let (parsed, most) = crate::counted::peak(|| Definition::parse(&text));
+            assert!(text.len() <= MAX_DEFINITION_LEN);
+            let (parsed, most) = transhume_testing::peak(|| Definition::parse(&text));
             let said = parsed.expect_err("nothing of it is a VM").to_string();
             assert!(said.len() < 8192, "{} bytes are said of it", said.len());
             assert!(most < 64 << 20, "{most} bytes for {:?}", &text[..9]);

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
+use transhume_base::process_identity::Outlives;
 
 /// An error of the hypervisor's drivers. Each message names the cause and, where there is one, the cure.
 #[derive(Debug, thiserror::Error)]
@@ -114,6 +115,15 @@ pub enum Error {
         /// What to do.
         cure: String,
     },
+}
+
+impl From<Outlives> for Error {
+    fn from(process: Outlives) -> Self {
+        Self::Unfit {
+            cause: format!("QEMU (process {}) outlives SIGKILL", process.pid),
+            cure: "it hangs in the kernel, most likely on storage: see `dmesg`".to_owned(),
+        }
+    }
 }
 
 impl Error {

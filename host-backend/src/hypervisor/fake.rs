@@ -1,6 +1,5 @@
 //! A QEMU for tests: its monitor is served here, and its process is another one, so that it can be ended.
 
-use super::process::Process;
 use super::{Definition, Identity, LaunchSettings, Qmp, Vm};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -9,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
+use transhume_base::process_identity::Process;
 
 const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": ""}, "capabilities": []}}"#;
 

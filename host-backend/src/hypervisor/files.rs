@@ -1,9 +1,9 @@
 //! Where a host keeps what belongs to a running VM.
 
-use super::confine::{User, give};
 use super::logs::Logs;
 use super::{Definition, Error, Result};
 use std::path::{Path, PathBuf};
+use transhume_base::confine::{User, give};
 
 /// What a host gives every VM that it runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -138,7 +138,7 @@ impl RunFiles {
             .mode(0o700)
             .create(&own)
             .map_err(|error| Error::file("create", &own, error))?;
-        give(&own, user)?;
+        give(&own, user).map_err(|error| Error::file("give away", &own, error))?;
         for path in [
             self.qmp(),
             self.agent(),

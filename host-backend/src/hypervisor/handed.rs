@@ -3,7 +3,6 @@
 //! to open anything.
 
 use super::backing::{Image, Node};
-use super::confine::User;
 use super::definition::{AgentPort, Backend, Disk, Nic};
 use super::files::{LaunchSettings, RunFiles};
 use super::preflight::PATIENCE;
@@ -15,6 +14,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use transhume_base::confine::User;
 
 /// The files that a definition names, open and checked.
 #[derive(Debug)]
@@ -77,8 +77,9 @@ impl OpenedFiles {
         let (definition, settings) = (definition.clone(), settings.clone());
         let limits = limits.cloned();
         let host = settings.host.clone();
-        let open =
-            crate::task::blocking(move || Self::open(&definition, &settings, limits.as_ref()));
+        let open = transhume_base::task::blocking(move || {
+            Self::open(&definition, &settings, limits.as_ref())
+        });
         match tokio::time::timeout(PATIENCE, open).await {
             Ok(Ok(opened)) => opened,
             Ok(Err(error)) => Err(Error::Protocol(error.to_string())),

@@ -85,7 +85,7 @@ impl Limits {
     ) -> Vec<Refusal> {
         let (limits, definition, settings) = (self.clone(), definition.clone(), settings.clone());
         let host = settings.host.clone();
-        let check = crate::task::blocking(move || limits.check(&definition, &settings));
+        let check = transhume_base::task::blocking(move || limits.check(&definition, &settings));
         match tokio::time::timeout(PATIENCE, check).await {
             Ok(Ok(refusals)) => refusals,
             Ok(Err(error)) => vec![Refusal::new(

@@ -55,7 +55,7 @@ impl Logs {
     /// [`Error::File`] if one of them cannot be written.
     pub fn note(&self, text: &str) -> Result<()> {
         self.prepare()?;
-        let text = crate::text::line(text, 256);
+        let text = transhume_base::text::line(text, 256);
         let now = now();
         for path in [self.serial(), self.qemu()] {
             let write = || {
@@ -107,7 +107,7 @@ impl Logs {
         let since = all.iter().rposition(|line| line.starts_with(MARK));
         let said = &all[since.map_or(0, |mark| mark + 1)..];
         let last = said[said.len().saturating_sub(LINES)..].join("\n");
-        let last = crate::text::lines(&last, MOST_WORDS);
+        let last = transhume_base::text::lines(&last, MOST_WORDS);
         (!last.trim().is_empty()).then_some(last)
     }
 }

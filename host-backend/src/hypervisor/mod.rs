@@ -4,7 +4,8 @@ pub mod backing;
 mod binary;
 mod build;
 pub mod command_line;
-pub(crate) mod confine;
+#[cfg(test)]
+pub(crate) mod confine_tests;
 pub mod definition;
 mod error;
 #[cfg(test)]
@@ -12,11 +13,9 @@ pub(crate) mod fake;
 mod files;
 mod handed;
 mod holders;
-mod identity;
 mod inspect;
 pub mod layout;
 pub mod limits;
-pub mod lines;
 mod logs;
 pub mod memory;
 pub mod preflight;
@@ -32,19 +31,19 @@ mod vm;
 
 pub use build::Build;
 pub use command_line::Start;
-pub use confine::User;
 pub use definition::Definition;
 pub use error::Error;
 pub use files::{LaunchSettings, RunFiles};
 pub use handed::{Names, OpenedFiles};
 pub use holders::holders;
-pub use identity::{Identity, boot_id};
 pub use layout::Layout;
 pub use limits::Limits;
 pub use logs::Logs;
 pub use qmp::Qmp;
 pub use shutdown::Shutdown;
 pub use size::Size;
+pub use transhume_base::confine::User;
+pub use transhume_base::process_identity::{Identity, boot_id};
 pub use vm::{Vm, is_block_device};
 
 /// What this room's functions return.

@@ -237,7 +237,8 @@ pub async fn check_here(
     let (definition, settings, sizes) = (definition.clone(), settings.clone(), sizes.to_vec());
     let host = settings.host.clone();
     // Storage over a network may not answer, and must not hold the daemon up.
-    let files = crate::task::blocking(move || check_resources(&definition, &settings, &sizes));
+    let files =
+        transhume_base::task::blocking(move || check_resources(&definition, &settings, &sizes));
     match tokio::time::timeout(PATIENCE, files).await {
         Ok(Ok(more)) => refusals.extend(more),
         Ok(Err(error)) => refusals.push(Refusal::new(

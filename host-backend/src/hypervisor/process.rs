@@ -1,73 +1,15 @@
 //! QEMU as a process: started so that it outlives us, watched and ended without mistaking another.
 
-use super::confine::Confinement;
 use super::{Error, Result};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use std::fs::File;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 use tokio::process::Command;
 use tokio::sync::{oneshot, watch};
-
-/// How often a process that is no child of ours is looked at while somebody waits for its end.
-const GLANCE: Duration = Duration::from_millis(50);
-
-/// A process, told apart from a later one of the same id by the time of its start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Process {
-    id: u32,
-    /// In ticks since the host's boot.
-    started: u64,
-}
-
-impl Process {
-    /// The process that has this id now.
-    pub(super) fn find(id: u32) -> Option<Self> {
-        let started = start_time(id)?;
-        Some(Self { id, started })
-    }
-
-    pub(super) fn id(&self) -> u32 {
-        self.id
-    }
-
-    pub(super) fn started(&self) -> u64 {
-        self.started
-    }
-
-    fn is_alive(&self) -> bool {
-        start_time(self.id) == Some(self.started)
-    }
-
-    pub(super) async fn gone(&self) {
-        while self.is_alive() {
-            tokio::time::sleep(GLANCE).await;
-        }
-    }
-
-    pub(super) fn kill(&self) {
-        if let Ok(id) = i32::try_from(self.id)
-            && self.is_alive()
-        {
-            // A failure shows in the process staying alive, which our caller watches.
-            let _ = kill(Pid::from_raw(id), Signal::SIGKILL);
-        }
-    }
-}
-
-/// When a process that is not a zombie started, by field 22 of its `stat`.
-pub(super) fn start_time(id: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
-    // The name in field 2 may hold spaces and brackets.
-    let (_, rest) = stat.rsplit_once(") ")?;
-    let mut fields = rest.split(' ');
-    let state = fields.next()?;
-    let started = fields.nth(18)?.parse().ok()?;
-    (state != "Z" && state != "X").then_some(started)
-}
+use transhume_base::confine::Confinement;
+use transhume_base::process_identity::Process;
 
 /// The service's own limit of memory is none for a guest.
 fn lift_memory_limit() -> std::io::Result<()> {
@@ -117,7 +59,7 @@ impl Child {
         let id = child.id().unwrap_or_default();
         let (kill, killed) = oneshot::channel();
         let (exit, status) = watch::channel(None);
-        crate::task::spawn(async move {
+        transhume_base::task::spawn(async move {
             let waited = tokio::select! {
                 waited = child.wait() => waited,
                 Ok(()) = killed => {
@@ -165,7 +107,7 @@ impl Child {
         self.kill = None;
         let id = self.id;
         // One that has ended meanwhile is "gone" at the first look.
-        Process::find(id).unwrap_or(Process { id, started: 0 })
+        Process::find(id).unwrap_or(Process::ended(id))
     }
 }
 
@@ -226,19 +168,6 @@ mod tests {
         let log = std::fs::read_to_string(folder.path().join("log")).expect("the log");
         let limits: Vec<&str> = log.lines().collect();
         assert!(limits.len() == 2 && limits[0] == limits[1], "{log}");
-    }
-
-    #[tokio::test]
-    async fn another_process_of_the_same_id_is_not_it() {
-        let me = Process::find(std::process::id()).expect("we run");
-        assert!(me.is_alive());
-        let before_me = Process {
-            started: me.started + 1,
-            ..me
-        };
-        assert!(!before_me.is_alive());
-        before_me.kill();
-        before_me.gone().await;
     }
 
     #[tokio::test]

@@ -1,6 +1,5 @@
 //! A client of QEMU's machine protocol: one JSON object a line, over a unix socket.
 
-use super::lines::Lines;
 use super::shutdown::Shutdown;
 use super::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -16,6 +15,7 @@ use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use transhume_base::lines::Lines;
 use transhume_protocol::link::GuestEnd;
 
 /// The longest line that QEMU may send; `query-qmp-schema`, the largest answer, has some 200 KiB.
@@ -197,14 +197,14 @@ impl Qmp {
         let (close, closed) = watch::channel(None);
         let (ends, shutdown) = watch::channel(None);
         let (requests, outgoing) = mpsc::channel(REQUESTS);
-        let writer = crate::task::spawn(write(outgoing, writer));
+        let writer = transhume_base::task::spawn(write(outgoing, writer));
         let tell = Tell {
             waiting: waiting.clone(),
             events: events.clone(),
             shutdown: ends,
             closed: close,
         };
-        let reader = crate::task::spawn(read(lines, tell));
+        let reader = transhume_base::task::spawn(read(lines, tell));
         Self {
             shared: Arc::new(Shared {
                 writer: requests,

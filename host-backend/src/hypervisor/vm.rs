@@ -1,15 +1,16 @@
 //! A running VM: started here, or found running.
 
 use super::command_line::{self, Start};
-use super::confine::Confinement;
 use super::files::{LaunchSettings, RunFiles};
 use super::handed::{Handed, OpenedFiles, Sets};
-use super::process::{Child, Process};
+use super::process::Child;
 use super::qmp::Status;
 use super::{Definition, Error, Identity, Qmp, Result, inspect};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use transhume_base::confine::Confinement;
+use transhume_base::process_identity::{Outlives, Process};
 
 /// How long a QEMU may take to answer QMP after its start: less than a source waits for it
 /// (60 s), so that it hears why it got none.
@@ -281,10 +282,7 @@ impl Vm {
         process.kill();
         match tokio::time::timeout(QUIT_PATIENCE, process.gone()).await {
             Ok(()) => Ok(()),
-            Err(_) => Err(Error::Unfit {
-                cause: format!("QEMU (process {}) outlives SIGKILL", process.id()),
-                cure: "it hangs in the kernel, most likely on storage: see `dmesg`".to_owned(),
-            }),
+            Err(_) => Err(Outlives { pid: process.id() }.into()),
         }
     }
 

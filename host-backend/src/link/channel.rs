@@ -11,13 +11,12 @@ use nix::sys::socket::{MsgFlags, sendmsg};
 use transhume_protocol::link::Cover;
 
 use super::identity::{HandshakeError, Identity, is_for};
+use transhume_base::vectored::{MAX_PIECES, write_all_vectored};
 
 /// What is encrypted at once, at most: some records of 16 KiB.
 const PLAIN_MOST: usize = 256 * 1024;
 /// What is read at once.
 const RAW: usize = 64 * 1024;
-/// Most pieces that one `writev` takes (`IOV_MAX` of Linux).
-const MAX_PIECES: usize = 1024;
 
 /// A connection's two directions.
 pub(super) struct Channel {
@@ -209,21 +208,4 @@ fn pieces_within(slices: &[IoSlice<'_>], most: usize) -> usize {
         })
         .count();
     fitting.max(1)
-}
-
-/// Writes all pieces, however many they are.
-pub(crate) fn write_all_vectored(
-    out: &mut impl Write,
-    mut slices: &mut [IoSlice<'_>],
-) -> io::Result<()> {
-    while !slices.is_empty() {
-        let most = slices.len().min(MAX_PIECES);
-        match out.write_vectored(&slices[..most]) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(written) => IoSlice::advance_slices(&mut slices, written),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }

@@ -17,7 +17,7 @@ use rustls::version::TLS13;
 use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
 use thiserror::Error;
 
-use crate::bounded;
+use transhume_base::bounded;
 
 /// How long a handshake may take, all of it.
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);

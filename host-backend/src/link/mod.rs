@@ -5,8 +5,6 @@
 
 mod channel;
 mod identity;
-#[cfg(test)]
-pub(crate) mod model_sync;
 mod payload;
 #[cfg(test)]
 mod security_tests;
@@ -18,11 +16,7 @@ pub(crate) mod window_models;
 mod window_tests;
 pub(crate) mod words;
 
-/// What threads wait for one another with. Models of them have `model_sync` in its place.
-pub(crate) mod sync {
-    pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-    pub(crate) use std::time::Instant;
-}
+pub(crate) use transhume_base::sync;
 
 use std::io::{self, IoSlice};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
@@ -36,7 +30,6 @@ use transhume_protocol::link::{
     Preamble, encode_control,
 };
 
-pub(crate) use channel::write_all_vectored;
 use channel::{Channel, Sealed};
 use identity::Identity;
 pub use identity::{Files, HandshakeError, IdentityError};

@@ -5,7 +5,7 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
 
-use super::model_sync as sync;
+use transhume_testing::model_sync as sync;
 
 #[path = "window.rs"]
 #[expect(clippy::duplicate_mod, reason = "once with each kind of primitives")]

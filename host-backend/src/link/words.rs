@@ -3,7 +3,7 @@
 
 use transhume_protocol::link::{Control, LinkError, decode_control};
 
-use crate::text::line;
+use transhume_base::text::line;
 
 /// Reasons that are kept, and bytes of each.
 const MOST_REASONS: usize = 16;
@@ -171,13 +171,13 @@ mod tests {
         // Lists of nothing: a byte each, and some dozen of ours. Of more of them the decoder says that they are too long.
         let reasons = vec![String::new(); 50_000];
         let payload = encode_control(&Control::Refused { reasons }).expect("a message");
-        let (decoded, most) = crate::counted::peak(|| decode(&payload).is_ok());
+        let (decoded, most) = transhume_testing::peak(|| decode(&payload).is_ok());
         assert!(decoded);
         assert!(most < 8 << 20, "{most} bytes");
         let reasons = vec![String::new(); MAX_SMALL_PAYLOAD - 64];
         let refused = encode_control(&Control::Refused { reasons });
         let (refused, most) =
-            crate::counted::peak(|| refused.map(|payload| decode(&payload).is_err()));
+            transhume_testing::peak(|| refused.map(|payload| decode(&payload).is_err()));
         assert!(refused.unwrap_or(true) && most < 8 << 20, "{most} bytes");
     }
 }

@@ -18,8 +18,8 @@ use serde::Serialize;
 use x509_parser::pem::Pem;
 use x509_parser::prelude::GeneralName;
 
-use crate::bounded::read_text;
 pub use error::Error;
+use transhume_base::bounded::read_text;
 
 /// Clocks differ by less, so that a certificate is valid as soon as it is made.
 const CLOCKS: Duration = Duration::from_secs(3600);

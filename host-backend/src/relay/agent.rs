@@ -64,7 +64,7 @@ pub fn set_clock_right(vm: Arc<Vm>) {
 }
 
 fn spawn(work: impl FnOnce() + Send + 'static) {
-    if let Err(error) = crate::task::thread("relay-greet", work) {
+    if let Err(error) = transhume_base::task::thread("relay-greet", work) {
         tracing::warn!(%error, "a thread that speaks with a guest's agent cannot be started");
     }
 }

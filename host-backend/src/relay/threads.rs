@@ -1,7 +1,7 @@
 //! Starts the threads of a relay.
 
 use super::error::RelayError;
-use crate::task;
+use transhume_base::task;
 
 /// What a thread that can wait is nicer by than the guests' CPUs (`nice(2)`): where CPUs are short, it gets
 /// a third of what a guest's CPU does.

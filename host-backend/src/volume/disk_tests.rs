@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::hypervisor::backing::Image;
-use crate::hypervisor::confine::tests::{nobody, program};
+use crate::hypervisor::confine_tests::{nobody, program};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};

@@ -3,8 +3,6 @@
 use super::nbd::{Client, printable};
 use super::{Error, Format, Settings};
 use crate::hypervisor::backing::{Image, Node};
-use crate::hypervisor::confine::{Confinement, DAC_READ_SEARCH};
-use crate::task;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::prctl::set_pdeathsig;
@@ -22,6 +20,8 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use std::{fs, io};
+use transhume_base::confine::{Confinement, DAC_READ_SEARCH};
+use transhume_base::task;
 
 const NAME: &str = "disk";
 const MAX_CONNECTIONS: usize = 64;

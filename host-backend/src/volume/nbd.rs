@@ -256,7 +256,7 @@ impl Connection {
 
 /// What a stranger said, fit for an error message.
 pub(super) fn printable(said: &[u8]) -> String {
-    crate::text::line(&String::from_utf8_lossy(said), MAX_SAID)
+    transhume_base::text::line(&String::from_utf8_lossy(said), MAX_SAID)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use libfuzzer_sys::fuzz_target;
 use std::future::Future;
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};
-use transhume_host::hypervisor::lines::Lines;
+use transhume_base::lines::Lines;
 use transhume_fuzz::{first, expand};
 
 /// What is ready at once.

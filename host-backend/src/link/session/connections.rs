@@ -11,7 +11,7 @@ use super::core::{Core, Job};
 use super::outbox::Carrier;
 use super::{Make, Prepare};
 use crate::link::{Connection, Error, REFUSALS, Receiver, Security, Sender};
-use crate::task;
+use transhume_base::task;
 
 /// How long a connection may be silent, the making of one included.
 const SILENCE: Duration = Duration::from_secs(6);

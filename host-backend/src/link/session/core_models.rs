@@ -8,9 +8,9 @@ use transhume_protocol::link::{FrameKind, Numbering, SESSION_WINDOW};
 
 use super::outbox::Prepared;
 use super::{inbox, outbox};
-use crate::link::model_sync::{self as sync, model};
 use crate::link::window_models::window;
 use crate::link::{Error, Frame};
+use transhume_testing::model_sync::{self as sync, model};
 
 #[path = "core.rs"]
 #[allow(dead_code, reason = "not all of it waits")]

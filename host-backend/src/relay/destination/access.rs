@@ -4,10 +4,10 @@
 use transhume_protocol::link::Offer;
 
 use super::Host;
-use crate::audit::{self, Who};
-use crate::hypervisor::definition::is_name;
 use crate::hypervisor::preflight;
 use crate::link::{Connection, Security};
+use transhume_base::audit::{self, Who};
+use transhume_base::names::is_name;
 
 /// The other end of a connection.
 pub(super) struct Peer {

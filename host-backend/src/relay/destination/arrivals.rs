@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 
-use crate::{bounded, durable};
+use transhume_base::{bounded, durable};
 use transhume_protocol::link::GuestEnd;
 
 /// The version of the notes that are written.
@@ -192,7 +192,7 @@ impl Arrivals {
             "the journal of arriving VMs cannot be written: it is tried again; is the `state-directory` full?"
         );
         let (arrivals, vm) = (self.clone(), vm.to_owned());
-        crate::task::spawn(async move {
+        transhume_base::task::spawn(async move {
             loop {
                 tokio::time::sleep(AGAIN).await;
                 let noted = arrivals.of(job);
@@ -234,7 +234,7 @@ impl Arrivals {
         };
         let (word, vm) = text.split_once(' ')?;
         let stage = Stage::ALL.into_iter().find(|stage| stage.word() == word)?;
-        crate::hypervisor::definition::is_name(vm).then(|| Arrival {
+        transhume_base::names::is_name(vm).then(|| Arrival {
             job,
             vm: vm.to_owned(),
             stage,

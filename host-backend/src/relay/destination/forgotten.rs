@@ -17,7 +17,7 @@ use transhume_protocol::qemu::Block;
 
 use crate::pages::PAGE_SIZE;
 use crate::pages::bitmap::Bitmap;
-use crate::{bounded, durable};
+use transhume_base::{bounded, durable};
 
 const NAME: &str = "post-copy";
 /// The version of the file that is written.

@@ -93,7 +93,7 @@ pub(super) fn start(
         flags: Arc::clone(&flags),
         counts,
     };
-    crate::task::spawn(async move {
+    transhume_base::task::spawn(async move {
         let layout = tokio::time::timeout(PATIENCE, Layout::read(vm.qmp())).await;
         let Ok(Ok(layout)) = layout else {
             tracing::info!(vm = vm.name(), "its memory's layout is not known: no gate");
@@ -130,7 +130,7 @@ pub(super) fn start(
             // If that was not done while there was a gate.
             agent::set_clock_right(Arc::clone(&vm));
         };
-        if let Err(error) = crate::task::thread("relay-gate", run) {
+        if let Err(error) = transhume_base::task::thread("relay-gate", run) {
             tracing::warn!(%error, "a thread");
         }
     });

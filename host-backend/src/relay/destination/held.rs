@@ -39,7 +39,7 @@ pub(super) async fn serve(
     {
         return Err(format!("{} came from another host, {from}", arrival.vm));
     }
-    let asked = crate::task::blocking(move || {
+    let asked = transhume_base::task::blocking(move || {
         let word = connection
             .send(&Control::Held)
             .and_then(|()| connection.receive(PATIENCE));

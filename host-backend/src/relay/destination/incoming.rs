@@ -109,7 +109,7 @@ pub(super) async fn take(
         accepted
     };
     send(&mut connection, &accepted)?;
-    let begun = crate::task::blocking(move || {
+    let begun = transhume_base::task::blocking(move || {
         let message = shown.serve(&mut connection);
         (connection, message, shown.comparer())
     });

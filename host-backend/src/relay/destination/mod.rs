@@ -46,9 +46,9 @@ use tracing::{Instrument, field};
 use transhume_protocol::link::{Control, Presence};
 use waiting::{GREETING, Waiting};
 
-use crate::allocator;
 use crate::hypervisor::{Definition, LaunchSettings, Limits, Vm};
 use crate::link::{Connection, PATIENCE, Security, sync};
+use transhume_base::allocator;
 
 /// Offers and queries served at once.
 const SERVED: usize = 32;
@@ -185,7 +185,7 @@ pub async fn serve(listener: TcpListener, host: Arc<dyn Host>) {
         let (host, outcomes) = (Arc::clone(&host), Arc::clone(&outcomes));
         let waiting = waiting.clone();
         let span = tracing::info_span!("peer", %peer);
-        crate::task::spawn(
+        transhume_base::task::spawn(
             async move {
                 if let Err(reason) = greet(stream, host, &outcomes, &waiting).await {
                     tracing::warn!(reason, "connection dropped");
@@ -208,7 +208,7 @@ async fn greet(
     let stream = stream.into_std().map_err(|error| error.to_string())?;
     let place = waiting.enter(&stream).map_err(|error| error.to_string())?;
     let security = host.security();
-    let mut greeted = crate::task::blocking(move || {
+    let mut greeted = transhume_base::task::blocking(move || {
         let mut connection = Connection::accept(stream, &security)?;
         let first = connection.receive(PATIENCE)?;
         Ok::<_, crate::link::Error>((connection, first))
@@ -325,7 +325,7 @@ async fn greet(
             let span = tracing::info_span!("arrival", vm, offer = job);
             let joined = span.in_scope(|| {
                 tracing::info!(index, "a connection joins its migration");
-                crate::task::blocking(move || session.join(index, connection, received))
+                transhume_base::task::blocking(move || session.join(index, connection, received))
             });
             match joined.await {
                 Ok(joined) => joined.map_err(|error| error.to_string()),

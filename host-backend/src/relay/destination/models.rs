@@ -7,9 +7,9 @@ use transhume_protocol::link::{HintRun, SectionKind};
 use transhume_protocol::qemu::Block;
 
 use super::{forgotten, gate, postcopy, reads, reply};
-use crate::link::model_sync::{self as sync, model};
 use crate::pages::hints::Place;
 use crate::pages::{PAGE_SIZE, PageKey};
+use transhume_testing::model_sync::{self as sync, model};
 
 #[path = "output.rs"]
 #[allow(dead_code, reason = "not all of it waits")]

@@ -163,7 +163,7 @@ fn a_package_without_an_end_is_refused() {
     output.push(Piece::Raw(vec![0; 100]));
     output.push(Piece::Hold);
     let mut pieces = 0;
-    let (refused, most) = crate::counted::peak(|| {
+    let (refused, most) = transhume_testing::peak(|| {
         loop {
             // What is before it still goes to QEMU.
             if pieces == 10 {
@@ -220,7 +220,7 @@ fn more_references_than_an_honest_source_has_open_are_refused() {
     }];
     placement.set_blocks(2, blocks).unwrap();
     placement.open(SectionKind::Part).unwrap();
-    let ((refused, referred), most) = crate::counted::peak(|| {
+    let ((refused, referred), most) = transhume_testing::peak(|| {
         let digests = [DIGEST; 128];
         for batch in 0.. {
             let page = batch * 128;

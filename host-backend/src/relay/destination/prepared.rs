@@ -133,7 +133,7 @@ async fn open_volumes(
     let mut run = volume::Settings::new(settings.run_directory.clone())
         .beside(settings.binary(&fit.definition));
     run.user.clone_from(&settings.user);
-    let opened = crate::task::blocking(move || {
+    let opened = transhume_base::task::blocking(move || {
         let images = files.images.iter();
         images
             .map(|image| volume::open_image(image, &run))

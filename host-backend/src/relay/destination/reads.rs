@@ -219,7 +219,7 @@ mod tests {
     #[test]
     fn a_few_bytes_that_name_all_memory_many_times_become_one_window() {
         const BLOCK: u64 = 64 * WINDOW_PAGES;
-        let ((), most) = crate::counted::peak(|| {
+        let ((), most) = transhume_testing::peak(|| {
             let mut plan = Plan::default();
             for sector in 0..20_000 {
                 plan.add_hint(HintRun {

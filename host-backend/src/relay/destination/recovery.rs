@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::arrivals::{Arrival, Arrivals, Stage};
 use super::{forgotten, resume};
 use crate::hypervisor::{Definition, Error, LaunchSettings, Vm};
-use crate::{bounded, durable};
+use transhume_base::{bounded, durable};
 
 const DEFINITION: &str = "definition.toml";
 const ARRIVAL: &str = "arrival";
@@ -147,7 +147,7 @@ pub(super) async fn finish(
 /// Tells a VM to run that belongs here and could not be told so at once, until it does or its QEMU has ended.
 fn run_later(arrivals: &Arrivals, vm: &Arc<Vm>, job: u64) {
     let (arrivals, vm) = (arrivals.clone(), Arc::clone(vm));
-    crate::task::spawn(async move {
+    transhume_base::task::spawn(async move {
         let mut told = String::new();
         while !vm.qmp().is_closed() {
             tokio::time::sleep(AGAIN).await;

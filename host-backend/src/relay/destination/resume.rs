@@ -165,7 +165,7 @@ pub(super) fn whole(host: &dyn Host, vm: &Vm, job: u64) {
 /// When the QEMU of a VM in post-copy ends, there is nothing that the source could send the rest to.
 pub(super) fn forget_when_gone(arrivals: &Arrivals, vm: &Arc<Vm>, job: u64) {
     let (arrivals, vm) = (arrivals.clone(), Arc::clone(vm));
-    crate::task::spawn(async move {
+    transhume_base::task::spawn(async move {
         vm.ended().await;
         let ended = vm.qmp().guest_end().map_or(Stage::Lost, Stage::Ended);
         let stage = arrivals.of(job).map(|arrival| arrival.stage);

@@ -46,7 +46,7 @@ impl Shown {
         theirs: Signs,
     ) -> Result<(Self, StorageHere), String> {
         let (definition, host) = (definition.clone(), settings.host.clone());
-        let look = crate::task::blocking(move || {
+        let look = transhume_base::task::blocking(move || {
             let storage = Storage::open(&definition, &host)?;
             let signed = storage.sign()?;
             let here = storage.look(&theirs, &signed.signs);

@@ -160,7 +160,7 @@ impl Agreement {
                 0 => PATIENCE,
                 _ => RECONNECT_PATIENCE,
             };
-            let attempt = crate::task::blocking(move || {
+            let attempt = transhume_base::task::blocking(move || {
                 negotiate(&vm, &destination, offer, has_ack, patience)
             });
             let result = tokio::select! {

@@ -85,7 +85,7 @@ impl Answers {
                         None => return Err(RelayError::Misplaced("comparison of disks")),
                     },
                     Control::GuestEnded(how) if self.shared.is_over() => {
-                        self.shared.set_guest_ended(how.into());
+                        self.shared.set_guest_ended(how);
                         return Err(RelayError::GuestEnded(how));
                     }
                     Control::Abort { reason } => {

@@ -173,7 +173,7 @@ impl Migration {
     /// reached: a source that asks has given its session up. Without that it would wait for the link as long as it was told to.
     fn withdraw(&self, patience: Duration) {
         let (request, job) = (self.request.clone(), self.facts.offer.job);
-        crate::task::spawn(async move {
+        transhume_base::task::spawn(async move {
             let Request {
                 vm, destination, ..
             } = &request;
@@ -237,7 +237,7 @@ impl Migration {
             }
             session.close();
             let session = session.clone();
-            let told = crate::task::blocking(move || session.wait_for_end(FAREWELL));
+            let told = transhume_base::task::blocking(move || session.wait_for_end(FAREWELL));
             let _ = told.await;
         }
         drop(self.reports.take());

@@ -8,10 +8,10 @@ use loom::thread::{self, JoinHandle};
 use transhume_protocol::link::{BATCH_HEADER_LEN, BatchEncoding, BatchHeader, Verdict};
 
 use super::{buffers, steer};
-use crate::link::model_sync::{self as sync, model};
 use crate::link::window_models::window;
 use crate::pages::PageKey;
 use crate::relay::error::RelayError;
+use transhume_testing::model_sync::{self as sync, model};
 
 #[path = "flow.rs"]
 #[allow(dead_code, reason = "not all of it waits")]

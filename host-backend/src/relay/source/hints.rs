@@ -257,7 +257,7 @@ mod tests {
                 })
                 .collect::<Vec<_>>()
         };
-        let ((sent, data), most) = crate::counted::peak(|| {
+        let ((sent, data), most) = transhume_testing::peak(|| {
             let (mut sent, mut data) = (0, 0);
             for n in 0..30 {
                 hints.replace(report(n));

@@ -142,8 +142,9 @@ impl Migration {
         self.may_wait_for_us = true;
         loop {
             let clocks = Arc::clone(&self.clocks);
-            let prepared =
-                crate::task::blocking(move || prepare(accepted, &clocks, patience, post_copy));
+            let prepared = transhume_base::task::blocking(move || {
+                prepare(accepted, &clocks, patience, post_copy)
+            });
             let prepared = tokio::select! {
                 prepared = prepared => prepared,
                 () = cancelled(cancel) => return Err(Stop::Cancelled),

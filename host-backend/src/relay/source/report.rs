@@ -86,7 +86,7 @@ impl Reports {
             gate: Arc::clone(&reports.gate),
         };
         let listen = move || listener.run(agent, &disks, session);
-        if let Err(error) = crate::task::thread("relay-agent", listen) {
+        if let Err(error) = transhume_base::task::thread("relay-agent", listen) {
             reports.remark(format!("the agent cannot be listened to: {error}"));
         }
         reports

@@ -114,7 +114,7 @@ pub async fn ask(
             job: number,
             vm: vm.to_owned(),
         };
-        let asked = crate::task::blocking(move || {
+        let asked = transhume_base::task::blocking(move || {
             let mut connection = Connection::open(&address, &host, &security)?;
             connection.send(&query)?;
             let answer = connection.receive(PATIENCE)?;
@@ -149,7 +149,7 @@ pub async fn locate(destination: &Destination, vm: &str) -> Result<Presence, Str
         security,
     } = destination.clone();
     let locate = Control::Locate { vm: vm.to_owned() };
-    let asked = crate::task::blocking(move || {
+    let asked = transhume_base::task::blocking(move || {
         let mut connection = Connection::open_within(&address, &host, &security, LOCATE_PATIENCE)?;
         connection.send(&locate)?;
         connection.receive(LOCATE_PATIENCE)
@@ -167,7 +167,7 @@ async fn say(
     mut connection: Connection,
     message: Control,
 ) -> Option<Result<(Connection, Control), crate::link::Error>> {
-    let said = crate::task::blocking(move || {
+    let said = transhume_base::task::blocking(move || {
         connection.send(&message)?;
         let answer = connection.receive(PATIENCE)?;
         Ok((connection, answer))

@@ -160,7 +160,7 @@ impl Rest {
             return Ok(None);
         }
         let rest = self.clone();
-        let asked = crate::task::blocking(move || rest.ask()).await;
+        let asked = transhume_base::task::blocking(move || rest.ask()).await;
         let answer = asked.map_err(|error| Not::Now(error.to_string()))??;
         // QEMU 7.2 can wait for ever for a last word that was lost.
         if !matches!(answer, Answer::Whole) {

@@ -212,7 +212,7 @@ impl Shared {
     pub(super) async fn settle_doubts(&self) {
         if let Some(doubt) = self.doubt.clone() {
             // It waits for a bounded time, and does not panic.
-            let _ = crate::task::blocking(move || doubt.settle()).await;
+            let _ = transhume_base::task::blocking(move || doubt.settle()).await;
         }
     }
 

@@ -11,7 +11,7 @@ const REASON: usize = 512;
 
 /// Who asks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Who<'a> {
+pub enum Who<'a> {
     /// A process of this host, by its socket's credentials (`SO_PEERCRED`).
     Client {
         /// Its user.
@@ -31,7 +31,7 @@ pub(crate) enum Who<'a> {
 }
 
 /// Notes a decision on something that is asked for, of a VM if it is about one.
-pub(crate) fn note(who: Who<'_>, what: &str, vm: Option<&str>, verdict: Result<(), &str>) {
+pub fn note(who: Who<'_>, what: &str, vm: Option<&str>, verdict: Result<(), &str>) {
     let (uid, pid, peer, proven, address) = match who {
         Who::Client { uid, pid } => (Some(uid), pid, None, None, None),
         Who::Peer {
@@ -75,44 +75,9 @@ fn cut(text: &str, most: usize) -> &str {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
-    use std::io;
-    use std::sync::{Arc, Mutex};
-    use tracing_subscriber::fmt::MakeWriter;
-
-    #[derive(Clone, Default)]
-    struct Lines(Arc<Mutex<Vec<u8>>>);
-
-    impl io::Write for Lines {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.lock().expect("lines").write(bytes)
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    impl<'a> MakeWriter<'a> for Lines {
-        type Writer = Self;
-
-        fn make_writer(&'a self) -> Self {
-            self.clone()
-        }
-    }
-
-    /// What is written to the log meanwhile, by this thread.
-    pub(crate) fn written(work: impl FnOnce()) -> String {
-        let lines = Lines::default();
-        let log = tracing_subscriber::fmt()
-            .with_ansi(false)
-            .without_time()
-            .with_writer(lines.clone())
-            .finish();
-        tracing::subscriber::with_default(log, work);
-        String::from_utf8(lines.0.lock().expect("lines").clone()).expect("text")
-    }
+    use transhume_testing::written;
 
     #[test]
     fn a_line_says_who_what_and_why() {

@@ -1,7 +1,6 @@
 //! What a QEMU, and whatever else reads a guest's disks for us, may do: run as a user of its own without any
 //! capability, with no way back. It is given by descriptor what it needs; whoever escapes a guest has that, and no more.
 
-use super::{Error, Result};
 use nix::libc;
 use std::ffi::CString;
 use std::io;
@@ -9,7 +8,7 @@ use std::os::fd::RawFd;
 use std::os::unix::fs::MetadataExt;
 
 /// Reads any file, and searches any directory.
-pub(crate) const DAC_READ_SEARCH: u32 = 2;
+pub const DAC_READ_SEARCH: u32 = 2;
 /// `linux/prctl.h`.
 const AMBIENT_RAISE: libc::c_ulong = 2;
 const AMBIENT_CLEAR_ALL: libc::c_ulong = 4;
@@ -70,6 +69,16 @@ impl User {
         &self.name
     }
 
+    /// Its number.
+    pub fn uid(&self) -> u32 {
+        self.uid
+    }
+
+    /// Its own group's number.
+    pub fn gid(&self) -> u32 {
+        self.gid
+    }
+
     /// Its groups, and those that the devices which QEMU opens are for. Never root's.
     fn all_groups(&self) -> Vec<u32> {
         let mut groups = self.groups.clone();
@@ -88,7 +97,7 @@ impl User {
     }
 
     /// Whether the mode of a file lets this user read it.
-    pub(super) fn may_read(&self, file: &std::fs::Metadata) -> bool {
+    pub fn may_read(&self, file: &std::fs::Metadata) -> bool {
         let bits = if file.uid() == self.uid {
             0o400
         } else if file.gid() == self.gid || self.groups.contains(&file.gid()) {
@@ -102,7 +111,7 @@ impl User {
 
 /// What becomes of a child between fork and exec.
 #[derive(Debug, Clone)]
-pub(crate) struct Confinement {
+pub struct Confinement {
     is_root: bool,
     user: Option<(u32, u32, Vec<u32>)>,
     keeps: Option<u32>,
@@ -111,7 +120,7 @@ pub(crate) struct Confinement {
 
 impl Confinement {
     /// As that user, or as ours if there is none, with these descriptors of ours at the same numbers.
-    pub(crate) fn of(user: Option<&User>, descriptors: Vec<RawFd>) -> Self {
+    pub fn of(user: Option<&User>, descriptors: Vec<RawFd>) -> Self {
         let is_root = nix::unistd::geteuid().is_root();
         Self {
             is_root,
@@ -124,7 +133,8 @@ impl Confinement {
     }
 
     /// The same with one capability, if we have any to give.
-    pub(crate) fn keeping(mut self, capability: u32) -> Self {
+    #[must_use]
+    pub fn keeping(mut self, capability: u32) -> Self {
         self.keeps = self.is_root.then_some(capability);
         self
     }
@@ -133,7 +143,7 @@ impl Confinement {
     ///
     /// # Errors
     /// Of the kernel. The child must not go on then.
-    pub(crate) fn apply(&self) -> io::Result<()> {
+    pub fn apply(&self) -> io::Result<()> {
         for descriptor in &self.descriptors {
             // SAFETY: it changes a flag of a descriptor.
             check(unsafe { libc::fcntl(*descriptor, libc::F_SETFD, 0) }.into())?;
@@ -226,14 +236,12 @@ fn set_capabilities(kept: Option<u32>) -> io::Result<()> {
 }
 
 /// Gives a directory to the user.
-pub(super) fn give(path: &std::path::Path, user: Option<&User>) -> Result<()> {
+///
+/// # Errors
+/// Of the kernel.
+pub fn give(path: &std::path::Path, user: Option<&User>) -> io::Result<()> {
     let Some(user) = user.filter(|_| nix::unistd::geteuid().is_root()) else {
         return Ok(());
     };
     std::os::unix::fs::chown(path, Some(user.uid), Some(user.gid))
-        .map_err(|error| Error::file("give away", path, error))
 }
-
-#[cfg(test)]
-#[path = "confine_tests.rs"]
-pub(crate) mod tests;

@@ -53,7 +53,7 @@ unsafe impl GlobalAlloc for Counting {
 }
 
 /// What `run` returns, and the most bytes that this thread had allocated in it beyond what it had before.
-pub(crate) fn peak<T>(run: impl FnOnce() -> T) -> (T, usize) {
+pub fn peak<T>(run: impl FnOnce() -> T) -> (T, usize) {
     let before = NOW.get();
     MOST.set(before);
     let returned = run();

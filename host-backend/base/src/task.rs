@@ -12,7 +12,7 @@ use tracing::{Instrument, Span};
 ///
 /// # Panics
 /// Outside of a runtime, as `tokio::spawn` does.
-pub(crate) fn spawn<F>(future: F) -> JoinHandle<F::Output>
+pub fn spawn<F>(future: F) -> JoinHandle<F::Output>
 where
     F: Future<Output: Send> + Send + 'static,
 {
@@ -23,9 +23,7 @@ where
 ///
 /// # Panics
 /// Outside of a runtime, as `tokio::task::spawn_blocking` does.
-pub(crate) fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> JoinHandle<T> {
+pub fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
     let span = Span::current();
     tokio::task::spawn_blocking(move || span.in_scope(work))
 }
@@ -34,7 +32,7 @@ pub(crate) fn blocking<T: Send + 'static>(
 ///
 /// # Errors
 /// The system has no room for one more.
-pub(crate) fn thread<T: Send + 'static>(
+pub fn thread<T: Send + 'static>(
     name: &str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<thread::JoinHandle<T>> {

@@ -39,7 +39,7 @@ fn clean(text: &str, most: usize, safe: impl Fn(char) -> char) -> String {
 }
 
 /// One line of it: its lines are joined by bars, so that none of them can pass for a line of ours.
-pub(crate) fn line(text: &str, most: usize) -> String {
+pub fn line(text: &str, most: usize) -> String {
     let joined = clean(text.trim(), most, |c| match c {
         '\n' => '|',
         '\t' => ' ',
@@ -53,7 +53,7 @@ pub(crate) fn line(text: &str, most: usize) -> String {
 }
 
 /// The same, with its lines as they are.
-pub(crate) fn lines(text: &str, most: usize) -> String {
+pub fn lines(text: &str, most: usize) -> String {
     clean(text, most, |c| match c {
         '\n' => c,
         '\t' => ' ',

@@ -26,7 +26,7 @@ fn spare(path: &Path) -> PathBuf {
 }
 
 /// Replaces a file, or makes it. It is on disk when this returns.
-pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     let _writing = writing();
     let spare = write_beside(path, content)?;
     let exchanged = renameat2(
@@ -49,7 +49,7 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
 }
 
 /// The same for what will not change any more: no room is kept for another content.
-pub(crate) fn conclude(path: &Path, content: &[u8]) -> io::Result<()> {
+pub fn conclude(path: &Path, content: &[u8]) -> io::Result<()> {
     let _writing = writing();
     let spare = write_beside(path, content)?;
     fs::rename(&spare, path)?;
@@ -82,7 +82,7 @@ fn write(path: &Path, content: &[u8]) -> io::Result<()> {
 
 /// Gives a file another name, with the room that is kept beside it; it takes the place of one that has that name. One that
 /// is not there is left so.
-pub(crate) fn rename(from: &Path, to: &Path) -> io::Result<()> {
+pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     let _writing = writing();
     for (from, to) in [(from.to_owned(), to.to_owned()), (spare(from), spare(to))] {
         match fs::rename(from, to) {
@@ -94,13 +94,13 @@ pub(crate) fn rename(from: &Path, to: &Path) -> io::Result<()> {
 }
 
 /// Gives up the room that is kept beside a file.
-pub(crate) fn give_room_up(path: &Path) -> io::Result<()> {
+pub fn give_room_up(path: &Path) -> io::Result<()> {
     let _writing = writing();
     fs::remove_file(spare(path))
 }
 
 /// Removes a file, if it is there.
-pub(crate) fn remove(path: &Path) -> io::Result<()> {
+pub fn remove(path: &Path) -> io::Result<()> {
     let _writing = writing();
     remove_all(path)
 }

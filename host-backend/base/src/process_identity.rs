@@ -1,7 +1,7 @@
-//! Which process a QEMU is, told apart from every other one that this host ever ran.
+//! Which process one is, told apart from every other one that this host ever ran.
 
-use super::process::{Process, start_time};
-use super::{Error, Result};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -9,6 +9,81 @@ use std::time::{Duration, UNIX_EPOCH};
 const TICKS: u64 = 100;
 /// How long a process may take to end.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often a process that is no child of ours is looked at while somebody waits for its end.
+const GLANCE: Duration = Duration::from_millis(50);
+
+/// A process, told apart from a later one of the same id by the time of its start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Process {
+    id: u32,
+    /// In ticks since the host's boot.
+    started: u64,
+}
+
+impl Process {
+    /// The process that has this id now.
+    pub fn find(id: u32) -> Option<Self> {
+        let started = start_time(id)?;
+        Some(Self { id, started })
+    }
+
+    /// One of that id that is gone.
+    pub fn ended(id: u32) -> Self {
+        Self { id, started: 0 }
+    }
+
+    /// Its id.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// When it started, in ticks since the host's boot.
+    pub fn started(&self) -> u64 {
+        self.started
+    }
+
+    /// Whether it still runs.
+    pub fn is_alive(&self) -> bool {
+        start_time(self.id) == Some(self.started)
+    }
+
+    /// Waits for its end.
+    pub async fn gone(&self) {
+        while self.is_alive() {
+            tokio::time::sleep(GLANCE).await;
+        }
+    }
+
+    /// Ends it as if power were cut.
+    pub fn kill(&self) {
+        if let Ok(id) = i32::try_from(self.id)
+            && self.is_alive()
+        {
+            // A failure shows in the process staying alive, which our caller watches.
+            let _ = kill(Pid::from_raw(id), Signal::SIGKILL);
+        }
+    }
+}
+
+/// When a process that is not a zombie started, by field 22 of its `stat`.
+fn start_time(id: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
+    // The name in field 2 may hold spaces and brackets.
+    let (_, rest) = stat.rsplit_once(") ")?;
+    let mut fields = rest.split(' ');
+    let state = fields.next()?;
+    let started = fields.nth(18)?.parse().ok()?;
+    (state != "Z" && state != "X").then_some(started)
+}
+
+/// A process that did not end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("process {pid} outlives SIGKILL")]
+pub struct Outlives {
+    /// Its id.
+    pub pid: u32,
+}
 
 /// A process of this host. Its id comes again, and so may its time of start after the host was restarted; all
 /// three together do not.
@@ -30,7 +105,8 @@ pub fn boot_id() -> String {
 }
 
 impl Identity {
-    pub(super) fn of(process: &Process) -> Self {
+    /// Of a process.
+    pub fn of(process: &Process) -> Self {
         let (pid, started) = (process.id(), process.started());
         let boot = boot_id();
         Self { pid, started, boot }
@@ -54,17 +130,14 @@ impl Identity {
     /// Ends it as if power were cut.
     ///
     /// # Errors
-    /// [`Error::Unfit`] if it outlives SIGKILL.
-    pub async fn end(&self) -> Result<()> {
+    /// If it outlives SIGKILL.
+    pub async fn end(&self) -> Result<(), Outlives> {
         let Some(process) = Process::find(self.pid).filter(|_| self.is_alive()) else {
             return Ok(());
         };
         process.kill();
         let gone = tokio::time::timeout(PATIENCE, process.gone()).await;
-        gone.map_err(|_| Error::Unfit {
-            cause: format!("QEMU (process {}) outlives SIGKILL", self.pid),
-            cure: "it hangs in the kernel, most likely on storage: see `dmesg`".to_owned(),
-        })
+        gone.map_err(|_| Outlives { pid: self.pid })
     }
 
     /// Whether it was started before a moment, in milliseconds since 1970, as far as the host's clock tells.
@@ -124,5 +197,18 @@ mod tests {
         let now = u64::try_from(now.as_millis()).expect("soon enough");
         assert!(me.is_older_than(now + 1000));
         assert!(!me.is_older_than(now - 1000 * 3600 * 24 * 365));
+    }
+
+    #[tokio::test]
+    async fn another_process_of_the_same_id_is_not_it() {
+        let me = Process::find(std::process::id()).expect("we run");
+        assert!(me.is_alive());
+        let before_me = Process {
+            started: me.started + 1,
+            ..me
+        };
+        assert!(!before_me.is_alive());
+        before_me.kill();
+        before_me.gone().await;
     }
 }

@@ -1,31 +1,33 @@
-//! What [`super::sync`] is for the models of threads: loom's primitives, and a clock on which no time
+//! What `transhume_base::sync` is for the models of threads: loom's primitives, and a clock on which no time
 //! passes. A wait with an end in time has none here, so that one which nobody else ends is a deadlock, which
 //! loom reports.
 
 use std::ops::{Add, Sub};
 use std::time::Duration;
 
-pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard};
-pub(crate) use std::sync::PoisonError;
+pub use loom::sync::{Condvar, Mutex, MutexGuard};
+pub use std::sync::PoisonError;
 
 /// What has passed since any moment: more than an idle moment, less than anybody's patience.
 const PASSED: Duration = Duration::from_secs(1);
 
 /// A moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Instant(Duration);
+pub struct Instant(Duration);
 
 impl Instant {
-    pub(crate) fn now() -> Self {
+    /// The one that there is.
+    pub fn now() -> Self {
         Self(PASSED)
     }
 
-    #[expect(clippy::unused_self, reason = "as the one of std")]
-    pub(crate) fn elapsed(&self) -> Duration {
+    /// What has passed since.
+    pub fn elapsed(&self) -> Duration {
         PASSED
     }
 
-    pub(crate) fn saturating_duration_since(self, earlier: Self) -> Duration {
+    /// What has passed since an earlier one.
+    pub fn saturating_duration_since(self, earlier: Self) -> Duration {
         self.0.saturating_sub(earlier.0)
     }
 }
@@ -48,7 +50,7 @@ impl Sub for Instant {
 
 /// Tries the interleavings with up to three switches that a thread did not ask for: more of them are too
 /// many to try with three threads, and mistakes with fewer are the rule.
-pub(crate) fn model(run: impl Fn() + Send + Sync + 'static) {
+pub fn model(run: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(3);
     builder.max_branches = 20_000;
