@@ -249,6 +249,8 @@ void test_classes(const char *folder)
 	memory = mmap(NULL, length, PROT_READ | PROT_WRITE,
 		      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	memset(memory, 1, length);
+	/* Else what earlier tests wrote may get clean meanwhile. */
+	sync();
 	look(dev, FRAMES, TRANSHUME_MAX_RANGES, &with);
 	for (i = 0; i < length; i += PAGE)
 		own += has(&with, frame(getpid(), memory + i));
