@@ -2,10 +2,10 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
-use transhume_host::pages::digest::Digester;
-use transhume_host::pages::hints::HintTable;
-use transhume_host::pages::last_sent::LastSent;
-use transhume_host::pages::{PAGE_SIZE, PageKey};
+use transhume_pages::digest::Digester;
+use transhume_pages::hint_table::HintTable;
+use transhume_pages::last_sent::LastSent;
+use transhume_pages::{PAGE_SIZE, PageKey};
 use transhume_protocol::link::HintRun;
 
 /// Pages of a measurement: more than a CPU's caches hold.

@@ -8,7 +8,5 @@ pub mod control;
 pub mod guest;
 pub mod hypervisor;
 pub mod link;
-pub mod pages;
-pub mod pki;
 pub mod relay;
 pub mod volume;

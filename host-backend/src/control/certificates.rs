@@ -2,10 +2,10 @@
 
 use super::daemon::Daemon;
 use crate::link::Security;
-use crate::pki::{self, Concern};
 use std::path::Path;
 use std::sync::Weak;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use transhume_pki::Concern;
 
 /// How often they are looked at.
 const DAY: Duration = Duration::from_secs(86_400);
@@ -30,7 +30,7 @@ pub(super) async fn watch(daemon: Weak<Daemon>) {
 
 /// Whether it can be used at all is said where it is used.
 fn look(path: &Path, what: &str, cure: &str) {
-    let Ok(shown) = pki::show(path) else {
+    let Ok(shown) = transhume_pki::show(path) else {
         return;
     };
     let now = SystemTime::now().duration_since(UNIX_EPOCH);

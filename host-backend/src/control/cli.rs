@@ -5,7 +5,6 @@ use super::cli_vms::{VmCommand, check_name};
 use super::client::Client;
 use super::show;
 use super::{Error, Result};
-use crate::pki::{self, Authority};
 use crate::relay::Mode;
 use crate::relay::source::Goal;
 use clap::{Args, Parser, Subcommand};
@@ -13,6 +12,7 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use transhume_base::names::is_name;
+use transhume_pki::Authority;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -352,7 +352,7 @@ impl PkiCommand {
                 (serde_json::to_value(made), people)
             }
             Self::Show { certificate } => {
-                let shown = pki::show(certificate)?;
+                let shown = transhume_pki::show(certificate)?;
                 let hosts = if shown.authority {
                     "an authority".to_owned()
                 } else {

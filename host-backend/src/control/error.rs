@@ -3,7 +3,6 @@
 use super::api::{Failure, FailureKind};
 use crate::hypervisor;
 use crate::hypervisor::preflight::Refusal;
-use crate::pki;
 use std::io;
 use std::path::PathBuf;
 
@@ -15,7 +14,7 @@ pub enum Error {
     Hypervisor(#[from] hypervisor::Error),
     /// Certificates.
     #[error(transparent)]
-    Pki(#[from] pki::Error),
+    Pki(#[from] transhume_pki::Error),
     /// This host cannot prove who it is.
     #[error(transparent)]
     Identity(#[from] crate::link::IdentityError),
@@ -95,9 +94,9 @@ impl Error {
             | Self::Config { .. }
             | Self::Identity(_)
             | Self::Pki(
-                pki::Error::Exists { .. }
-                | pki::Error::Issued { .. }
-                | pki::Error::NoAuthority { .. },
+                transhume_pki::Error::Exists { .. }
+                | transhume_pki::Error::Issued { .. }
+                | transhume_pki::Error::NoAuthority { .. },
             )
             | Self::Refused { .. }
             | Self::NotStarted { .. }

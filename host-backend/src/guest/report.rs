@@ -3,7 +3,7 @@
 use transhume_protocol::agent::AgentMessage;
 
 /// Most ranges of one report; what a guest names beyond them is left out.
-pub(super) const MAX_RANGES: usize = crate::pages::hints::MAX_RUNS;
+pub(super) const MAX_RANGES: usize = transhume_pages::hint_table::MAX_RUNS;
 /// Most disks that a guest may name.
 const MAX_DISKS: usize = 256;
 
@@ -60,7 +60,7 @@ impl Collector {
     pub fn new(disks: Vec<DiskName>, page_shift: u8) -> Option<Self> {
         (page_shift == PAGE_SHIFT).then(|| Self {
             disks,
-            sectors_per_page: crate::pages::SECTORS_PER_PAGE,
+            sectors_per_page: transhume_pages::SECTORS_PER_PAGE,
             known: Vec::new(),
             epoch: None,
             report: Report::default(),

@@ -1,11 +1,11 @@
 //! Who may speak to whom, and that what is said arrives.
 
 use super::*;
-use crate::pki::Authority;
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::path::Path;
 use std::thread;
+use transhume_pki::Authority;
 
 /// What a host has, its certificate being for `name`.
 fn security(site: &Path, authority: &str, name: &str, host: &str) -> Security {

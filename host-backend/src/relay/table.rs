@@ -3,7 +3,7 @@
 use transhume_protocol::link::{LinkError, MAX_BLOCKS};
 use transhume_protocol::qemu::Block;
 
-use crate::pages::PAGE_SIZE;
+use transhume_pages::PAGE_SIZE;
 
 /// Bytes of RAM blocks beside main memory, at most: firmware, tables, video.
 const DEVICE_MEMORY: u64 = 1 << 30;

@@ -23,11 +23,11 @@ use crate::guest::Known;
 use crate::hypervisor::Vm;
 use crate::hypervisor::memory::GuestMemory;
 use crate::link::session::{Ready, Session};
-use crate::pages::bitmap::Bitmap;
-use crate::pages::digest::Digester;
 use crate::relay::error::RelayError;
 use crate::relay::threads;
 use crate::volume;
+use transhume_pages::bitmap::Bitmap;
+use transhume_pages::digest::Digester;
 
 /// Bytes read from QEMU's return path at once.
 const RETURN_PATH_LEN: usize = 4096;

@@ -15,9 +15,9 @@ use serde::{Deserialize, Serialize};
 use transhume_protocol::link::MAX_BLOCKS;
 use transhume_protocol::qemu::Block;
 
-use crate::pages::PAGE_SIZE;
-use crate::pages::bitmap::Bitmap;
 use transhume_base::{bounded, durable};
+use transhume_pages::PAGE_SIZE;
+use transhume_pages::bitmap::Bitmap;
 
 const NAME: &str = "post-copy";
 /// The version of the file that is written.

@@ -19,9 +19,9 @@ use super::reply::{Replies, Reply};
 use crate::guest::{self, Agent, ClockSet, ClockSetter, Known, unusable};
 use crate::hypervisor::Vm;
 use crate::hypervisor::layout::{Layout, Region, main_memory_end};
-use crate::pages::PAGE_SIZE;
 use crate::relay::agent;
 use absent::{Absent, Held, Map};
+use transhume_pages::PAGE_SIZE;
 
 pub(super) use absent::Block;
 

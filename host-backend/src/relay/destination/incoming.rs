@@ -23,9 +23,9 @@ use crate::hypervisor::qmp::Event;
 use crate::hypervisor::{self, LaunchSettings, Vm};
 use crate::link::session::{Ready, Session};
 use crate::link::{self, Connection};
-use crate::pages::digest::Digester;
 use crate::relay::agent;
 use crate::relay::error::{CutOff, RelayError};
+use transhume_pages::digest::Digester;
 
 /// How long QEMU may take to load the VM once all of it is there, and how often it is looked at.
 const LOAD_PATIENCE: Duration = Duration::from_secs(5);

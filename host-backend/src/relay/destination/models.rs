@@ -7,8 +7,8 @@ use transhume_protocol::link::{HintRun, SectionKind};
 use transhume_protocol::qemu::Block;
 
 use super::{forgotten, gate, postcopy, reads, reply};
-use crate::pages::hints::Place;
-use crate::pages::{PAGE_SIZE, PageKey};
+use transhume_pages::hint_table::Place;
+use transhume_pages::{PAGE_SIZE, PageKey};
 use transhume_testing::model_sync::{self as sync, model};
 
 #[path = "output.rs"]

@@ -12,9 +12,9 @@ use transhume_protocol::link::SectionKind;
 use transhume_protocol::qemu::{Block, Discard, Encoder, Page};
 
 use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use crate::pages::{PAGE_SIZE, PageKey};
 use crate::relay::error::RelayError;
 use transhume_base::vectored::write_all_vectored;
+use transhume_pages::{PAGE_SIZE, PageKey};
 
 /// Bytes of memory that the queue keeps, at most: what the pieces take, and all of what they refer to, however little
 /// of it goes to QEMU. Whoever puts something in waits for room before; so it may be more by what one record holds.

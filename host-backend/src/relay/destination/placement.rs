@@ -29,10 +29,10 @@ use super::reads::{Plan, Read, join};
 use super::reply::{Replies, Reply};
 use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::hypervisor::memory::GuestMemory;
-use crate::pages::bitmap::Bitmap;
-use crate::pages::hints::Place;
-use crate::pages::{PAGE_SIZE, PageKey, SECTORS_PER_PAGE};
 use crate::relay::error::RelayError;
+use transhume_pages::bitmap::Bitmap;
+use transhume_pages::hint_table::Place;
+use transhume_pages::{PAGE_SIZE, PageKey, SECTORS_PER_PAGE};
 
 #[path = "placement/post_copy.rs"]
 mod post_copy;

@@ -9,8 +9,8 @@ use super::output::{Contents, Output, Piece};
 use super::placement::Placement;
 use super::reads::Read;
 use super::reply::{Replies, Reply};
-use crate::pages::hints::Place;
-use crate::pages::{PAGE_SIZE, PageKey};
+use transhume_pages::hint_table::Place;
+use transhume_pages::{PAGE_SIZE, PageKey};
 
 const DIGEST: Digest = [7; 16];
 const WRONG: Digest = [8; 16];

@@ -16,9 +16,9 @@ use super::engine::Engine;
 use super::gate::Gate;
 use crate::hypervisor::qmp::Event;
 use crate::hypervisor::{Qmp, Vm};
-use crate::pages::PageKey;
-use crate::pages::bitmap::Bitmap;
 use crate::relay::error::{CutOff, RelayError};
+use transhume_pages::PageKey;
+use transhume_pages::bitmap::Bitmap;
 
 /// How often QEMU is asked whether all memory is there.
 const GLANCE: Duration = Duration::from_millis(100);

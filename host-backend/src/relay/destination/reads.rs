@@ -8,9 +8,9 @@ use std::collections::VecDeque;
 
 use transhume_protocol::link::HintRun;
 
-use crate::pages::hinted::Hinted;
-use crate::pages::hints::Place;
-use crate::pages::{PageKey, SECTORS_PER_PAGE};
+use transhume_pages::hint_queue::Hinted;
+use transhume_pages::hint_table::Place;
+use transhume_pages::{PageKey, SECTORS_PER_PAGE};
 
 /// Pages in a window: 64 MiB of memory.
 const WINDOW_PAGES: u64 = 16 * 1024;

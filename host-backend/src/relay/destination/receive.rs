@@ -16,11 +16,11 @@ use super::storage::Questions;
 use crate::guest::{Known, Lead, monotonic_ns};
 use crate::link::session::{Ready, Session};
 use crate::link::{Payload, Pool, words};
-use crate::pages::hints::Place;
-use crate::pages::{PAGE_SIZE, PageKey};
 use crate::relay::IN_BETWEEN;
 use crate::relay::error::RelayError;
 use crate::relay::table;
+use transhume_pages::hint_table::Place;
+use transhume_pages::{PAGE_SIZE, PageKey};
 
 /// The receiving thread.
 pub(super) struct Intake {

@@ -21,8 +21,8 @@ use super::{Host, Outcomes, postcopy, recovery, send};
 use crate::hypervisor::{Error, Vm, stream};
 use crate::link::Connection;
 use crate::link::session::{Ready, Session};
-use crate::pages::digest::Digester;
 use crate::relay::error::CutOff;
+use transhume_pages::digest::Digester;
 
 /// The name of QEMU's socket in the VM's run directory.
 const SOCKET: &str = "resume.sock";

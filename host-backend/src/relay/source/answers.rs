@@ -9,9 +9,9 @@ use super::shared::Shared;
 use super::transmit::Packer;
 use crate::link::session::Session;
 use crate::link::words;
-use crate::pages::PAGE_SIZE;
 use crate::relay::error::RelayError;
 use crate::relay::progress::Counter;
+use transhume_pages::PAGE_SIZE;
 
 /// Most bytes of an unfinished message of the return path.
 const PARTIAL_MOST: usize = transhume_protocol::qemu::return_path::MAX_MESSAGE_LEN;

@@ -13,9 +13,9 @@ use super::buffers::{BUFFER_LEN, Buffer};
 use super::collect::{Collector, key};
 use super::ledger::Noted;
 use super::rendezvous::{Missed, Rendezvous};
-use crate::pages::{PAGE_SIZE, PageKey};
 use crate::relay::error::RelayError;
 use crate::relay::progress::Counter;
+use transhume_pages::{PAGE_SIZE, PageKey};
 
 /// Packets in a batch, at most: zero pages alone fill no buffer.
 const MOST_PACKETS: usize = 32;

@@ -15,11 +15,11 @@ use super::ledger::{Ledger, Noted};
 use super::postcopy::Switch;
 use super::shared::Shared;
 use super::switchover::ASSUMED_RATE;
-use crate::pages::digest::Digester;
-use crate::pages::hints::HintTable;
-use crate::pages::{PAGE_SIZE, PageKey};
 use crate::relay::error::RelayError;
 use crate::relay::progress::Counter;
+use transhume_pages::digest::Digester;
+use transhume_pages::hint_table::HintTable;
+use transhume_pages::{PAGE_SIZE, PageKey};
 
 /// A batch that is not full is held so long for more: small ones cost much and compress badly.
 const HOLD: Duration = Duration::from_millis(5);

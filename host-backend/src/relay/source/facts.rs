@@ -10,8 +10,8 @@ use crate::hypervisor::definition::{Accelerator, MissedWrites};
 use crate::hypervisor::layout::{Layout, Region};
 use crate::hypervisor::preflight::Needs;
 use crate::hypervisor::{Vm, virtqueues};
-use crate::pages::digest;
 use crate::relay::Error;
+use transhume_pages::digest;
 
 use super::storage::SharedDisk;
 

@@ -20,9 +20,9 @@ use super::buffers::{BUFFER_LEN, Buffer};
 use super::steer::Demand;
 use super::sync::{Condvar, Instant, Mutex, MutexGuard, PoisonError};
 use super::window::Window;
-use crate::pages::PageKey;
-use crate::pages::hints::{HintTable, MAX_RUNS};
 use crate::relay::error::RelayError;
+use transhume_pages::PageKey;
+use transhume_pages::hint_table::{HintTable, MAX_RUNS};
 
 /// Bytes of page data that wait to be sent, at most.
 const QUEUE_LIMIT: usize = 4 << 20;

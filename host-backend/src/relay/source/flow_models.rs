@@ -9,8 +9,8 @@ use transhume_protocol::link::{BATCH_HEADER_LEN, BatchEncoding, BatchHeader, Ver
 
 use super::{buffers, steer};
 use crate::link::window_models::window;
-use crate::pages::PageKey;
 use crate::relay::error::RelayError;
+use transhume_pages::PageKey;
 use transhume_testing::model_sync::{self as sync, model};
 
 #[path = "flow.rs"]

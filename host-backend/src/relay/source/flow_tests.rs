@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::buffers::Pool;
 use super::flow::{Content, Flow, Next, Outgoing};
-use crate::pages::PageKey;
+use transhume_pages::PageKey;
 
 /// A batch with one reference.
 fn refer(flow: &Flow, number: u64) {

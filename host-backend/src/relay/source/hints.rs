@@ -9,8 +9,8 @@ use transhume_protocol::qemu::Block;
 use super::flow::Flow;
 use super::frames::Frames;
 use crate::guest::GuestRange;
-use crate::pages::SECTORS_PER_PAGE;
-use crate::pages::hints::{HintTable, MAX_RUNS};
+use transhume_pages::SECTORS_PER_PAGE;
+use transhume_pages::hint_table::{HintTable, MAX_RUNS};
 
 #[derive(Default)]
 struct State {
@@ -135,9 +135,9 @@ mod tests {
     use transhume_protocol::link::{BATCH_HEADER_LEN, BatchEncoding, BatchHeader, decode_hints};
 
     use crate::hypervisor::layout::Region;
-    use crate::pages::PageKey;
-    use crate::pages::hints::Place;
     use crate::relay::source::flow::{Next, Outgoing};
+    use transhume_pages::PageKey;
+    use transhume_pages::hint_table::Place;
 
     const GIB: u64 = 1 << 30;
 

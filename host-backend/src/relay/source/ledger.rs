@@ -6,10 +6,10 @@ use transhume_protocol::link::Digest;
 use transhume_protocol::qemu::Block;
 
 use super::steer::Steer;
-use crate::pages::bitmap::Bitmap;
-use crate::pages::last_sent::LastSent;
-use crate::pages::{PAGE_SIZE, PageKey};
 use crate::relay::error::RelayError;
+use transhume_pages::bitmap::Bitmap;
+use transhume_pages::last_sent::LastSent;
+use transhume_pages::{PAGE_SIZE, PageKey};
 
 /// What orders the pages that QEMU sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -29,11 +29,11 @@ use crate::hypervisor;
 use crate::hypervisor::layout::main_memory_end;
 use crate::hypervisor::qmp::{Event, Version};
 use crate::link::session::Session;
-use crate::pages::PAGE_SIZE;
-use crate::pages::digest::Digester;
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Counter, Phase, Progress};
 use crate::relay::{Choice as Chosen, Error, Mode, agent};
+use transhume_pages::PAGE_SIZE;
+use transhume_pages::digest::Digester;
 
 /// How long the first report of the page cache is waited for, once the destination is ready.
 const REPORT_PATIENCE: Duration = Duration::from_secs(3);

@@ -19,10 +19,10 @@ use transhume_protocol::qemu::return_path::Message;
 
 use super::frames::Frames;
 use crate::guest::MemoryOrder;
-use crate::pages::bitmap::Bitmap;
-use crate::pages::{PAGE_SIZE, PageKey};
 use crate::relay::progress::Classes;
 use owed::{Owed, Run};
+use transhume_pages::bitmap::Bitmap;
+use transhume_pages::{PAGE_SIZE, PageKey};
 
 mod owed;
 

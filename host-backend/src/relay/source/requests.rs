@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use foldhash::fast::RandomState;
 
-use crate::pages::PageKey;
+use transhume_pages::PageKey;
 
 /// So many are kept at most: each CPU and each process waits for one at a time.
 const MOST: usize = 4096;

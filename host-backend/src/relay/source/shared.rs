@@ -27,11 +27,11 @@ use super::stream::StreamReader;
 use super::transmit::{Packer, Transmitter};
 use crate::hypervisor::stream;
 use crate::link::session::Session;
-use crate::pages::digest::Digester;
 use crate::relay::IN_BETWEEN;
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Counter, Progress, Traffic};
 use crate::relay::threads;
+use transhume_pages::digest::Digester;
 
 /// Who has the VM, as far as it is decided by the stream: post-copy hands it over in the middle.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use transhume_protocol::qemu::Block;
 
-use crate::pages::bitmap::Bitmap;
-use crate::pages::hints::HintTable;
-use crate::pages::{PAGE_SIZE, PageKey};
+use transhume_pages::bitmap::Bitmap;
+use transhume_pages::hint_table::HintTable;
+use transhume_pages::{PAGE_SIZE, PageKey};
 
 /// Pages that are of one kind, by the majority.
 const CHUNK: u64 = 256;

@@ -12,9 +12,9 @@ use super::agreement::Failure;
 use crate::hypervisor::Definition;
 use crate::hypervisor::definition::{Format, Shared};
 use crate::link::{self, Connection};
-use crate::pages::SECTORS_PER_PAGE;
-use crate::pages::hints::Place;
 use crate::volume::same::{self, Care, Difference, Disk, Outcome, Proof, Signed, Storage};
+use transhume_pages::SECTORS_PER_PAGE;
+use transhume_pages::hint_table::Place;
 
 /// How long the destination may take to read blocks.
 pub(super) const READ_PATIENCE: Duration = Duration::from_secs(30);
@@ -306,7 +306,7 @@ impl Agreed {
 
 /// The blocks that a page at this sector lies in: two, where it is not aligned.
 fn blocks(sector: u64) -> impl Iterator<Item = u64> {
-    const _: () = assert!(COMPARED_BLOCK == crate::pages::PAGE_SIZE);
+    const _: () = assert!(COMPARED_BLOCK == transhume_pages::PAGE_SIZE);
     let first = sector / SECTORS_PER_PAGE;
     first..=first + u64::from(!sector.is_multiple_of(SECTORS_PER_PAGE))
 }

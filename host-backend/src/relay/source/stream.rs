@@ -14,9 +14,9 @@ use super::ledger::Order;
 use super::postcopy::Switch;
 use super::rendezvous::Rendezvous;
 use super::shared::Shared;
-use crate::pages::{PAGE_SIZE, PageKey};
 use crate::relay::error::RelayError;
 use crate::relay::progress::Counter;
+use transhume_pages::{PAGE_SIZE, PageKey};
 
 /// With less room than this at its end, a buffer is full.
 const READ_LEAST: usize = 64 * 1024;

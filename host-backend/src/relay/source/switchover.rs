@@ -14,9 +14,9 @@ use super::goal::{Goal, Seen};
 use super::shared::Shared;
 use crate::hypervisor::Qmp;
 use crate::hypervisor::qmp_commands::Migration;
-use crate::pages::PAGE_SIZE;
 use crate::relay::error::RelayError;
 use crate::relay::progress::Counter;
+use transhume_pages::PAGE_SIZE;
 
 /// Rate of a link that has not been measured yet, in bytes a second.
 pub(super) const ASSUMED_RATE: f64 = 100e6;

@@ -6,7 +6,6 @@ use super::mark::{Beside, Mark};
 use super::{Error, device, places};
 use crate::hypervisor::definition::{Format, Shared};
 use crate::hypervisor::{Definition, backing, boot_id};
-use crate::pages::digest::{Digester, random_key};
 use crate::volume::raw::RawReader;
 use crate::volume::{AlignedBuffer, Reader};
 use nix::libc::{major, minor};
@@ -16,6 +15,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
+use transhume_pages::digest::{Digester, random_key};
 use transhume_protocol::link::{
     COMPARED_BLOCK, Compared, Comparison, Digest, MAX_NODES, MAX_PLACES, MAX_STORAGE_TEXT,
     NodeHere, Sample, Signs, StorageHere,

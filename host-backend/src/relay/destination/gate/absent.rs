@@ -5,9 +5,9 @@ use std::time::Duration;
 use transhume_protocol::agent::FrameRun;
 
 use crate::hypervisor::layout::Region;
-use crate::pages::bitmap::Bitmap;
-use crate::pages::{PAGE_SIZE, PageKey};
 use crate::relay::destination::output::Arrived;
+use transhume_pages::bitmap::Bitmap;
+use transhume_pages::{PAGE_SIZE, PageKey};
 
 /// Other arrivals are told this late at most, since each time costs the guest's CPU.
 const HOLD: Duration = Duration::from_millis(50);

@@ -5,7 +5,7 @@ use transhume_protocol::agent::{
     AgentMessage, Decoder, FrameRun, HostMessage, ReportSource, VERSION,
 };
 
-use crate::pages::bitmap::Bitmap;
+use transhume_pages::bitmap::Bitmap;
 
 #[test]
 fn a_page_is_asked_for_by_its_block() {

@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 
 use transhume_protocol::qemu::Block;
 
-use crate::pages::bitmap::Bitmap;
-use crate::pages::{PAGE_SIZE, PageKey};
+use transhume_pages::bitmap::Bitmap;
+use transhume_pages::{PAGE_SIZE, PageKey};
 
 /// So far from a page that the guest waits for it is likely to need more of what it named, in pages.
 const AROUND: u64 = 32;

@@ -12,8 +12,8 @@ use polyval::Polyval;
 use polyval::universal_hash::UniversalHash;
 use transhume_protocol::link::Digest;
 
-use super::PAGE_SIZE;
-use super::digest::KEY_LEN;
+use crate::PAGE_SIZE;
+use crate::digest::KEY_LEN;
 
 const BLOCK: usize = 16;
 const PAIRS: usize = PAGE_SIZE / (2 * BLOCK);

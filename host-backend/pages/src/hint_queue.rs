@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use transhume_protocol::link::HintRun;
 
-use super::hints::{MAX_RUNS, Place};
-use super::{PageKey, SECTORS_PER_PAGE};
+use crate::hint_table::{MAX_RUNS, Place};
+use crate::{PageKey, SECTORS_PER_PAGE};
 
 #[derive(Debug, Clone, Copy)]
 struct Run {

@@ -5,7 +5,7 @@
 
 use transhume_protocol::link::Digest;
 
-use super::PageKey;
+use crate::PageKey;
 
 /// Pages remembered at most: 48 MiB of memory. Of larger guests some pages are forgotten for others.
 const MOST: u64 = 1 << 21;
@@ -34,6 +34,7 @@ impl LastSent {
         }
     }
 
+    #[inline]
     fn entry(&mut self, key: PageKey) -> Option<(&mut Entry, u64)> {
         let name = (u64::from(key.block) << 48 | key.page & 0xffff_ffff_ffff).wrapping_add(1);
         // Pages that follow one another get entries that do.
@@ -46,6 +47,7 @@ impl LastSent {
     }
 
     /// Notes that a page is sent. Says whether the same was sent last: then it need not be.
+    #[inline]
     pub fn replace(&mut self, key: PageKey, digest: Digest) -> bool {
         let Some((entry, name)) = self.entry(key) else {
             return false;
@@ -56,6 +58,7 @@ impl LastSent {
     }
 
     /// Notes that something else was sent for a page.
+    #[inline]
     pub fn forget(&mut self, key: PageKey) {
         if let Some((entry, name)) = self.entry(key)
             && entry.name == name

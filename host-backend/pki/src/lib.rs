@@ -1,5 +1,5 @@
 //! Certificates for a small site: an authority in a folder, and a certificate a host. Certificates made
-//! otherwise serve as well: [`crate::link`] asks for X.509 alone, with the host's name as a DNS name.
+//! otherwise serve as well: the link asks for X.509 alone, with the host's name as a DNS name.
 
 mod error;
 #[cfg(test)]

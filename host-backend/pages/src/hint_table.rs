@@ -1,6 +1,6 @@
 //! The guest's word about its page cache, kept for look-ups in the order of QEMU's scan.
 
-use super::{PageKey, SECTORS_PER_PAGE};
+use crate::{PageKey, SECTORS_PER_PAGE};
 use transhume_protocol::link::HintRun;
 
 /// Most runs that are kept; what a guest names beyond them is not used.
@@ -21,6 +21,7 @@ pub struct HintTable {
     runs: Vec<HintRun>,
 }
 
+#[inline]
 fn first(run: &HintRun) -> PageKey {
     PageKey {
         block: run.block,
@@ -72,17 +73,20 @@ impl HintTable {
     }
 
     /// Pages named.
+    #[inline]
     pub fn pages(&self) -> u64 {
         self.runs.iter().map(|run| u64::from(run.pages)).sum()
     }
 
     /// The runs, sorted by page.
+    #[inline]
     pub fn runs(&self) -> &[HintRun] {
         &self.runs
     }
 
     /// Where the page may be found. `cursor` remembers the place of the last look-up, since pages come
     /// mostly in order; start it at 0.
+    #[inline]
     pub fn look_up(&self, key: PageKey, cursor: &mut usize) -> Option<Place> {
         let holds = |run: &HintRun| {
             run.block == key.block

@@ -17,17 +17,20 @@ impl Bitmap {
         }
     }
 
+    #[inline]
     fn place(&self, bit: u64) -> Option<(usize, u64)> {
         (bit < self.bits).then(|| (usize::try_from(bit / 64).unwrap_or(0), 1 << (bit % 64)))
     }
 
     /// Whether the number is in the set; one out of bounds never is.
+    #[inline]
     pub fn contains(&self, bit: u64) -> bool {
         self.place(bit)
             .is_some_and(|(word, mask)| self.words[word] & mask != 0)
     }
 
     /// Adds a number; `false` when it was there already or is out of bounds.
+    #[inline]
     pub fn insert(&mut self, bit: u64) -> bool {
         let Some((word, mask)) = self.place(bit) else {
             return false;
@@ -52,6 +55,7 @@ impl Bitmap {
     }
 
     /// Takes a number out; `false` when it was not there.
+    #[inline]
     pub fn remove(&mut self, bit: u64) -> bool {
         let Some((word, mask)) = self.place(bit) else {
             return false;
@@ -73,6 +77,7 @@ impl Bitmap {
     }
 
     /// The first number from `from` on and below `to` that is not in the set.
+    #[inline]
     pub fn first_absent(&self, from: u64, to: u64) -> Option<u64> {
         let to = to.min(self.bits);
         let mut bit = from;
@@ -126,6 +131,7 @@ impl Bitmap {
     }
 
     /// The first number from `from` on and below `to` that is in the set.
+    #[inline]
     pub fn first_present(&self, from: u64, to: u64) -> Option<u64> {
         let to = to.min(self.bits);
         let mut bit = from;
@@ -143,11 +149,13 @@ impl Bitmap {
     }
 
     /// The bound.
+    #[inline]
     pub fn len(&self) -> u64 {
         self.bits
     }
 
     /// Whether no number can be in the set.
+    #[inline]
     pub fn is_empty(&self) -> bool {
         self.bits == 0
     }

@@ -2,11 +2,11 @@
 
 pub mod bitmap;
 pub mod digest;
-pub mod hinted;
-pub mod hints;
-pub mod last_sent;
 #[cfg(target_arch = "x86_64")]
-mod wide;
+mod digest_avx2;
+pub mod hint_queue;
+pub mod hint_table;
+pub mod last_sent;
 
 /// Size of a page in QEMU's stream, in bytes.
 pub const PAGE_SIZE: usize = transhume_protocol::link::PAGE_LEN;
