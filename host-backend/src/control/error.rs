@@ -101,13 +101,17 @@ impl Error {
             | Self::Refused { .. }
             | Self::NotStarted { .. }
             | Self::Hypervisor(
-                hypervisor::Error::Syntax(_)
-                | hypervisor::Error::Field { .. }
-                | hypervisor::Error::Differs { .. },
+                hypervisor::Error::Definition(_) | hypervisor::Error::Differs { .. },
             ) => FailureKind::Refused,
             Self::Answered(failure) => failure.kind,
             _ => FailureKind::Failed,
         }
+    }
+}
+
+impl From<transhume_machine::Error> for Error {
+    fn from(error: transhume_machine::Error) -> Self {
+        Self::Hypervisor(error.into())
     }
 }
 

@@ -1,7 +1,7 @@
-use super::super::backing::tests::header;
 use super::super::files::LaunchSettings;
 use super::super::handed::{Handed, OpenedFiles};
 use super::*;
+use transhume_testing::qcow2_header as header;
 
 fn files() -> RunFiles {
     let settings = LaunchSettings {

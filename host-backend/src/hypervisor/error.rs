@@ -8,19 +8,9 @@ use transhume_base::process_identity::Outlives;
 /// An error of the hypervisor's drivers. Each message names the cause and, where there is one, the cure.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A definition that is not TOML, or whose fields are not those of a definition.
-    #[error("the definition cannot be read: {0}")]
-    Syntax(String),
-    /// A definition's field holds what it must not.
-    #[error("the definition's `{field}` {cause}; {cure}")]
-    Field {
-        /// The field, as in `disk[1].path`.
-        field: String,
-        /// What is wrong with it.
-        cause: String,
-        /// What to write instead.
-        cure: String,
-    },
+    /// A definition.
+    #[error(transparent)]
+    Definition(#[from] transhume_machine::Error),
     /// A file or a folder could not be used.
     #[error("cannot {action} {path}: {source}")]
     File {
@@ -127,18 +117,6 @@ impl From<Outlives> for Error {
 }
 
 impl Error {
-    pub(crate) fn field(
-        field: impl Into<String>,
-        cause: impl Into<String>,
-        cure: impl Into<String>,
-    ) -> Self {
-        Self::Field {
-            field: field.into(),
-            cause: cause.into(),
-            cure: cure.into(),
-        }
-    }
-
     pub(crate) fn file(action: &'static str, path: impl Into<PathBuf>, source: io::Error) -> Self {
         Self::File {
             action,

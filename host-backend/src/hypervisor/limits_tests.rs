@@ -1,7 +1,7 @@
 use super::super::OpenedFiles;
-use super::super::backing::tests::header;
 use super::*;
 use std::os::unix::fs::symlink;
+use transhume_testing::qcow2_header as header;
 
 /// A host whose operator named one directory.
 struct Host {

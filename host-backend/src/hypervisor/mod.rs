@@ -1,12 +1,10 @@
 //! Drivers of hypervisors: start, find, watch and stop virtual machines. They know nothing of pages.
 
-pub mod backing;
 mod binary;
 mod build;
 pub mod command_line;
 #[cfg(test)]
 pub(crate) mod confine_tests;
-pub mod definition;
 mod error;
 #[cfg(test)]
 pub(crate) mod fake;
@@ -23,7 +21,6 @@ mod process;
 pub mod qmp;
 pub mod qmp_commands;
 mod shutdown;
-mod size;
 pub mod stream;
 mod tap;
 pub mod virtqueues;
@@ -31,7 +28,6 @@ mod vm;
 
 pub use build::Build;
 pub use command_line::Start;
-pub use definition::Definition;
 pub use error::Error;
 pub use files::{LaunchSettings, RunFiles};
 pub use handed::{Names, OpenedFiles};
@@ -41,9 +37,9 @@ pub use limits::Limits;
 pub use logs::Logs;
 pub use qmp::Qmp;
 pub use shutdown::Shutdown;
-pub use size::Size;
 pub use transhume_base::confine::User;
 pub use transhume_base::process_identity::{Identity, boot_id};
+pub use transhume_machine::{Definition, Size, definition, image_chain as backing};
 pub use vm::{Vm, is_block_device};
 
 /// What this room's functions return.

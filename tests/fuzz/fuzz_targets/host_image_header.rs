@@ -3,7 +3,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use std::path::Path;
-use transhume_host::hypervisor::backing::based_on;
+use transhume_machine::image_chain::based_on;
 
 fuzz_target!(|data: &[u8]| {
     let image = Path::new("/srv/images/web1.qcow2");

@@ -2,7 +2,7 @@
 //! once, and is looked at as it was opened; QEMU gets the descriptors, and what to make of each, and opens nothing by
 //! itself. The format is QEMU's `docs/interop/qcow2.txt`.
 
-use super::definition::Format;
+use crate::definition::Format;
 use nix::fcntl::OFlag;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -214,7 +214,7 @@ pub fn based_on(header: &[u8], image: &Path) -> io::Result<Option<(PathBuf, bool
 
 /// Opens a file or a block device that `admit` admits, and tells if it is a device. Nothing else is ever opened: that alone
 /// can do something, as with a watchdog.
-pub(super) fn open(
+pub fn open(
     path: &Path,
     flags: OFlag,
     read_only: bool,
@@ -295,44 +295,12 @@ fn backing_format(header: &[u8], mut at: usize) -> Result<Option<&[u8]>, &'stati
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use super::*;
+    use transhume_testing::qcow2_header as header;
 
     fn all_below(image: &Path) -> io::Result<Vec<PathBuf>> {
         below(image, |_| Ok(()))
-    }
-
-    /// The header of a qcow2 image on another file.
-    pub(in super::super) fn header(backing: &str, format: Option<&str>, features: u64) -> Vec<u8> {
-        let mut header = MAGIC.to_vec();
-        header.extend(3_u32.to_be_bytes());
-        header.extend(if backing.is_empty() { 0 } else { 512_u64 }.to_be_bytes());
-        header.extend(
-            u32::try_from(backing.len())
-                .expect("a length")
-                .to_be_bytes(),
-        );
-        header.extend(16_u32.to_be_bytes());
-        header.extend((1_u64 << 20).to_be_bytes());
-        header.resize(72, 0);
-        header.extend(features.to_be_bytes());
-        header.resize(100, 0);
-        header.extend(104_u32.to_be_bytes());
-        // An extension that means nothing here comes first, padded to eight bytes.
-        header.extend(0x6803_f857_u32.to_be_bytes());
-        header.extend(3_u32.to_be_bytes());
-        header.extend([7; 8]);
-        if let Some(format) = format {
-            header.extend(EXTENSION_BACKING_FORMAT.to_be_bytes());
-            header.extend(u32::try_from(format.len()).expect("a length").to_be_bytes());
-            header.extend(format.as_bytes());
-            header.resize(header.len().next_multiple_of(8), 0);
-        }
-        header.extend([0; 8]);
-        header.resize(512, 0);
-        header.extend(backing.as_bytes());
-        header.resize(4096, 0);
-        header
     }
 
     struct Folder(tempfile::TempDir);

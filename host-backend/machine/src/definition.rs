@@ -1,6 +1,6 @@
 //! A VM's definition: what it is made of, and where its disks are on each host.
 
-use super::{Error, Result, Size};
+use crate::{Error, Result, Size};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -523,7 +523,7 @@ impl Nic {
 }
 
 /// Six octets as in `52:54:00:12:34:56`.
-pub(crate) fn parse_mac(text: &str) -> Option<[u8; 6]> {
+pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
     let mut octets = [0; 6];
     let mut parts = text.split(':');
     for octet in &mut octets {
@@ -581,7 +581,7 @@ fn check_path(field: &str, path: &Path) -> Result<()> {
 }
 
 /// Whether `name` may name a network interface.
-pub(crate) fn is_interface(name: &str) -> bool {
+pub fn is_interface(name: &str) -> bool {
     let good = |byte: u8| byte.is_ascii_graphic() && !b"/:,=%".contains(&byte);
     (1..=15).contains(&name.len()) && name.bytes().all(good) && name != "." && name != ".."
 }
