@@ -7,6 +7,5 @@
 pub mod control;
 pub mod guest;
 pub mod hypervisor;
-pub mod link;
 pub mod relay;
 pub mod volume;

@@ -1,10 +1,10 @@
 //! Warns of this host's own certificates before other hosts believe them no more.
 
 use super::daemon::Daemon;
-use crate::link::Security;
 use std::path::Path;
 use std::sync::Weak;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use transhume_link::Security;
 use transhume_pki::Concern;
 
 /// How often they are looked at.

@@ -3,12 +3,12 @@
 use super::access::{Incoming, Peer};
 use super::{Error, Result};
 use crate::hypervisor::{LaunchSettings, Size, User};
-use crate::link::{Files, Security};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use transhume_base::names::is_name;
+use transhume_link::{Files, Security};
 
 const MAX_TEXT: u64 = 1 << 20;
 /// Each has a thread here and one in QEMU.

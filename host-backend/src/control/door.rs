@@ -2,10 +2,10 @@
 
 use super::daemon::Daemon;
 use crate::hypervisor::{Definition, LaunchSettings, Limits, Vm};
-use crate::link::Security;
 use crate::relay::destination;
 use crate::relay::source::Presence;
 use std::sync::Arc;
+use transhume_link::Security;
 
 /// The service, as arriving VMs see it.
 #[derive(Debug)]

@@ -17,7 +17,7 @@ pub enum Error {
     Pki(#[from] transhume_pki::Error),
     /// This host cannot prove who it is.
     #[error(transparent)]
-    Identity(#[from] crate::link::IdentityError),
+    Identity(#[from] transhume_link::IdentityError),
     /// A VM cannot run here.
     #[error("{}", list(.0))]
     Unfit(Vec<Refusal>),

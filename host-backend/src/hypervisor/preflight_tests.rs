@@ -51,7 +51,7 @@ fn offer(more: &str, bytes: u64) -> Offer {
             id: "root".to_owned(),
             size: bytes,
         }],
-        ..crate::link::some_offer()
+        ..transhume_testing::some_offer()
     }
 }
 

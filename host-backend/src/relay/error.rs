@@ -159,7 +159,7 @@ impl Error {
 pub(super) enum RelayError {
     /// The link to the other host.
     #[error(transparent)]
-    Link(#[from] crate::link::Error),
+    Link(#[from] transhume_link::Error),
     /// A frame of the other host.
     #[error(transparent)]
     Frame(#[from] transhume_protocol::link::LinkError),
@@ -201,7 +201,7 @@ pub(super) enum RelayError {
     Decompress(std::io::Error),
     /// The other side counts bytes wrongly.
     #[error("the other host's count of bytes is wrong: {0}")]
-    Window(#[from] crate::link::window::WindowError),
+    Window(#[from] transhume_link::window::WindowError),
     /// Another thread stopped first.
     #[error("the relay was stopped")]
     Stopped,

@@ -6,7 +6,9 @@ pub mod allocation;
 mod image;
 mod log;
 pub mod model_sync;
+mod offer;
 
 pub use allocation::peak;
 pub use image::qcow2_header;
 pub use log::written;
+pub use offer::some_offer;

@@ -5,9 +5,9 @@ use transhume_protocol::link::Offer;
 
 use super::Host;
 use crate::hypervisor::preflight;
-use crate::link::{Connection, Security};
 use transhume_base::audit::{self, Who};
 use transhume_base::names::is_name;
+use transhume_link::{Connection, Security};
 
 /// The other end of a connection.
 pub(super) struct Peer {

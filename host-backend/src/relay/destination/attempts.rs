@@ -162,8 +162,8 @@ impl Attempts {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::link::some_offer;
     use std::sync::atomic::{AtomicU32, Ordering};
+    use transhume_testing::some_offer;
 
     fn offer(job: u64, attempt: u16) -> Offer {
         Offer {

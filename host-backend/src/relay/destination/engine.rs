@@ -22,10 +22,10 @@ use super::storage::{Comparer, Questions};
 use crate::guest::Known;
 use crate::hypervisor::Vm;
 use crate::hypervisor::memory::GuestMemory;
-use crate::link::session::{Ready, Session};
 use crate::relay::error::RelayError;
 use crate::relay::threads;
 use crate::volume;
+use transhume_link::session::{Ready, Session};
 use transhume_pages::bitmap::Bitmap;
 use transhume_pages::digest::Digester;
 

@@ -12,7 +12,7 @@ use transhume_protocol::link::Control;
 use super::arrivals::{Arrival, Stage};
 use super::forgotten::Forgotten;
 use super::{Host, Outcomes, recovery, send};
-use crate::link::{Connection, PATIENCE};
+use transhume_link::{Connection, PATIENCE};
 
 /// How long what is left of the session may take to end.
 const ENDING_PATIENCE: Duration = Duration::from_secs(5);

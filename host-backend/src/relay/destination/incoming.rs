@@ -21,10 +21,10 @@ use super::{Host, Outcomes, held, send};
 use crate::hypervisor::definition::Definition;
 use crate::hypervisor::qmp::Event;
 use crate::hypervisor::{self, LaunchSettings, Vm};
-use crate::link::session::{Ready, Session};
-use crate::link::{self, Connection};
 use crate::relay::agent;
 use crate::relay::error::{CutOff, RelayError};
+use transhume_link::session::{Ready, Session};
+use transhume_link::{self as link, Connection};
 use transhume_pages::digest::Digester;
 
 /// How long QEMU may take to load the VM once all of it is there, and how often it is looked at.

@@ -47,8 +47,9 @@ use transhume_protocol::link::{Control, Presence};
 use waiting::{GREETING, Waiting};
 
 use crate::hypervisor::{Definition, LaunchSettings, Limits, Vm};
-use crate::link::{Connection, PATIENCE, Security, sync};
 use transhume_base::allocator;
+use transhume_base::sync;
+use transhume_link::{Connection, PATIENCE, Security};
 
 /// Offers and queries served at once.
 const SERVED: usize = 32;
@@ -211,7 +212,7 @@ async fn greet(
     let mut greeted = transhume_base::task::blocking(move || {
         let mut connection = Connection::accept(stream, &security)?;
         let first = connection.receive(PATIENCE)?;
-        Ok::<_, crate::link::Error>((connection, first))
+        Ok::<_, transhume_link::Error>((connection, first))
     });
     let greeted = if let Ok(greeted) = tokio::time::timeout(GREETING, &mut greeted).await {
         greeted

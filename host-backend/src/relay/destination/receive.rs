@@ -14,11 +14,11 @@ use super::placement::{Placement, ZERO_PAGES};
 use super::reply::{Replies, Reply};
 use super::storage::Questions;
 use crate::guest::{Known, Lead, monotonic_ns};
-use crate::link::session::{Ready, Session};
-use crate::link::{Payload, Pool, words};
 use crate::relay::IN_BETWEEN;
 use crate::relay::error::RelayError;
 use crate::relay::table;
+use transhume_link::session::{Ready, Session};
+use transhume_link::{Payload, Pool, bounded_words};
 use transhume_pages::hint_table::Place;
 use transhume_pages::{PAGE_SIZE, PageKey};
 
@@ -89,7 +89,7 @@ impl Intake {
                     let runs = decode_hints(&frame.payload).collect::<Result<Vec<_>, _>>()?;
                     self.placement.hint(&runs);
                 }
-                FrameKind::Control => match words::decode(&frame.payload)? {
+                FrameKind::Control => match bounded_words::decode(&frame.payload)? {
                     Control::Commit => return Ok(()),
                     Control::Abort { reason } => return Err(RelayError::Aborted(reason)),
                     Control::GuestClock(GuestClock {

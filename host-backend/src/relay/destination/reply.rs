@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use transhume_protocol::link::{Ack, Control, FrameKind, Verdict, encode_control};
 
-use crate::link::session::{Prepared, Ready, Session};
 use crate::relay::error::RelayError;
+use transhume_link::session::{Prepared, Ready, Session};
 
 /// A message to the source.
 #[derive(Debug, PartialEq)]

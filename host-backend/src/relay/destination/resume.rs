@@ -19,9 +19,9 @@ use super::incoming::{FAREWELL, MOST_CONNECTIONS};
 use super::sessions::Open;
 use super::{Host, Outcomes, postcopy, recovery, send};
 use crate::hypervisor::{Error, Vm, stream};
-use crate::link::Connection;
-use crate::link::session::{Ready, Session};
 use crate::relay::error::CutOff;
+use transhume_link::Connection;
+use transhume_link::session::{Ready, Session};
 use transhume_pages::digest::Digester;
 
 /// The name of QEMU's socket in the VM's run directory.

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::link::session::{Ready, Session};
+use transhume_link::session::{Ready, Session};
 
 /// How often the end of a session is looked at.
 const GLANCE: Duration = Duration::from_millis(20);

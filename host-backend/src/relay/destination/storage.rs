@@ -12,9 +12,9 @@ use transhume_protocol::link::{Comparison, Control, Signs, StorageHere};
 use super::reply::{Replies, Reply};
 use crate::guest::monotonic_ns;
 use crate::hypervisor::{Definition, LaunchSettings};
-use crate::link::{Connection, Error, PATIENCE};
 use crate::relay::error::RelayError;
 use crate::volume::same::{self, Signed, Storage};
+use transhume_link::{Connection, Error, PATIENCE};
 
 /// How long storage may take to show itself.
 const LOOK_PATIENCE: Duration = Duration::from_secs(20);

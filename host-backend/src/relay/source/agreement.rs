@@ -13,8 +13,8 @@ use super::migration::cancelled;
 use super::request::{Destination, Request};
 use super::storage::{Agreed, Ours};
 use crate::hypervisor::Vm;
-use crate::link::{self, Connection, PATIENCE, REFUSALS};
 use crate::relay::{Error, Stays};
+use transhume_link::{self as link, Connection, PATIENCE, REFUSALS};
 
 /// How long the destination may look at its disks and its QEMU, and before that end an earlier attempt.
 const LOOK_PATIENCE: Duration = Duration::from_secs(30);

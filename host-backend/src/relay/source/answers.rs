@@ -7,10 +7,10 @@ use transhume_protocol::qemu::return_path::Message;
 
 use super::shared::Shared;
 use super::transmit::Packer;
-use crate::link::session::Session;
-use crate::link::words;
 use crate::relay::error::RelayError;
 use crate::relay::progress::Counter;
+use transhume_link::bounded_words;
+use transhume_link::session::Session;
 use transhume_pages::PAGE_SIZE;
 
 /// Most bytes of an unfinished message of the return path.
@@ -68,7 +68,7 @@ impl Answers {
                     }
                 }
                 FrameKind::ReturnPath => self.return_path(&frame.payload)?,
-                FrameKind::Control => match words::decode(&frame.payload)? {
+                FrameKind::Control => match bounded_words::decode(&frame.payload)? {
                     Control::Running => {
                         self.shared.answer(Ok(()));
                         if !self.shared.is_over() {

@@ -11,10 +11,10 @@ use super::postcopy::keeps;
 use super::request::{Keeper, Request, ask};
 use super::shared::Shared;
 use crate::hypervisor::{self, Shutdown, Vm};
-use crate::link::PATIENCE;
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Downtime, Phase, Summary};
 use crate::relay::{Choice, Error, IN_BETWEEN, Mode, Stays, agent};
+use transhume_link::PATIENCE;
 
 /// How long QEMU may take to run a VM again after a failure.
 const QEMU_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 15 });

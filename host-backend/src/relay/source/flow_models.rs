@@ -8,10 +8,14 @@ use loom::thread::{self, JoinHandle};
 use transhume_protocol::link::{BATCH_HEADER_LEN, BatchEncoding, BatchHeader, Verdict};
 
 use super::{buffers, steer};
-use crate::link::window_models::window;
 use crate::relay::error::RelayError;
 use transhume_pages::PageKey;
 use transhume_testing::model_sync::{self as sync, model};
+
+#[path = "../../../link/src/window.rs"]
+#[allow(dead_code, reason = "not all of it is tried here")]
+#[expect(unreachable_pub, reason = "the same file is a public module elsewhere")]
+mod window;
 
 #[path = "flow.rs"]
 #[allow(dead_code, reason = "not all of it waits")]

@@ -28,10 +28,10 @@ use super::transmit::Packer;
 use crate::hypervisor;
 use crate::hypervisor::layout::main_memory_end;
 use crate::hypervisor::qmp::{Event, Version};
-use crate::link::session::Session;
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Counter, Phase, Progress};
 use crate::relay::{Choice as Chosen, Error, Mode, agent};
+use transhume_link::session::Session;
 use transhume_pages::PAGE_SIZE;
 use transhume_pages::digest::Digester;
 

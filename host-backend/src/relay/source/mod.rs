@@ -43,10 +43,11 @@ mod stream;
 mod switchover;
 mod transmit;
 
-use crate::link::{sync, window};
 pub use facts::Plan;
 pub use goal::Goal;
 pub use migration::migrate;
 pub use request::{Destination, Journal, Keeper, Outcome, Presence, Request, ask, locate};
 pub use resume::Rest;
 pub use storage::{SharedBy, SharedDisk};
+use transhume_base::sync;
+use transhume_link::window;

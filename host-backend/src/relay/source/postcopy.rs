@@ -28,10 +28,10 @@ use super::stream::StreamReader;
 use crate::hypervisor::Vm;
 use crate::hypervisor::qmp::Event;
 use crate::hypervisor::qmp_commands::Migration as Said;
-use crate::link::PATIENCE;
 use crate::relay::Error;
 use crate::relay::error::{CutOff, RelayError};
 use crate::relay::progress::{Counter, Phase, PostCopy, Progress, Summary};
+use transhume_link::PATIENCE;
 
 /// How often QEMU is asked how far it is.
 const POLL: Duration = Duration::from_millis(50);

@@ -23,9 +23,9 @@ use crate::guest::DiskName;
 use crate::hypervisor;
 use crate::hypervisor::qmp::Version;
 use crate::hypervisor::stream::Door;
-use crate::link::session::{Rejoin, Session};
-use crate::link::{self, Connection, START_PATIENCE};
 use crate::relay::error::RelayError;
+use transhume_link::session::{Rejoin, Session};
+use transhume_link::{self as link, Connection, START_PATIENCE};
 
 /// The destination's QEMU waits for the stream.
 pub(super) struct Ready {

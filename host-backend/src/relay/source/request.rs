@@ -10,8 +10,8 @@ use super::facts::Plan;
 use super::goal::Goal;
 use super::postcopy::keeps;
 use crate::hypervisor::Vm;
-use crate::link::{Connection, PATIENCE, Security};
 use crate::relay::progress::Summary;
+use transhume_link::{Connection, PATIENCE, Security};
 
 /// Where the phases of a migration are noted before they are acted on.
 pub trait Journal: Send + Sync {
@@ -166,7 +166,7 @@ pub async fn locate(destination: &Destination, vm: &str) -> Result<Presence, Str
 async fn say(
     mut connection: Connection,
     message: Control,
-) -> Option<Result<(Connection, Control), crate::link::Error>> {
+) -> Option<Result<(Connection, Control), transhume_link::Error>> {
     let said = transhume_base::task::blocking(move || {
         connection.send(&message)?;
         let answer = connection.receive(PATIENCE)?;

@@ -21,11 +21,11 @@ use super::request::Destination;
 use super::shared::{Shared, Sockets};
 use super::transmit::Packer;
 use crate::hypervisor::{Vm, stream};
-use crate::link::session::{Rejoin, Session};
-use crate::link::{Connection, START_PATIENCE};
 use crate::relay::error::{CutOff, RelayError};
 use crate::relay::progress::{Phase, Progress};
 use crate::relay::{Error, table};
+use transhume_link::session::{Rejoin, Session};
+use transhume_link::{Connection, START_PATIENCE};
 
 /// Between two tries.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -288,7 +288,7 @@ impl Rest {
             address,
             security,
         } = &self.destination;
-        let text = |error: crate::link::Error| Not::Now(error.to_string());
+        let text = |error: transhume_link::Error| Not::Now(error.to_string());
         let mut connection = Connection::open(address, host, security).map_err(text)?;
         let patience = self.link_patience.as_secs();
         let resume = Control::Resume {

@@ -26,11 +26,11 @@ use super::requests::Requests;
 use super::stream::StreamReader;
 use super::transmit::{Packer, Transmitter};
 use crate::hypervisor::stream;
-use crate::link::session::Session;
 use crate::relay::IN_BETWEEN;
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Counter, Progress, Traffic};
 use crate::relay::threads;
+use transhume_link::session::Session;
 use transhume_pages::digest::Digester;
 
 /// Who has the VM, as far as it is decided by the stream: post-copy hands it over in the middle.

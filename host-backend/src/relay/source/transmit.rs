@@ -12,11 +12,11 @@ use super::compression::Compression;
 use super::flow::{Content, Next, Outgoing};
 use super::link_rate::LinkRate;
 use super::shared::Shared;
-use crate::link::session::{Piece, Prepare, Prepared, Session};
-use crate::link::{self, ALIVE_INTERVAL, Backlog};
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Counter, Progress};
 use crate::relay::threads::yield_to_guests;
+use transhume_link::session::{Piece, Prepare, Prepared, Session};
+use transhume_link::{self as link, ALIVE_INTERVAL, Backlog};
 
 /// Of Zstandard's levels: on pages of programs and kernels as fast as the lower ones, and smaller by a
 /// quarter.

@@ -16,7 +16,7 @@ const MOST_NAMES: usize = 4096;
 const MOST_CPUS: usize = 1024;
 
 /// Decodes a control message. The definition in an offer is as it was: its own room checks it.
-pub(crate) fn decode(payload: &[u8]) -> Result<Control, LinkError> {
+pub fn decode(payload: &[u8]) -> Result<Control, LinkError> {
     let mut message = decode_control(payload)?;
     match &mut message {
         Control::Offer(offer) => {
@@ -97,10 +97,10 @@ fn name(text: &mut String) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::link::some_offer;
     use transhume_protocol::link::{
         MAX_SMALL_PAYLOAD, Offer, OfferedVirtio, Stalls, encode_control,
     };
+    use transhume_testing::some_offer;
 
     fn heard(message: &Control) -> Control {
         decode(&encode_control(message).expect("a message")).expect("a message")

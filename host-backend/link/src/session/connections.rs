@@ -10,7 +10,7 @@ use transhume_protocol::link::{Control, FrameKind};
 use super::core::{Core, Job};
 use super::outbox::Carrier;
 use super::{Make, Prepare};
-use crate::link::{Connection, Error, REFUSALS, Receiver, Security, Sender};
+use crate::{Connection, Error, REFUSALS, Receiver, Security, Sender};
 use transhume_base::task;
 
 /// How long a connection may be silent, the making of one included.

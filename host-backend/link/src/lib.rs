@@ -3,20 +3,22 @@
 //! The two halves of a [`Connection`] are used by one thread each. Silence for too long counts as a
 //! broken connection, so an idle side sends [`FrameKind::Alive`].
 
-mod channel;
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
+pub mod bounded_words;
 mod identity;
 mod payload;
 #[cfg(test)]
 mod security_tests;
 pub mod session;
+mod tls_stream;
 pub mod window;
 #[cfg(test)]
-pub(crate) mod window_models;
+mod window_models;
 #[cfg(test)]
 mod window_tests;
-pub(crate) mod words;
 
-pub(crate) use transhume_base::sync;
+use transhume_base::sync;
 
 use std::io::{self, IoSlice};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
@@ -30,15 +32,15 @@ use transhume_protocol::link::{
     Preamble, encode_control,
 };
 
-use channel::{Channel, Sealed};
 use identity::Identity;
 pub use identity::{Files, HandshakeError, IdentityError};
 pub use payload::{Payload, Pool};
+use tls_stream::{Channel, Sealed};
 
 /// How long a peer may be silent.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 /// A host that refuses connections for so long has no daemon any more.
-pub(crate) const REFUSALS: Duration = Duration::from_secs(2);
+pub const REFUSALS: Duration = Duration::from_secs(2);
 /// After how much idle time a side shows that it is alive.
 pub const ALIVE_INTERVAL: Duration = Duration::from_secs(2);
 /// Between two looks of the kernel's whether the peer's is there, in seconds.
@@ -273,7 +275,7 @@ impl Connection {
             let (frame, _) = self.receiver.next_frame()?;
             match frame.kind {
                 FrameKind::Alive => {}
-                FrameKind::Control => break words::decode(&frame.payload)?,
+                FrameKind::Control => break bounded_words::decode(&frame.payload)?,
                 _ => return Err(Error::Unexpected("data before the control message")),
             }
         };
@@ -480,31 +482,5 @@ impl Receiver {
     /// Bytes received so far, framing included.
     pub fn bytes(&self) -> u64 {
         self.bytes
-    }
-}
-
-/// An offer of nothing, for unit tests.
-#[cfg(test)]
-pub(crate) fn some_offer() -> transhume_protocol::link::Offer {
-    transhume_protocol::link::Offer {
-        from: "hosta".to_owned(),
-        job: 1,
-        first: 1,
-        attempt: 0,
-        definition: String::new(),
-        qemu: [10, 0, 0],
-        qemu_package: String::new(),
-        disks: Vec::new(),
-        cpu_flags: Vec::new(),
-        digest_key: [0; 16],
-        running: true,
-        dry_run: false,
-        source_job: 1,
-        autostart: false,
-        signs: transhume_protocol::link::Signs {
-            nonce: [0; 16],
-            made: 0,
-        },
-        virtio: Vec::new(),
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use transhume_protocol::link::{LinkError, MAX_FRAME_PAYLOAD, SESSION_FRAME_ROOM, SESSION_WINDOW};
 
-use crate::link::Frame;
+use crate::Frame;
 
 /// What a peer that keeps to its window can have sent at most, in bytes.
 const MOST: u64 = SESSION_WINDOW + MAX_FRAME_PAYLOAD as u64 + SESSION_FRAME_ROOM;

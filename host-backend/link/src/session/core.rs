@@ -12,7 +12,7 @@ use super::inbox::{self, Inbox};
 use super::outbox::{Carrier, Outbox, Prepared, Room, Task};
 use super::sync::{Condvar, Instant, Mutex, MutexGuard, PoisonError};
 use super::window::Window;
-use crate::link::{ALIVE_INTERVAL, Error, Frame};
+use crate::{ALIVE_INTERVAL, Error, Frame};
 
 /// What may wait to be told to the peer as worked off, as a part of its window.
 const UNTOLD: u64 = SESSION_WINDOW / 8;

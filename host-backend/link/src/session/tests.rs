@@ -14,8 +14,8 @@ use transhume_protocol::link::{Control, FrameKind, SESSION_FRAME_ROOM, SESSION_W
 use super::inbox::Inbox;
 use super::outbox::{Outbox, Piece, Prepared, Room, Task};
 use super::{Ready, Rejoin, Session};
-use crate::link::window::Window;
-use crate::link::{Connection, Error, Frame, PATIENCE, Security};
+use crate::window::Window;
+use crate::{Connection, Error, Frame, PATIENCE, Security};
 
 const TOKEN: [u8; 16] = [9; 16];
 

@@ -8,8 +8,8 @@ use transhume_protocol::link::{FrameKind, Numbering, SESSION_WINDOW};
 
 use super::outbox::Prepared;
 use super::{inbox, outbox};
-use crate::link::window_models::window;
-use crate::link::{Error, Frame};
+use crate::window_models::window;
+use crate::{Error, Frame};
 use transhume_testing::model_sync::{self as sync, model};
 
 #[path = "core.rs"]
