@@ -5,7 +5,5 @@
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
 pub mod control;
-pub mod guest;
 pub mod hypervisor;
 pub mod relay;
-pub mod volume;

@@ -4,26 +4,16 @@ use super::handed::OpenedFiles;
 use super::process::Child;
 use super::{Definition, Vm};
 use std::collections::BTreeSet;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use transhume_base::confine::{Confinement, User};
+use transhume_testing::{others_get_through, program};
 
 /// Somebody without rights, whom every system has; `None` if others do not get through to what he is to run.
-pub(crate) fn nobody(program: &Path) -> Option<User> {
-    let open = |folder: &Path| std::fs::metadata(folder).is_ok_and(|it| it.mode() & 0o001 != 0);
+fn nobody(program: &Path) -> Option<User> {
     let nobody = User::find("nobody").expect("a user without rights");
-    nobody.filter(|_| program.ancestors().all(open))
-}
-
-/// A program of the machine, or what PATH says.
-pub(crate) fn program(name: &str) -> PathBuf {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path)
-        .map(|folder| folder.join(name))
-        .find(|path| path.is_file())
-        .unwrap_or_else(|| panic!("{name} is not in PATH (install qemu-system-x86 and qemu-utils)"))
+    nobody.filter(|_| others_get_through(program))
 }
 
 fn field(pid: u32, name: &str) -> String {

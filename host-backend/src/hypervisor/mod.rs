@@ -4,7 +4,7 @@ mod binary;
 mod build;
 pub mod command_line;
 #[cfg(test)]
-pub(crate) mod confine_tests;
+mod confine_tests;
 mod error;
 #[cfg(test)]
 pub(crate) mod fake;

@@ -7,8 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::guest::{self, ClockNote, ClockSet, ClockSetter, Known};
 use crate::hypervisor::Vm;
+use transhume_guest::{self as guest, ClockNote, ClockSet, ClockSetter, Known};
 use transhume_protocol::agent::ClockOutcome;
 
 /// How long the agent may take to answer.
@@ -159,9 +159,9 @@ pub(in crate::relay) fn tell(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::guest::Lead;
     use std::io::{Read as _, Write as _};
     use std::os::unix::net::{UnixListener, UnixStream};
+    use transhume_guest::Lead;
     use transhume_protocol::agent::{AgentMessage, Decoder, HostMessage, ReportSource, VERSION};
 
     fn say(stream: &mut UnixStream, message: &AgentMessage<'_>) {

@@ -9,9 +9,9 @@ use transhume_protocol::link::Digest;
 use super::placement::Placement;
 use super::reads::{READ_PAGES, Read};
 use crate::relay::error::RelayError;
-use crate::volume::{self, AlignedBuffer};
 use transhume_pages::digest::Digester;
 use transhume_pages::{PAGE_SIZE, SECTORS_PER_PAGE};
+use transhume_volume::{self as volume, AlignedBuffer};
 
 /// Reads under way at once: enough for network storage to work on, and 8 MiB of memory.
 pub(super) const THREADS: usize = 8;

@@ -19,15 +19,15 @@ use super::postcopy::Answers;
 use super::receive::Intake;
 use super::reply::{self, Replies, Reply};
 use super::storage::{Comparer, Questions};
-use crate::guest::Known;
 use crate::hypervisor::Vm;
 use crate::hypervisor::memory::GuestMemory;
 use crate::relay::error::RelayError;
 use crate::relay::threads;
-use crate::volume;
+use transhume_guest::Known;
 use transhume_link::session::{Ready, Session};
 use transhume_pages::bitmap::Bitmap;
 use transhume_pages::digest::Digester;
+use transhume_volume as volume;
 
 /// Bytes read from QEMU's return path at once.
 const RETURN_PATH_LEN: usize = 4096;

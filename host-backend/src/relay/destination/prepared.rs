@@ -15,7 +15,7 @@ use crate::hypervisor::command_line::Start;
 use crate::hypervisor::memory::GuestMemory;
 use crate::hypervisor::qmp::Version;
 use crate::hypervisor::{LaunchSettings, OpenedFiles, Vm, stream, virtqueues};
-use crate::volume;
+use transhume_volume as volume;
 
 /// A migration as people know it: its number at its source, by which they find it there.
 pub(super) fn label(offer: &Offer) -> String {

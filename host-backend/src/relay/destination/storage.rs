@@ -10,11 +10,11 @@ use std::time::Duration;
 use transhume_protocol::link::{Comparison, Control, Signs, StorageHere};
 
 use super::reply::{Replies, Reply};
-use crate::guest::monotonic_ns;
 use crate::hypervisor::{Definition, LaunchSettings};
 use crate::relay::error::RelayError;
-use crate::volume::same::{self, Signed, Storage};
+use transhume_guest::monotonic_ns;
 use transhume_link::{Connection, Error, PATIENCE};
+use transhume_volume::same::{self, Signed, Storage};
 
 /// How long storage may take to show itself.
 const LOOK_PATIENCE: Duration = Duration::from_secs(20);

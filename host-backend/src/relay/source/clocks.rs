@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use transhume_protocol::link::{Control, GuestClock};
 
-use crate::guest::{Known, Lead, Reading, monotonic_ns};
+use transhume_guest::{Known, Lead, Reading, monotonic_ns};
 use transhume_link::{self as link, Connection};
 
 /// Questions to the destination: an idle link's ways there and back are equally long in some.

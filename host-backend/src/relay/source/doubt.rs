@@ -10,8 +10,8 @@ use transhume_protocol::link::{Compared, Comparison, Control, encode_control};
 use super::shared::Shared;
 use super::storage::{Agreed, READ_PATIENCE};
 use crate::relay::error::RelayError;
-use crate::volume::same;
 use transhume_pages::PageKey;
+use transhume_volume::same;
 
 /// So many pages must differ, and such a part of those that were read (one of so many). Sound disks of guests that
 /// write their page cache all the time show a twentieth; below that nothing is lost by not looking.

@@ -8,7 +8,7 @@ use transhume_protocol::qemu::Block;
 
 use super::flow::Flow;
 use super::frames::Frames;
-use crate::guest::GuestRange;
+use transhume_guest::GuestRange;
 use transhume_pages::SECTORS_PER_PAGE;
 use transhume_pages::hint_table::{HintTable, MAX_RUNS};
 

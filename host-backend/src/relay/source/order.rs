@@ -18,9 +18,9 @@ use transhume_protocol::qemu::Block;
 use transhume_protocol::qemu::return_path::Message;
 
 use super::frames::Frames;
-use crate::guest::MemoryOrder;
 use crate::relay::progress::Classes;
 use owed::{Owed, Run};
+use transhume_guest::MemoryOrder;
 use transhume_pages::bitmap::Bitmap;
 use transhume_pages::{PAGE_SIZE, PageKey};
 

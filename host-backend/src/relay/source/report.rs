@@ -11,8 +11,8 @@ use transhume_protocol::agent::ReportSource;
 use super::clocks::Clocks;
 use super::hints::Hints;
 use super::order::{Order, Question};
-use crate::guest::{self, Agent, DiskName, Greeting, GuestRange, Questions, Reported};
 use crate::relay::progress::{Counter, Progress};
+use transhume_guest::{self as guest, Agent, DiskName, Greeting, GuestRange, Questions, Reported};
 
 /// How long an agent may take to answer, until it is asked anew; the migration begins without it when it was silent once.
 const HELLO_PATIENCE: Duration = Duration::from_secs(2);

@@ -11,10 +11,10 @@ use transhume_protocol::link::{COMPARED_BLOCK, Compared, Comparison, Control, Si
 use super::agreement::Failure;
 use crate::hypervisor::Definition;
 use crate::hypervisor::definition::{Format, Shared};
-use crate::volume::same::{self, Care, Difference, Disk, Outcome, Proof, Signed, Storage};
 use transhume_link::{self as link, Connection};
 use transhume_pages::SECTORS_PER_PAGE;
 use transhume_pages::hint_table::Place;
+use transhume_volume::same::{self, Care, Difference, Disk, Outcome, Proof, Signed, Storage};
 
 /// How long the destination may take to read blocks.
 pub(super) const READ_PATIENCE: Duration = Duration::from_secs(30);

@@ -4,18 +4,19 @@
 //! Nothing a guest says is believed. A report is bounded in size, what lies outside of memory or of the
 //! disks is left out, and what remains only says where to look: the digests decide.
 
-mod channel;
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
+mod agent;
 mod clock;
 mod clock_note;
-mod gate;
-mod order;
-mod report;
+mod fault_gate;
+mod memory_order;
+mod page_cache_report;
 mod turn;
 
-pub(crate) use channel::unusable;
-pub use channel::{Agent, Greeting, Opening, Reported, connect, open};
+pub use agent::{Agent, Greeting, Opening, Reported, connect, open, unusable};
 pub use clock::{ClockReader, ClockSet, ClockSetter, Known, Lead, Reading, monotonic_ns};
 pub use clock_note::ClockNote;
-pub use gate::{GateNews, Preparation};
-pub use order::{MemoryOrder, Questions};
-pub use report::{Collector, DiskName, GuestRange, Report};
+pub use fault_gate::{GateNews, Preparation};
+pub use memory_order::{MemoryOrder, Questions};
+pub use page_cache_report::{Collector, DiskName, GuestRange, Report};

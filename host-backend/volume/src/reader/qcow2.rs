@@ -1,17 +1,17 @@
 //! Disks in QEMU's copy-on-write format, read through an [`Export`].
 
-use super::export::Export;
-use super::{Error, Reader, Settings, check_range};
-use crate::hypervisor::backing::Image;
+use super::qsd_export::Export;
+use crate::{Error, Reader, Settings, check_range};
 use std::path::PathBuf;
+use transhume_machine::image_chain::Image;
 
-pub(super) struct Qcow2Reader {
+pub(crate) struct Qcow2Reader {
     path: PathBuf,
     export: Export,
 }
 
 impl Qcow2Reader {
-    pub(super) fn open(image: &Image, settings: &Settings) -> Result<Self, Error> {
+    pub(crate) fn open(image: &Image, settings: &Settings) -> Result<Self, Error> {
         Ok(Self {
             path: image
                 .nodes
@@ -24,7 +24,7 @@ impl Qcow2Reader {
 
     /// Id of the storage daemon's process.
     #[cfg(test)]
-    pub(super) fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.export.pid()
     }
 }

@@ -1,11 +1,11 @@
 //! Two hosts with one disk, or with two that look alike.
 
 use super::*;
-use crate::hypervisor::Definition;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use transhume_machine::Definition;
 use transhume_protocol::link::{Compared, Comparison, MAX_PLACES, Sample, Signs, StorageHere};
 
 const BLOCK: usize = 4096;

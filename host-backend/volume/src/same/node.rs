@@ -4,10 +4,8 @@
 use super::lock::{self, Lock};
 use super::mark::{Beside, Mark};
 use super::{Error, device, places};
-use crate::hypervisor::definition::{Format, Shared};
-use crate::hypervisor::{Definition, backing, boot_id};
-use crate::volume::raw::RawReader;
-use crate::volume::{AlignedBuffer, Reader};
+use crate::reader::raw::RawReader;
+use crate::{AlignedBuffer, Reader};
 use nix::libc::{major, minor};
 use nix::sys::stat::{FileStat, SFlag, fstat};
 use nix::sys::statfs::fstatfs;
@@ -15,6 +13,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
+use transhume_base::process_identity::boot_id;
+use transhume_machine::definition::{Format, Shared};
+use transhume_machine::{Definition, image_chain};
 use transhume_pages::digest::{Digester, random_key};
 use transhume_protocol::link::{
     COMPARED_BLOCK, Compared, Comparison, Digest, MAX_NODES, MAX_PLACES, MAX_STORAGE_TEXT,
@@ -191,13 +192,13 @@ fn mounted(stat: &FileStat) -> String {
 impl Disk {
     fn open(
         definition: &Definition,
-        disk: &crate::hypervisor::definition::Disk,
+        disk: &transhume_machine::definition::Disk,
         host: &str,
     ) -> Result<Self, Error> {
         let path = definition.disk_path(disk, host);
         let mut paths = vec![path.to_owned()];
         if disk.format == Format::Qcow2 {
-            let below = backing::below(path, |_| Ok(())).map_err(|source| Error::Chain {
+            let below = image_chain::below(path, |_| Ok(())).map_err(|source| Error::Chain {
                 path: path.to_owned(),
                 source,
             })?;

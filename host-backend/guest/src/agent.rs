@@ -9,10 +9,10 @@ use transhume_protocol::agent::{
     AgentMessage, Decoder, HostMessage, MAX_FRAME_LEN, ReportSource, VERSION,
 };
 
-use super::clock::{ClockReader, ClockSet, ClockSetter, Known, monotonic_ns};
-use super::order::{MemoryOrder, OrderCollector};
-use super::report::{Collector, DiskName, GuestRange, Report};
-use super::turn::Turn;
+use crate::clock::{ClockReader, ClockSet, ClockSetter, Known, monotonic_ns};
+use crate::memory_order::{MemoryOrder, OrderCollector};
+use crate::page_cache_report::{Collector, DiskName, GuestRange, Report};
+use crate::turn::Turn;
 
 /// How long whoever speaks with the agent may go on: a gate closes, and a clock is set.
 const TURN_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 20 });
@@ -35,7 +35,7 @@ pub enum Reported<'a> {
     Part(&'a [GuestRange]),
     /// A report's end, and all of it.
     Whole(Report),
-    /// In which order the memory is wanted; see [`super::Questions`].
+    /// In which order the memory is wanted; see [`crate::Questions`].
     Order(MemoryOrder),
     /// How far the guest's clock is ahead of this host's.
     Clock(Known),
@@ -98,7 +98,7 @@ pub fn connect(
 
 /// Why there is nothing to be had from an agent, for people.
 #[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
-pub(crate) fn unusable(error: io::Error) -> String {
+pub fn unusable(error: io::Error) -> String {
     format!("the agent's channel cannot be used: {error}")
 }
 

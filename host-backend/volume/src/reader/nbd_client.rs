@@ -1,6 +1,6 @@
 //! An NBD client: several connections to one export, each used by one reading thread at a time.
 
-use super::{Error, SECTOR};
+use crate::{Error, SECTOR};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};

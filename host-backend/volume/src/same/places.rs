@@ -3,9 +3,9 @@
 use super::node::Node;
 use super::structure;
 use super::{Proof, Storage};
-use crate::hypervisor::definition::Format;
-use crate::volume::AlignedBuffer;
+use crate::AlignedBuffer;
 use nix::unistd::{Whence, lseek64};
+use transhume_machine::definition::Format;
 use transhume_protocol::link::{COMPARED_BLOCK, Sample, StorageHere};
 
 const BLOCK: u64 = COMPARED_BLOCK as u64;
@@ -99,7 +99,7 @@ fn of_node(
     key: &[u8; 16],
     care: Care,
 ) -> Sample {
-    use crate::volume::Reader as _;
+    use crate::Reader as _;
     let length = node.reader.size().min(theirs);
     let blocks = length / BLOCK;
     let mut buffer = AlignedBuffer::allocate(COMPARED_BLOCK).ok();

@@ -1,13 +1,13 @@
 //! Real disks: raw files, and qcow2 images made and exported by QEMU's own programs.
 
 use super::*;
-use crate::hypervisor::backing::Image;
-use crate::hypervisor::confine_tests::{nobody, program};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Instant;
+use transhume_machine::image_chain::Image;
+use transhume_testing::{others_get_through, program};
 
 /// Set in the process that is killed to see what becomes of its storage daemon.
 const VICTIM_IMAGE: &str = "TRANSHUME_TEST_VICTIM_IMAGE";
@@ -343,7 +343,8 @@ fn the_storage_daemon_ends_with_its_reader() {
 #[test]
 fn the_storage_daemon_may_read_and_nothing_else() {
     let mut bed = Bed::new();
-    bed.settings.user = nobody(&program("qemu-storage-daemon"));
+    let nobody = User::find("nobody").expect("a user without rights");
+    bed.settings.user = nobody.filter(|_| others_get_through(&program("qemu-storage-daemon")));
     let bytes = content(1 << 20);
     let path = bed.qcow2(&bytes);
     // For its owner's eyes only, as disks are.
@@ -413,7 +414,7 @@ fn the_storage_daemon_ends_with_our_process() {
     let bed = Bed::new();
     let path = bed.qcow2(&content(1 << 16));
     let mut victim = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "volume::disk_tests::victim", "--nocapture"])
+        .args(["--exact", "disk_tests::victim", "--nocapture"])
         .env(VICTIM_IMAGE, path)
         .stdout(Stdio::piped())
         .spawn()

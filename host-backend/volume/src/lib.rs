@@ -3,25 +3,25 @@
 //! What is read may be stale (the source may hold newer data, or newer qcow2 metadata): the caller
 //! checks digests. What cannot be read is an [`Error`], and the caller asks the source for the data.
 //!
-//! Raw disks are read past the host's page cache ([`raw`]), qcow2 disks through a read-only export of
-//! QEMU's storage daemon ([`qcow2`], [`nbd`]), so that the image format is read by the code that
+//! Raw disks are read past the host's page cache ([`reader::raw`]), qcow2 disks through a read-only export of
+//! QEMU's storage daemon ([`reader::qcow2`], [`reader::nbd_client`]), so that the image format is read by the code that
 //! wrote it.
+
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
 
 mod buffer;
 #[cfg(test)]
 mod disk_tests;
 mod error;
-mod export;
-mod nbd;
-mod qcow2;
-mod raw;
+mod reader;
 pub mod same;
 
-use crate::hypervisor::User;
-use crate::hypervisor::backing::Image;
-pub use crate::hypervisor::definition::Format;
 pub use buffer::AlignedBuffer;
 pub use error::Error;
+use reader::{qcow2, raw};
+use transhume_base::confine::User;
+pub use transhume_machine::definition::Format;
+use transhume_machine::image_chain::Image;
 
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};

@@ -9,8 +9,8 @@ use transhume_protocol::agent::{
     MAX_FRAME_LEN,
 };
 
-use super::channel::{Agent, Opening, printable, read, send, unusable};
-use super::clock::{ClockSet, ClockSetter, monotonic_ns};
+use crate::agent::{Agent, Opening, printable, read, send, unusable};
+use crate::clock::{ClockSet, ClockSetter, monotonic_ns};
 
 /// How long the agent may leave its channel full.
 const WRITE_PATIENCE: Duration = Duration::from_millis(500);

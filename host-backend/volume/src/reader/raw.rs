@@ -8,7 +8,7 @@
 //! of 512 and of 4,096 bytes alike and needs no question about which it is. What the caller asks for
 //! in smaller pieces, or into other memory, goes through a buffer.
 
-use super::{AlignedBuffer, Error, Reader, SECTOR, check_range};
+use crate::{AlignedBuffer, Error, Reader, SECTOR, check_range};
 use nix::fcntl::OFlag;
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
@@ -19,16 +19,16 @@ use std::path::{Path, PathBuf};
 const BLOCK: u64 = AlignedBuffer::ALIGNMENT as u64;
 const BOUNCE_LEN: usize = 1024 * 1024;
 
-pub(super) struct RawReader {
+pub(crate) struct RawReader {
     path: PathBuf,
-    pub(super) file: File,
+    pub(crate) file: File,
     /// Length of the file in bytes; the disk's size is this, rounded up to whole sectors.
     length: u64,
 }
 
 impl RawReader {
     /// Opens a file or a block device.
-    pub(super) fn open(path: &Path) -> Result<Self, Error> {
+    pub(crate) fn open(path: &Path) -> Result<Self, Error> {
         let kind = std::fs::metadata(path)
             .map_err(|source| Error::Open {
                 path: path.to_owned(),
@@ -42,7 +42,7 @@ impl RawReader {
     }
 
     /// Opens once more, for reading, what is open; `path` is its name, for messages.
-    pub(super) fn reopen(path: &Path, opened: &File) -> Result<Self, Error> {
+    pub(crate) fn reopen(path: &Path, opened: &File) -> Result<Self, Error> {
         let number = format!("/proc/self/fd/{}", opened.as_raw_fd());
         Self::named(path, Path::new(&number))
     }

@@ -1,8 +1,7 @@
 //! A read-only export of a qcow2 disk by QEMU's storage daemon.
 
-use super::nbd::{Client, printable};
-use super::{Error, Format, Settings};
-use crate::hypervisor::backing::{Image, Node};
+use super::nbd_client::{Client, printable};
+use crate::{Error, Format, Settings};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::prctl::set_pdeathsig;
@@ -22,6 +21,7 @@ use std::time::Duration;
 use std::{fs, io};
 use transhume_base::confine::{Confinement, DAC_READ_SEARCH};
 use transhume_base::task;
+use transhume_machine::image_chain::{Image, Node};
 
 const NAME: &str = "disk";
 const MAX_CONNECTIONS: usize = 64;

@@ -6,7 +6,7 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 
-use super::clock::{Known, Lead};
+use crate::clock::{Known, Lead};
 use transhume_base::bounded;
 
 const VERSION: u32 = 1;

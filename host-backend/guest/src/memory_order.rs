@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 
 use transhume_protocol::agent::{AgentMessage, ClassCounts, FrameRun, HostMessage, MemoryClass};
 
-use super::channel::{Agent, send};
+use crate::agent::{Agent, send};
 
 /// Most runs of an answer; what a guest names beyond them is left out.
 const MOST_RUNS: usize = 1 << 18;
@@ -31,7 +31,7 @@ impl Questions {
         send(&self.0, &HostMessage::Watch)
     }
 
-    /// Asks for the order of frames below `frames`. The answer comes as [`super::Reported::Order`], or never if the
+    /// Asks for the order of frames below `frames`. The answer comes as [`crate::Reported::Order`], or never if the
     /// agent does not know of it.
     ///
     /// # Errors
