@@ -3,13 +3,13 @@
 //! Who may connect to the control socket is the kernel's to check, by the socket's owner, group and mode; who
 //! can may do everything, but for what the configuration keeps from everybody.
 
-use super::api::Request;
 use super::config::Config;
 use super::{Error, Result};
 use crate::hypervisor::definition::{Accelerator, is_interface};
 use crate::hypervisor::{Definition, Limits};
 use serde::Deserialize;
 use std::path::{Component, Path, PathBuf};
+use transhume_api::Request;
 use transhume_base::audit::{self, Who};
 use transhume_base::names::is_name;
 

@@ -156,7 +156,7 @@ fn what_changes_something_is_noted_before_it_is_done() {
         name: name(),
         to: to.to_owned(),
         link_patience: 30,
-        goal: crate::relay::source::Goal::default(),
+        goal: transhume_api::Goal::default(),
         dry_run: true,
     };
     for (request, what) in [

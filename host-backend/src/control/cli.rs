@@ -1,16 +1,16 @@
 //! The command `transhume`.
 
-use super::api::{Failure, FailureKind, JobInfo, Request, Response};
 use super::cli_vms::{VmCommand, check_name};
 use super::client::Client;
 use super::show;
 use super::{Error, Result};
-use crate::relay::Mode;
-use crate::relay::source::Goal;
 use clap::{Args, Parser, Subcommand};
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use transhume_api::Goal;
+use transhume_api::Mode;
+use transhume_api::{Failure, FailureKind, JobInfo, Request, Response};
 use transhume_base::names::is_name;
 use transhume_pki::Authority;
 
@@ -151,10 +151,32 @@ struct MigrateArgs {
     /// How memory moves: all of it before the VM runs there (pre); once, and what was written meanwhile after it
     /// runs there (post); or as post only when pre would not end, or not in time (auto)
     #[arg(long, value_enum, default_value_t)]
-    mode: Mode,
+    mode: ModeArgument,
     /// Do not wait for its end
     #[arg(long, conflicts_with = "dry_run")]
     detach: bool,
+}
+
+/// How memory is to move.
+#[derive(Debug, Clone, Copy, Default, clap::ValueEnum)]
+enum ModeArgument {
+    /// As `pre`, and as `post` when it shows that the goal would not be reached otherwise.
+    #[default]
+    Auto,
+    /// All of it before the VM runs at its destination.
+    Pre,
+    /// Once; then the VM runs at its destination, and what it wrote meanwhile follows.
+    Post,
+}
+
+impl From<ModeArgument> for Mode {
+    fn from(asked: ModeArgument) -> Self {
+        match asked {
+            ModeArgument::Auto => Self::Auto,
+            ModeArgument::Pre => Self::Pre,
+            ModeArgument::Post => Self::Post,
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -228,7 +250,7 @@ impl Cli {
                         deadline_s: args.deadline,
                         max_downtime_ms: args.max_downtime,
                         may_throttle: args.may_throttle,
-                        mode: args.mode,
+                        mode: args.mode.into(),
                     },
                     dry_run: args.dry_run,
                 }
@@ -282,7 +304,7 @@ impl Cli {
             let Response::Job(job) = response else {
                 continue;
             };
-            if job.state == super::api::JobState::Running {
+            if job.state == transhume_api::JobState::Running {
                 progress.show(&job);
                 if self.json && matches!(self.command, Command::Job(_)) {
                     print_line(&show::json(&Response::Job(job)));

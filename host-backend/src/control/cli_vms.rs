@@ -1,6 +1,5 @@
 //! The commands `transhume vm`.
 
-use super::api::{Request, Response};
 use super::cli::print_line;
 use super::client::Client;
 use super::show;
@@ -10,6 +9,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::sync::Semaphore;
+use transhume_api::{Request, Response};
 use transhume_base::names::{MAX_DEFINITION_LEN, is_name};
 
 /// VMs that are stopped at once by one command: the service serves a number of clients.

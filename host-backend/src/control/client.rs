@@ -1,11 +1,11 @@
 //! The command line's end of the control socket.
 
-use super::api::{MAX_RESPONSE, Request, Response};
 use super::{Error, Result, socket};
 use std::io;
 use std::path::{Path, PathBuf};
 use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::UnixStream;
+use transhume_api::{MAX_RESPONSE, Request, Response};
 use transhume_base::lines::Lines;
 
 /// A connection to the service.
@@ -56,7 +56,7 @@ impl Client {
     pub async fn send(&mut self, request: &Request) -> Result<()> {
         let mut line = serde_json::to_vec(request).map_err(|error| self.wrong(error))?;
         line.push(b'\n');
-        if line.len() > super::api::MAX_REQUEST {
+        if line.len() > transhume_api::MAX_REQUEST {
             return Err(Error::refused(
                 "the definition is too long",
                 "is it the right file? A definition has some ten lines",

@@ -1,8 +1,5 @@
 //! What the service does: keeps the tables of VMs and jobs, and carries requests out.
 
-use super::api::{
-    DiskInfo, Failure, FailureKind, JobInfo, JobState, MachineInfo, Request, Response, VmInfo,
-};
 use super::certificates;
 use super::config::Config;
 use super::jobs::{Begun, Ending, Job, Jobs};
@@ -21,6 +18,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tracing::Instrument;
+use transhume_api::{
+    DiskInfo, Failure, FailureKind, JobInfo, JobState, MachineInfo, Request, Response, VmInfo,
+};
 
 /// How long a list waits for each QEMU.
 const GLANCE: Duration = Duration::from_secs(2);
@@ -488,7 +488,7 @@ impl Daemon {
         name: &str,
         to: &str,
         link_patience: Duration,
-        goal: source::Goal,
+        goal: transhume_api::Goal,
         dry_run: bool,
     ) -> Result<Response> {
         self.refuse_when_closing()?;

@@ -1,5 +1,4 @@
 use super::*;
-use crate::control::api::{Request, Response, VmInfo};
 use crate::control::config::Config;
 use crate::control::door::Door;
 use crate::control::state::{Record, State, Stopped};
@@ -9,6 +8,7 @@ use crate::relay::destination;
 use std::net::SocketAddr;
 use std::path::Path;
 use tokio::net::TcpListener;
+use transhume_api::{Request, Response, VmInfo};
 
 /// A host `name` in that folder, which knows another one at `address`.
 async fn host(folder: &Path, name: &str, address: SocketAddr) -> Arc<Daemon> {

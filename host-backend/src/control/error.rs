@@ -1,10 +1,10 @@
 //! What can go wrong in the service.
 
-use super::api::{Failure, FailureKind};
 use crate::hypervisor;
 use crate::hypervisor::preflight::Refusal;
 use std::io;
 use std::path::PathBuf;
+use transhume_api::{Failure, FailureKind};
 
 /// An error of the service or of its command line. Each message names the cause and the cure.
 #[derive(Debug, thiserror::Error)]

@@ -1,7 +1,6 @@
 //! The table of migrations: one of a VM at a time, the ended ones kept up to a number, in memory and in
 //! the state directory.
 
-use super::api::{JobInfo, JobState, Offered};
 use super::state::{State, Unreadable};
 use super::{Error, Result};
 use crate::hypervisor::Identity;
@@ -10,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
+use transhume_api::{JobInfo, JobState, Offered};
 
 /// Ended jobs that are kept.
 const KEPT: usize = 100;

@@ -1,7 +1,6 @@
-//! The service's own room: its API, its tables of VMs and jobs, and the command line that speaks to it.
+//! The service's own room: its tables of VMs and jobs, and the command line that speaks to it.
 
 pub mod access;
-pub mod api;
 mod certificates;
 pub mod cli;
 mod cli_vms;

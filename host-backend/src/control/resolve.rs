@@ -2,7 +2,6 @@
 //! fell silent after the commit. The VM stays as it is until the destination answers, or an operator
 //! who has looked says where it runs.
 
-use super::api::{JobInfo, JobState, Offered, Response};
 use super::daemon::Daemon;
 use super::jobs::{Ending, Job};
 use super::table::Entry;
@@ -14,6 +13,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tracing::Instrument;
+use transhume_api::{JobInfo, JobState, Offered, Response};
 
 /// How long QEMU may take to notice that its migration was cut off.
 const INTERRUPTED_PATIENCE: Duration = Duration::from_secs(5);

@@ -181,7 +181,7 @@ async fn an_operator_may_give_up_what_is_cut_off() {
     let scene = scene(Phase::PostCopy, true).await;
     scene.qemu.set_migration("postcopy-paused");
     scene.falls_into_doubt();
-    let stop = |force| crate::control::api::Request::VmStop {
+    let stop = |force| transhume_api::Request::VmStop {
         name: "web1".to_owned(),
         force,
         shutdown_timeout: None,

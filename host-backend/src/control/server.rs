@@ -1,6 +1,5 @@
 //! The service's process: its sockets, its clients, its end.
 
-use super::api::{Failure, FailureKind, MAX_REQUEST, Request, Response};
 use super::config::Config;
 use super::daemon::Daemon;
 use super::door::Door;
@@ -15,6 +14,7 @@ use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Semaphore;
 use tracing::Instrument;
+use transhume_api::{Failure, FailureKind, MAX_REQUEST, Request, Response};
 use transhume_base::audit::Who;
 use transhume_base::lines::Lines;
 

@@ -1,8 +1,8 @@
-use super::super::api::FailureKind;
 use super::super::client::Client;
 use super::*;
 use std::path::Path;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use transhume_api::FailureKind;
 
 struct Service {
     folder: tempfile::TempDir,
@@ -92,7 +92,7 @@ async fn refuses_with_cause_and_cure() {
             name: name(),
             to: "hostb".to_owned(),
             link_patience: 30,
-            goal: crate::relay::source::Goal::default(),
+            goal: transhume_api::Goal::default(),
             dry_run: false,
         },
         Request::JobShow { id: 7 },

@@ -1,11 +1,11 @@
 //! Answers as people read them.
 
-use super::api::{JobInfo, JobState, MachineInfo, Response, VmInfo};
 use crate::relay::progress::{Phase, Snapshot, Summary, Traffic};
-use crate::relay::{Choice, Mode};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fmt::Write;
 use std::time::{Duration, Instant};
+use transhume_api::{Choice, Mode};
+use transhume_api::{JobInfo, JobState, MachineInfo, Response, VmInfo};
 
 const PAGE: u64 = 4096;
 /// How often a line is written where there is no terminal.

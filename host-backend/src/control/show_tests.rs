@@ -1,6 +1,6 @@
-use super::super::api::{Failure, FailureKind};
 use super::*;
 use crate::relay::progress::{Classes, Downtime, Expected, Phases, PostCopy, Stalls};
+use transhume_api::{Failure, FailureKind};
 
 fn job(state: JobState) -> JobInfo {
     JobInfo {

@@ -4,7 +4,6 @@
 //! Each file says of which version it is; one that says nothing is of version 0. A file that cannot be read, or is
 //! of a newer version, is left as it is, and what it is about is held back.
 
-use super::api::{JobInfo, JobState};
 use super::{Error, Result};
 use crate::hypervisor::{self, Definition, Identity, boot_id};
 use serde::{Deserialize, Serialize};
@@ -13,6 +12,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
+use transhume_api::{JobInfo, JobState};
 use transhume_base::bounded::read_text;
 use transhume_base::durable;
 use transhume_base::names::is_name;

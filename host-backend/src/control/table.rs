@@ -1,6 +1,5 @@
 //! The VMs of this host.
 
-use super::api::JobInfo;
 use super::state::{Record, State};
 use super::{Error, Result};
 use crate::hypervisor::{Definition, Vm};
@@ -8,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
+use transhume_api::JobInfo;
 
 /// VMs that left, of which it is still known how.
 const REMEMBERED: usize = 64;

@@ -1,6 +1,5 @@
 //! VMs are defined, started, adopted and stopped.
 
-use super::api::Response;
 use super::daemon::Daemon;
 use super::jobs::Job;
 use super::state::{Record, Stopped};
@@ -10,6 +9,7 @@ use crate::hypervisor::{self, Definition, Start, Vm, command_line, holders, pref
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use transhume_api::Response;
 
 /// How long a guest may take to shut down if nothing else is said.
 const SHUTDOWN: Duration = Duration::from_secs(60);

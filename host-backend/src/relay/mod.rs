@@ -11,7 +11,6 @@
 mod agent;
 pub mod destination;
 mod error;
-mod mode;
 pub mod progress;
 pub mod source;
 mod table;
@@ -23,4 +22,3 @@ const IN_BETWEEN: std::time::Duration = std::time::Duration::from_secs(86_400);
 
 pub use agent::set_clock_right;
 pub use error::{Error, ErrorKind, Stays};
-pub use mode::{Choice, Mode};

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use transhume_protocol::link::PostCopy;
 
-use super::goal::{FIXED_MS, Goal, Seen, ms};
+use super::goal::{Aim, FIXED_MS, Seen, ms};
 use crate::relay::progress::{Expected, Forecast, Progress};
-use crate::relay::{Choice as Chosen, Mode};
+use transhume_api::Goal;
+use transhume_api::{Choice as Chosen, Mode};
 
 /// How often as long as the first pass over memory the rest of pre-copy may take, and how long in any case: after
 /// that forecasts of its end are no longer believed.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use tokio::time::timeout;
 use transhume_protocol::link::{Control, encode_control};
 
+use super::goal::Aim;
 use super::migration::{Copied, Migration, Stop};
 use super::postcopy::keeps;
 use super::request::{Keeper, Request, ask};
@@ -13,7 +14,8 @@ use super::shared::Shared;
 use crate::hypervisor::{self, Shutdown, Vm};
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Downtime, Phase, Summary};
-use crate::relay::{Choice, Error, IN_BETWEEN, Mode, Stays, agent};
+use crate::relay::{Error, IN_BETWEEN, Stays, agent};
+use transhume_api::{Choice, Mode};
 use transhume_link::PATIENCE;
 
 /// How long QEMU may take to run a VM again after a failure.

@@ -7,10 +7,8 @@
 
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
-use crate::relay::Mode;
-use crate::relay::progress::Forecast;
+use transhume_api::migration::Forecast;
+use transhume_api::{Goal, Mode};
 
 /// Pause that is aimed at where nothing is said, in milliseconds, by the number of scans of memory so far: a
 /// guest that writes much gets nearer to what a stock migration allows.
@@ -21,22 +19,6 @@ const LONGEST_MS: f64 = 300.0;
 pub(super) const FIXED_MS: f64 = 30.0;
 /// A forecast is given up beyond this, in milliseconds.
 const NEVER_MS: f64 = 86_400e3;
-
-/// What an operator wants.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct Goal {
-    /// The VM should run at its destination so long after the command, in seconds. Then the migration ends,
-    /// whether or not it has succeeded.
-    pub deadline_s: Option<u32>,
-    /// Nobody should run it for longer than this, in milliseconds.
-    pub max_downtime_ms: Option<u32>,
-    /// QEMU may slow the guest down.
-    pub may_throttle: bool,
-    /// How memory moves.
-    #[serde(default, skip_serializing_if = "Mode::is_default")]
-    pub mode: Mode,
-}
 
 /// What is seen of a migration.
 #[derive(Debug, Clone, Copy)]
@@ -61,9 +43,24 @@ pub(super) struct Seen {
     pub(super) elapsed: Duration,
 }
 
-impl Goal {
+/// What a goal means for a migration as it is seen.
+pub(super) trait Aim {
     /// What is to be said of a downtime that was longer than it should be.
-    pub(super) fn missed(&self, downtime_ms: f64) -> Option<String> {
+    fn missed(&self, downtime_ms: f64) -> Option<String>;
+
+    /// The pause to aim at, in milliseconds.
+    fn pause_ms(&self, seen: &Seen) -> f64;
+
+    /// Whether the time is up.
+    fn is_over(&self, elapsed: Duration) -> bool;
+
+    /// What is expected; nothing before there is something to go by. During the first scan of memory nothing
+    /// is known of what the guest writes.
+    fn forecast(&self, seen: &Seen) -> Option<Forecast>;
+}
+
+impl Aim for Goal {
+    fn missed(&self, downtime_ms: f64) -> Option<String> {
         let (most, whose) = match self.max_downtime_ms {
             Some(most) => (most.into(), "--max-downtime is"),
             None => (LONGEST_MS, "by default it is to be at most"),
@@ -72,8 +69,7 @@ impl Goal {
             .then(|| format!("the downtime was {downtime_ms:.0} ms; {whose} {most:.0} ms"))
     }
 
-    /// The pause to aim at, in milliseconds.
-    pub(super) fn pause_ms(&self, seen: &Seen) -> f64 {
+    fn pause_ms(&self, seen: &Seen) -> f64 {
         let usual = USUAL_MS
             .iter()
             .find(|(most, _)| seen.scans < *most)
@@ -82,7 +78,7 @@ impl Goal {
             return usual;
         };
         // Where time is short, nothing is gained by waiting for a shorter pause than is allowed.
-        let hurry = self.deadline_ms().is_some_and(|deadline| {
+        let hurry = deadline_ms(self).is_some_and(|deadline| {
             let left = deadline - ms(seen.elapsed);
             left < 2.0 * (most + seen.scan_ms()) || left < deadline / 2.0
         });
@@ -93,19 +89,11 @@ impl Goal {
         }
     }
 
-    fn deadline_ms(&self) -> Option<f64> {
-        self.deadline_s.map(|seconds| 1e3 * f64::from(seconds))
+    fn is_over(&self, elapsed: Duration) -> bool {
+        deadline_ms(self).is_some_and(|deadline| ms(elapsed) > deadline)
     }
 
-    /// Whether the time is up.
-    pub(super) fn is_over(&self, elapsed: Duration) -> bool {
-        self.deadline_ms()
-            .is_some_and(|deadline| ms(elapsed) > deadline)
-    }
-
-    /// What is expected; nothing before there is something to go by. During the first scan of memory nothing
-    /// is known of what the guest writes.
-    pub(super) fn forecast(&self, seen: &Seen) -> Option<Forecast> {
+    fn forecast(&self, seen: &Seen) -> Option<Forecast> {
         if seen.scans == 0 || !seen.measured {
             return None;
         }
@@ -121,10 +109,9 @@ impl Goal {
         }
         let comes = scan + FIXED_MS <= pause;
         let left_ms = comes.then_some(left + scan + FIXED_MS);
-        let late = self
-            .deadline_ms()
+        let late = deadline_ms(self)
             .is_some_and(|deadline| left_ms.is_none_or(|left| ms(seen.elapsed) + left > deadline));
-        let advice = (!comes || late).then(|| self.advice(seen, comes));
+        let advice = (!comes || late).then(|| advice(self, seen, comes));
         Some(Forecast {
             left_ms,
             downtime_ms: now,
@@ -132,34 +119,38 @@ impl Goal {
             advice,
         })
     }
+}
 
-    fn advice(&self, seen: &Seen, comes: bool) -> String {
-        let mut ways = Vec::new();
-        if comes {
-            ways.push("a later --deadline".to_owned());
-        } else {
-            // What is written during one scan is what the pause would have to carry.
-            let needed = (1e3 * seen.remaining.max(seen.written) / seen.link + FIXED_MS) / 100.0;
-            ways.push(format!("--max-downtime {:.0}", needed.ceil() * 100.0));
-        }
-        if self.mode == Mode::Pre {
-            ways.push("--mode auto, which goes over to post-copy".to_owned());
-        }
-        if !self.may_throttle {
-            ways.push("--may-throttle, which slows the guest down".to_owned());
-        }
-        ways.push("a quieter hour".to_owned());
-        let what = if comes {
-            "as it goes now, it will not be there by the deadline"
-        } else {
-            "as it goes now, it does not come to an end"
-        };
-        format!(
-            "{what}: {}. What would do: {}",
-            seen.balance(),
-            ways.join("; or ")
-        )
+fn deadline_ms(goal: &Goal) -> Option<f64> {
+    goal.deadline_s.map(|seconds| 1e3 * f64::from(seconds))
+}
+
+fn advice(goal: &Goal, seen: &Seen, comes: bool) -> String {
+    let mut ways = Vec::new();
+    if comes {
+        ways.push("a later --deadline".to_owned());
+    } else {
+        // What is written during one scan is what the pause would have to carry.
+        let needed = (1e3 * seen.remaining.max(seen.written) / seen.link + FIXED_MS) / 100.0;
+        ways.push(format!("--max-downtime {:.0}", needed.ceil() * 100.0));
     }
+    if goal.mode == Mode::Pre {
+        ways.push("--mode auto, which goes over to post-copy".to_owned());
+    }
+    if !goal.may_throttle {
+        ways.push("--may-throttle, which slows the guest down".to_owned());
+    }
+    ways.push("a quieter hour".to_owned());
+    let what = if comes {
+        "as it goes now, it will not be there by the deadline"
+    } else {
+        "as it goes now, it does not come to an end"
+    };
+    format!(
+        "{what}: {}. What would do: {}",
+        seen.balance(),
+        ways.join("; or ")
+    )
 }
 
 impl Seen {

@@ -44,7 +44,6 @@ mod switchover;
 mod transmit;
 
 pub use facts::Plan;
-pub use goal::Goal;
 pub use migration::migrate;
 pub use request::{Destination, Journal, Keeper, Outcome, Presence, Request, ask, locate};
 pub use resume::Rest;

@@ -365,7 +365,7 @@ impl Migration {
             total_ms: whole.saturating_duration_since(running).as_secs_f64() * 1e3,
             pages,
             requested_pages: self.progress.get(Counter::RequestedPages),
-            stalls: stalls.map(Into::into),
+            stalls: stalls.map(crate::relay::progress::stalls),
             kernel_pages: self.progress.get(Counter::KernelPages),
             ordered_pages: self.progress.get(Counter::OrderedPages),
             classes: self.progress.classes(),

@@ -10,12 +10,13 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use super::goal::{Goal, Seen};
+use super::goal::{Aim, Seen};
 use super::shared::Shared;
 use crate::hypervisor::Qmp;
 use crate::hypervisor::qmp_commands::Migration;
 use crate::relay::error::RelayError;
 use crate::relay::progress::Counter;
+use transhume_api::Goal;
 use transhume_pages::PAGE_SIZE;
 
 /// Rate of a link that has not been measured yet, in bytes a second.

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// How memory is to move.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// As `pre`, and as `post` when it shows that the goal would not be reached otherwise.
