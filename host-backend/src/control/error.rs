@@ -6,15 +6,12 @@ use std::io;
 use std::path::PathBuf;
 use transhume_api::{Failure, FailureKind};
 
-/// An error of the service or of its command line. Each message names the cause and the cure.
+/// An error of the service. Each message names the cause and the cure.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The hypervisor's drivers failed.
     #[error("{0}")]
     Hypervisor(#[from] hypervisor::Error),
-    /// Certificates.
-    #[error(transparent)]
-    Pki(#[from] transhume_pki::Error),
     /// This host cannot prove who it is.
     #[error(transparent)]
     Identity(#[from] transhume_link::IdentityError),
@@ -57,14 +54,6 @@ pub enum Error {
         /// What to do, after a semicolon; may be empty.
         cure: &'static str,
     },
-    /// The service does not answer as it should.
-    #[error("transhumed at {socket} {cause}")]
-    Service {
-        /// Its socket.
-        socket: PathBuf,
-        /// What happened, and what to do.
-        cause: String,
-    },
     /// The service said no.
     #[error("{}", .0.message)]
     Answered(Failure),
@@ -93,11 +82,6 @@ impl Error {
             Self::Unfit(_)
             | Self::Config { .. }
             | Self::Identity(_)
-            | Self::Pki(
-                transhume_pki::Error::Exists { .. }
-                | transhume_pki::Error::Issued { .. }
-                | transhume_pki::Error::NoAuthority { .. },
-            )
             | Self::Refused { .. }
             | Self::NotStarted { .. }
             | Self::Hypervisor(

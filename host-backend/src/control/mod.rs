@@ -1,10 +1,7 @@
-//! The service's own room: its tables of VMs and jobs, and the command line that speaks to it.
+//! The service's own room: its tables of VMs and jobs.
 
 pub mod access;
 mod certificates;
-pub mod cli;
-mod cli_vms;
-pub mod client;
 pub mod config;
 pub mod daemon;
 mod door;
@@ -14,7 +11,6 @@ pub mod jobs;
 mod logs;
 mod resolve;
 pub mod server;
-mod show;
 mod socket;
 mod state;
 mod table;

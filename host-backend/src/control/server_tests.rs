@@ -1,8 +1,8 @@
-use super::super::client::Client;
 use super::*;
 use std::path::Path;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use transhume_api::FailureKind;
+use transhume_cli::Client;
 
 struct Service {
     folder: tempfile::TempDir,
@@ -31,7 +31,7 @@ async fn service() -> Service {
 }
 
 impl Service {
-    async fn ask(&self, request: &Request) -> Result<Response> {
+    async fn ask(&self, request: &Request) -> transhume_cli::Result<Response> {
         Client::connect(&self.socket).await?.ask(request).await
     }
 
@@ -163,15 +163,4 @@ async fn survives_hostile_clients() {
     let error = client.receive().await.expect_err("busy");
     assert!(error.to_string().contains("clients already"), "{error}");
     drop(held);
-}
-
-#[tokio::test]
-async fn a_service_that_is_not_there_has_a_cure() {
-    let error = Client::connect(Path::new("/nowhere/control.sock"))
-        .await
-        .expect_err("nobody");
-    assert!(
-        error.to_string().contains("systemctl status transhumed"),
-        "{error}"
-    );
 }

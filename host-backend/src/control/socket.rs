@@ -133,28 +133,6 @@ fn unknown(config: &Config, key: &str, kind: &str, name: &str, error: Option<nix
     }
 }
 
-/// What a person can do about a socket that they may not connect to.
-pub(super) fn cure(path: &Path) -> String {
-    let Ok(found) = std::fs::metadata(path) else {
-        return "run this as root (sudo); or let a group in: `control-group` in transhumed.toml, and \
-                RuntimeDirectoryMode=0711 in transhumed.service"
-            .to_owned();
-    };
-    let name = |gid: Gid| {
-        let group = Group::from_gid(gid).ok().flatten();
-        group.map_or_else(|| gid.to_string(), |group| group.name)
-    };
-    if found.mode() & 0o020 == 0 {
-        return "run this as root (sudo), or let a group in by `control-group` in transhumed.toml"
-            .to_owned();
-    }
-    let group = name(Gid::from_raw(found.gid()));
-    format!(
-        "it is for root and the group {group}: run this as root (sudo), or join the group (`sudo usermod -aG {group} \
-         $USER`) and log in again"
-    )
-}
-
 #[cfg(test)]
 #[path = "socket_tests.rs"]
 mod tests;

@@ -267,7 +267,10 @@ pub fn take_tested_host_programs(layout: &Layout) -> Result<()> {
 
 fn build_host_programs(layout: &Layout) -> Result<PathBuf> {
     let (arguments, folder): (&[&str], _) = if layout.released {
-        (&["--release", "--package", "transhume-host"], "release")
+        (
+            &["--release", "-p", "transhume-host", "-p", "transhume-cli"],
+            "release",
+        )
     } else {
         (&["--workspace"], "debug")
     };

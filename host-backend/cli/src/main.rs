@@ -2,7 +2,7 @@
 
 use clap::Parser;
 use std::process::ExitCode;
-use transhume_host::control::cli::Cli;
+use transhume_cli::Cli;
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {

@@ -1,7 +1,9 @@
 //! The command line's end of the control socket.
 
-use super::{Error, Result, socket};
+use crate::{Error, Result};
+use nix::unistd::{Gid, Group};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::UnixStream;
@@ -24,7 +26,7 @@ impl Client {
     pub async fn connect(path: &Path) -> Result<Self> {
         let stream = UnixStream::connect(path).await.map_err(|error| {
             let cure = match error.kind() {
-                io::ErrorKind::PermissionDenied => socket::cure(path),
+                io::ErrorKind::PermissionDenied => cure(path),
                 _ => "is it running (`systemctl status transhumed`)? Another socket can be named by --socket \
                       or TRANSHUME_SOCKET"
                     .to_owned(),
@@ -97,5 +99,56 @@ impl Client {
     pub async fn ask(&mut self, request: &Request) -> Result<Response> {
         self.send(request).await?;
         self.receive().await
+    }
+}
+
+/// What a person can do about a socket that they may not connect to.
+fn cure(path: &Path) -> String {
+    let Ok(found) = std::fs::metadata(path) else {
+        return "run this as root (sudo); or let a group in: `control-group` in transhumed.toml, and \
+                RuntimeDirectoryMode=0711 in transhumed.service"
+            .to_owned();
+    };
+    let name = |gid: Gid| {
+        let group = Group::from_gid(gid).ok().flatten();
+        group.map_or_else(|| gid.to_string(), |group| group.name)
+    };
+    if found.mode() & 0o020 == 0 {
+        return "run this as root (sudo), or let a group in by `control-group` in transhumed.toml"
+            .to_owned();
+    }
+    let group = name(Gid::from_raw(found.gid()));
+    format!(
+        "it is for root and the group {group}: run this as root (sudo), or join the group (`sudo usermod -aG {group} \
+         $USER`) and log in again"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn who_may_not_connect_is_told_who_may() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let socket = folder.path().join("control.sock");
+        assert!(cure(&socket).contains("RuntimeDirectoryMode=0711"));
+        std::fs::write(&socket, "").expect("a file");
+        let mode = |mode| {
+            std::fs::set_permissions(&socket, Permissions::from_mode(mode)).expect("a mode");
+        };
+        mode(0o600);
+        assert!(cure(&socket).contains("control-group"));
+        mode(0o660);
+        let own = Group::from_gid(Gid::current())
+            .expect("groups")
+            .expect("a group");
+        let said = cure(&socket);
+        assert!(
+            said.contains(&format!("usermod -aG {}", own.name)),
+            "{said}"
+        );
     }
 }

@@ -1,18 +1,17 @@
 //! Answers as people read them.
 
-use crate::relay::progress::{Phase, Snapshot, Summary, Traffic};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fmt::Write;
 use std::time::{Duration, Instant};
-use transhume_api::{Choice, Mode};
-use transhume_api::{JobInfo, JobState, MachineInfo, Response, VmInfo};
+use transhume_api::migration::{Phase, Snapshot, Summary, Traffic};
+use transhume_api::{Choice, JobInfo, JobState, MachineInfo, Mode, Response, VmInfo};
 
 const PAGE: u64 = 4096;
 /// How often a line is written where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
 /// For programs: the answer's content, on one line.
-pub(super) fn json(response: &Response) -> String {
+pub(crate) fn json(response: &Response) -> String {
     let whole = serde_json::to_value(response).unwrap_or_default();
     match (response, whole) {
         // What went wrong keeps its name, so that it cannot be taken for an answer.
@@ -27,7 +26,7 @@ pub(super) fn json(response: &Response) -> String {
 }
 
 /// For people.
-pub(super) fn people(response: &Response) -> String {
+pub(crate) fn people(response: &Response) -> String {
     match response {
         Response::Vm(info) => vm(info),
         Response::Vms(all) => vms(all),
@@ -40,7 +39,7 @@ pub(super) fn people(response: &Response) -> String {
 }
 
 /// A number of bytes in three digits or so.
-pub(super) fn bytes(number: u64) -> String {
+pub(crate) fn bytes(number: u64) -> String {
     let units = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut unit = 0;
     let mut scaled = to_float(number);
@@ -86,7 +85,7 @@ fn duration(ms: f64) -> String {
 }
 
 /// A moment in milliseconds since 1970, in UTC: `2026-11-30 04:20:54 UTC`.
-pub(super) fn date(ms: u64) -> String {
+pub(crate) fn date(ms: u64) -> String {
     let (days, seconds) = (ms / 86_400_000, ms / 1000 % 86_400);
     // Days to a date: H. Hinnant, "chrono-Compatible Low-Level Date Algorithms".
     let shifted = days + 719_468;
@@ -300,7 +299,7 @@ fn jobs(all: &[JobInfo]) -> String {
 }
 
 /// A job, and its summary if it is completed.
-pub(super) fn job(job: &JobInfo) -> String {
+pub(crate) fn job(job: &JobInfo) -> String {
     let JobInfo { id, vm, to, .. } = job;
     match (job.state, &job.summary, &job.plan_text, &job.error) {
         (JobState::Completed, Some(all), ..) => summary(all),
@@ -517,7 +516,7 @@ const STANDSTILL: f64 = 10_000.0;
 const GROUND_MS: u64 = 4000;
 
 /// Shows how a job goes: a bar on a terminal, lines elsewhere, nothing for programs. On standard error.
-pub(super) struct Progress {
+pub(crate) struct Progress {
     bar: Option<ProgressBar>,
     silent: bool,
     last: Option<(Instant, Phase)>,
@@ -529,7 +528,7 @@ pub(super) struct Progress {
 }
 
 impl Progress {
-    pub(super) fn new(terminal: bool, silent: bool) -> Self {
+    pub(crate) fn new(terminal: bool, silent: bool) -> Self {
         let bar = terminal.then(|| {
             let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr());
             // A template without mistakes always parses.
@@ -575,7 +574,7 @@ impl Progress {
         self.before = Some((now, traffic));
     }
 
-    pub(super) fn show(&mut self, job: &JobInfo) {
+    pub(crate) fn show(&mut self, job: &JobInfo) {
         if self.silent {
             return;
         }
@@ -641,7 +640,7 @@ impl Progress {
         }
     }
 
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         if let Some(bar) = self.bar.take() {
             bar.finish_and_clear();
         }

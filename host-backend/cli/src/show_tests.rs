@@ -1,5 +1,5 @@
 use super::*;
-use crate::relay::progress::{Classes, Downtime, Expected, Phases, PostCopy, Stalls};
+use transhume_api::migration::{Classes, Downtime, Expected, Phases, PostCopy, Stalls};
 use transhume_api::{Failure, FailureKind};
 
 fn job(state: JobState) -> JobInfo {

@@ -1,22 +1,20 @@
 //! The commands `transhume vm`.
 
-use super::cli::print_line;
-use super::client::Client;
-use super::show;
-use super::{Error, Result};
+use crate::cli::print_line;
+use crate::{Client, Error, Result, show};
 use clap::Subcommand;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::sync::Semaphore;
-use transhume_api::{Request, Response};
+use transhume_api::{Failure, FailureKind, Request, Response};
 use transhume_base::names::{MAX_DEFINITION_LEN, is_name};
 
 /// VMs that are stopped at once by one command: the service serves a number of clients.
 const AT_ONCE: usize = 32;
 
 #[derive(Debug, Subcommand)]
-pub(super) enum VmCommand {
+pub(crate) enum VmCommand {
     /// Start a VM
     ///
     /// From a file, whose definition is kept here from then on, or one that is defined here already. The other hosts of
@@ -127,7 +125,7 @@ pub(super) enum VmCommand {
 }
 
 impl VmCommand {
-    pub(super) fn request(&self) -> Result<Request> {
+    pub(crate) fn request(&self) -> Result<Request> {
         Ok(match self {
             Self::Start { what, anyway } => match what.to_str() {
                 Some(name) if is_name(name) => Request::VmStartDefined {
@@ -180,12 +178,12 @@ impl VmCommand {
     }
 
     /// Whether it is about all VMs: [`VmCommand::stop_all`].
-    pub(super) fn is_for_all(&self) -> bool {
+    pub(crate) fn is_for_all(&self) -> bool {
         matches!(self, Self::Stop { all: true, .. })
     }
 
     /// Ends all VMs that run here, at once, and tells of each what became of it; what to exit with.
-    pub(super) async fn stop_all(&self, socket: &Path, json: bool) -> Result<u8> {
+    pub(crate) async fn stop_all(&self, socket: &Path, json: bool) -> Result<u8> {
         let Self::Stop {
             force,
             shutdown_timeout,
@@ -216,9 +214,7 @@ impl VmCommand {
         }
         let (mut all, mut code) = (serde_json::Map::new(), 0);
         for (name, stop) in stops {
-            let stopped = stop
-                .await
-                .unwrap_or_else(|error| Err(Error::busy(format!("no answer: {error}"))));
+            let stopped = stop.await.unwrap_or_else(|error| Err(unanswered(&error)));
             let said = match &stopped {
                 Ok(response) => show::people(response),
                 Err(error) => {
@@ -242,8 +238,15 @@ impl VmCommand {
     }
 }
 
+fn unanswered(why: &tokio::task::JoinError) -> Error {
+    Error::Answered(Failure {
+        kind: FailureKind::Failed,
+        message: format!("no answer: {why}"),
+    })
+}
+
 /// A file given where a name belongs is a common slip.
-pub(super) fn check_name(name: &str) -> Result<String> {
+pub(crate) fn check_name(name: &str) -> Result<String> {
     if is_name(name) {
         return Ok(name.to_owned());
     }

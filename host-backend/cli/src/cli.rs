@@ -1,16 +1,12 @@
 //! The command `transhume`.
 
-use super::cli_vms::{VmCommand, check_name};
-use super::client::Client;
-use super::show;
-use super::{Error, Result};
+use crate::vm_commands::{VmCommand, check_name};
+use crate::{Client, Error, Result, show};
 use clap::{Args, Parser, Subcommand};
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use transhume_api::Goal;
-use transhume_api::Mode;
-use transhume_api::{Failure, FailureKind, JobInfo, Request, Response};
+use transhume_api::{Failure, FailureKind, Goal, JobInfo, JobState, Mode, Request, Response};
 use transhume_base::names::is_name;
 use transhume_pki::Authority;
 
@@ -304,7 +300,7 @@ impl Cli {
             let Response::Job(job) = response else {
                 continue;
             };
-            if job.state == transhume_api::JobState::Running {
+            if job.state == JobState::Running {
                 progress.show(&job);
                 if self.json && matches!(self.command, Command::Job(_)) {
                     print_line(&show::json(&Response::Job(job)));
@@ -428,7 +424,7 @@ fn lost_sight(id: u64, error: Error) -> Error {
     }
 }
 
-pub(super) fn print_line(text: &str) {
+pub(crate) fn print_line(text: &str) {
     // A reader that went away (`| head`) is no error of ours.
     let _ = writeln!(std::io::stdout(), "{text}");
 }
