@@ -1,9 +1,7 @@
-//! Transhume's host side: the service `transhumed` and the command `transhume`, of those rooms that are no crates yet.
-//! A room knows the rooms below it only: `control` → `relay` → `hypervisor`; all of them stand on the crates beside
-//! this one (docs/decisions/0029).
+//! Transhume's host side: the service `transhumed`, of those rooms that are no crates yet.
+//! `control` knows `relay`, and both stand on the crates beside this one (docs/decisions/0029).
 
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
 pub mod control;
-pub mod hypervisor;
 pub mod relay;

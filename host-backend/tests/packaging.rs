@@ -1,6 +1,6 @@
 //! The examples that are installed are understood by the programs that they are for.
 
-use transhume_host::hypervisor::Definition;
+use transhume_machine::Definition;
 
 #[test]
 fn the_example_of_a_vm_is_valid() {

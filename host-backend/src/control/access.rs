@@ -5,13 +5,13 @@
 
 use super::config::Config;
 use super::{Error, Result};
-use crate::hypervisor::definition::{Accelerator, is_interface};
-use crate::hypervisor::{Definition, Limits};
 use serde::Deserialize;
 use std::path::{Component, Path, PathBuf};
 use transhume_api::Request;
 use transhume_base::audit::{self, Who};
 use transhume_base::names::is_name;
+use transhume_hypervisor::definition::{Accelerator, is_interface};
+use transhume_hypervisor::{Definition, Limits};
 
 /// What VMs from other hosts may use here; what is not named is refused.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]

@@ -1,5 +1,5 @@
 use super::*;
-use crate::hypervisor::LaunchSettings;
+use transhume_hypervisor::LaunchSettings;
 
 const HEAD: &str = "host = \"hostb\"\nplain-link = true\n";
 

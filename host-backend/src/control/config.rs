@@ -2,12 +2,12 @@
 
 use super::access::{Incoming, Peer};
 use super::{Error, Result};
-use crate::hypervisor::{LaunchSettings, Size, User};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use transhume_base::names::is_name;
+use transhume_hypervisor::{LaunchSettings, Size, User};
 use transhume_link::{Files, Security};
 
 const MAX_TEXT: u64 = 1 << 20;

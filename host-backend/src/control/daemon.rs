@@ -9,7 +9,6 @@ use super::state::{Found, Record, State};
 use super::table::{Entry, Table};
 use super::watch::watch;
 use super::{Error, Result};
-use crate::hypervisor::{Identity, LaunchSettings, Vm, preflight};
 use crate::relay::progress::Phase;
 use crate::relay::{self, ErrorKind, destination, source};
 use serde_json::Value;
@@ -21,6 +20,7 @@ use tracing::Instrument;
 use transhume_api::{
     DiskInfo, Failure, FailureKind, JobInfo, JobState, MachineInfo, Request, Response, VmInfo,
 };
+use transhume_hypervisor::{Identity, LaunchSettings, Vm, preflight};
 
 /// How long a list waits for each QEMU.
 const GLANCE: Duration = Duration::from_secs(2);

@@ -1,10 +1,10 @@
 //! What the relay needs of the service when VMs arrive.
 
 use super::daemon::Daemon;
-use crate::hypervisor::{Definition, LaunchSettings, Limits, Vm};
 use crate::relay::destination;
 use crate::relay::source::Presence;
 use std::sync::Arc;
+use transhume_hypervisor::{Definition, LaunchSettings, Limits, Vm};
 use transhume_link::Security;
 
 /// The service, as arriving VMs see it.

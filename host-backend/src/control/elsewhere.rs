@@ -4,11 +4,11 @@
 use super::daemon::Daemon;
 use super::table::Entry;
 use super::{Error, Result};
-use crate::hypervisor::boot_id;
 use crate::relay::source::{Destination, Presence, locate};
 use std::sync::Arc;
 use std::time::Duration;
 use tracing::Instrument;
+use transhume_hypervisor::boot_id;
 
 /// How long all other hosts together may take to answer.
 const ASKING: Duration = Duration::from_secs(5);

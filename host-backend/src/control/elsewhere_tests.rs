@@ -2,13 +2,13 @@ use super::*;
 use crate::control::config::Config;
 use crate::control::door::Door;
 use crate::control::state::{Record, State, Stopped};
-use crate::hypervisor::Identity;
-use crate::hypervisor::fake::{FakeQemu, definition};
 use crate::relay::destination;
 use std::net::SocketAddr;
 use std::path::Path;
 use tokio::net::TcpListener;
 use transhume_api::{Request, Response, VmInfo};
+use transhume_hypervisor::Identity;
+use transhume_hypervisor::fake::{FakeQemu, definition};
 
 /// A host `name` in that folder, which knows another one at `address`.
 async fn host(folder: &Path, name: &str, address: SocketAddr) -> Arc<Daemon> {

@@ -1,10 +1,10 @@
 //! What can go wrong in the service.
 
-use crate::hypervisor;
-use crate::hypervisor::preflight::Refusal;
 use std::io;
 use std::path::PathBuf;
 use transhume_api::{Failure, FailureKind};
+use transhume_hypervisor as hypervisor;
+use transhume_hypervisor::preflight::Refusal;
 
 /// An error of the service. Each message names the cause and the cure.
 #[derive(Debug, thiserror::Error)]

@@ -3,13 +3,13 @@
 
 use super::state::{State, Unreadable};
 use super::{Error, Result};
-use crate::hypervisor::Identity;
 use crate::relay::progress::{Phase, Progress, Summary};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
 use transhume_api::{JobInfo, JobState, Offered};
+use transhume_hypervisor::Identity;
 
 /// Ended jobs that are kept.
 const KEPT: usize = 100;

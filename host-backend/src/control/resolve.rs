@@ -6,7 +6,6 @@ use super::daemon::Daemon;
 use super::jobs::{Ending, Job};
 use super::table::Entry;
 use super::{Error, Result};
-use crate::hypervisor::{self, Identity, Vm};
 use crate::relay::progress::Phase;
 use crate::relay::source::{Destination, Journal, Keeper, Rest, ask};
 use std::io;
@@ -14,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tracing::Instrument;
 use transhume_api::{JobInfo, JobState, Offered, Response};
+use transhume_hypervisor::{self as hypervisor, Identity, Vm};
 
 /// How long QEMU may take to notice that its migration was cut off.
 const INTERRUPTED_PATIENCE: Duration = Duration::from_secs(5);

@@ -1,7 +1,7 @@
 use super::*;
 use crate::control::config::Config;
 use crate::control::jobs::Begun;
-use crate::hypervisor::fake::{FakeQemu, definition, settings};
+use transhume_hypervisor::fake::{FakeQemu, definition, settings};
 
 struct Scene {
     _folder: tempfile::TempDir,

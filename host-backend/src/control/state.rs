@@ -5,7 +5,6 @@
 //! of a newer version, is left as it is, and what it is about is held back.
 
 use super::{Error, Result};
-use crate::hypervisor::{self, Definition, Identity, boot_id};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder};
 use std::io;
@@ -16,6 +15,7 @@ use transhume_api::{JobInfo, JobState};
 use transhume_base::bounded::read_text;
 use transhume_base::durable;
 use transhume_base::names::is_name;
+use transhume_hypervisor::{self as hypervisor, Definition, Identity, boot_id};
 
 const MAX_FILE: u64 = 2 << 20;
 /// The version of the files that are written.

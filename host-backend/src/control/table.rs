@@ -2,12 +2,12 @@
 
 use super::state::{Record, State};
 use super::{Error, Result};
-use crate::hypervisor::{Definition, Vm};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 use transhume_api::JobInfo;
+use transhume_hypervisor::{Definition, Vm};
 
 /// VMs that left, of which it is still known how.
 const REMEMBERED: usize = 64;

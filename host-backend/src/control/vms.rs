@@ -5,11 +5,13 @@ use super::jobs::Job;
 use super::state::{Record, Stopped};
 use super::table::Entry;
 use super::{Error, Result};
-use crate::hypervisor::{self, Definition, Start, Vm, command_line, holders, preflight};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use transhume_api::Response;
+use transhume_hypervisor::{
+    self as hypervisor, Definition, Start, Vm, command_line, holders, preflight,
+};
 
 /// How long a guest may take to shut down if nothing else is said.
 const SHUTDOWN: Duration = Duration::from_secs(60);

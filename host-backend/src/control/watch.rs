@@ -1,9 +1,9 @@
 //! Sees VMs end by themselves.
 
 use super::daemon::Daemon;
-use crate::hypervisor::Vm;
 use std::sync::Arc;
 use std::time::Duration;
+use transhume_hypervisor::Vm;
 
 /// How long QEMU may take to end after its QMP connection has.
 const PATIENCE: Duration = Duration::from_secs(5);

@@ -7,8 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::hypervisor::Vm;
 use transhume_guest::{self as guest, ClockNote, ClockSet, ClockSetter, Known};
+use transhume_hypervisor::Vm;
 use transhume_protocol::agent::ClockOutcome;
 
 /// How long the agent may take to answer.

@@ -4,9 +4,9 @@
 use transhume_protocol::link::Offer;
 
 use super::Host;
-use crate::hypervisor::preflight;
 use transhume_base::audit::{self, Who};
 use transhume_base::names::is_name;
+use transhume_hypervisor::preflight;
 use transhume_link::{Connection, Security};
 
 /// The other end of a connection.

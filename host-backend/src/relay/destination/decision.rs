@@ -6,8 +6,8 @@ use tokio::sync::watch;
 
 use super::Host;
 use super::arrivals::Stage;
-use crate::hypervisor::Vm;
-use crate::hypervisor::definition::Definition;
+use transhume_hypervisor::Vm;
+use transhume_hypervisor::definition::Definition;
 
 /// Keeps a name until the VM has arrived.
 pub(super) struct Reservation {

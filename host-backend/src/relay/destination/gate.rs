@@ -16,11 +16,11 @@ use transhume_protocol::qemu::return_path::Message;
 use super::output::{Arrived, Output};
 use super::placement::Placement;
 use super::reply::{Replies, Reply};
-use crate::hypervisor::Vm;
-use crate::hypervisor::layout::{Layout, Region, main_memory_end};
 use crate::relay::agent;
 use absent::{Absent, Held, Map};
 use transhume_guest::{self as guest, Agent, ClockSet, ClockSetter, Known, unusable};
+use transhume_hypervisor::Vm;
+use transhume_hypervisor::layout::{Layout, Region, main_memory_end};
 use transhume_pages::PAGE_SIZE;
 
 pub(super) use absent::Block;

@@ -2,8 +2,8 @@
 
 use transhume_protocol::link::Offer;
 
-use crate::hypervisor::qmp::Version;
-use crate::hypervisor::{Build, Definition, LaunchSettings, preflight};
+use transhume_hypervisor::qmp::Version;
+use transhume_hypervisor::{Build, Definition, LaunchSettings, preflight};
 
 /// What was found to fit.
 pub(super) struct Fit {

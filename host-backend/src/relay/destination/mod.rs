@@ -46,9 +46,9 @@ use tracing::{Instrument, field};
 use transhume_protocol::link::{Control, Presence};
 use waiting::{GREETING, Waiting};
 
-use crate::hypervisor::{Definition, LaunchSettings, Limits, Vm};
 use transhume_base::allocator;
 use transhume_base::sync;
+use transhume_hypervisor::{Definition, LaunchSettings, Limits, Vm};
 use transhume_link::{Connection, PATIENCE, Security};
 
 /// Offers and queries served at once.

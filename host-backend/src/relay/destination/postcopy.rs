@@ -14,9 +14,9 @@ use transhume_protocol::qemu::{Command, CommandKind};
 use super::arrivals::{Arrivals, Stage};
 use super::engine::Engine;
 use super::gate::Gate;
-use crate::hypervisor::qmp::Event;
-use crate::hypervisor::{Qmp, Vm};
 use crate::relay::error::{CutOff, RelayError};
+use transhume_hypervisor::qmp::Event;
+use transhume_hypervisor::{Qmp, Vm};
 use transhume_pages::PageKey;
 use transhume_pages::bitmap::Bitmap;
 
@@ -178,7 +178,7 @@ impl Answers {
 }
 
 /// What is wrong when QEMU does not want post-copy.
-pub(super) fn unsupported(host: &str, error: &crate::hypervisor::Error) -> String {
+pub(super) fn unsupported(host: &str, error: &transhume_hypervisor::Error) -> String {
     format!(
         "QEMU on {host} cannot take a VM in post-copy: {error}; it needs userfaultfd (/dev/userfaultfd, or \
          vm.unprivileged_userfaultfd = 1) and no limit on locked memory. `--mode pre` does without"

@@ -11,10 +11,10 @@ use super::engine::{Target, Way};
 use super::look::Fit;
 use super::storage::Comparer;
 use super::{postcopy, recovery};
-use crate::hypervisor::command_line::Start;
-use crate::hypervisor::memory::GuestMemory;
-use crate::hypervisor::qmp::Version;
-use crate::hypervisor::{LaunchSettings, OpenedFiles, Vm, stream, virtqueues};
+use transhume_hypervisor::command_line::Start;
+use transhume_hypervisor::memory::GuestMemory;
+use transhume_hypervisor::qmp::Version;
+use transhume_hypervisor::{LaunchSettings, OpenedFiles, Vm, stream, virtqueues};
 use transhume_volume as volume;
 
 /// A migration as people know it: its number at its source, by which they find it there.
@@ -186,7 +186,7 @@ async fn take_post_copy(vm: &Vm, post_copy: PostCopy, host: &str) -> Result<bool
 
 /// Lets QEMU take the stream from a socket of ours.
 async fn connect(vm: &Vm, switchover_ack: bool, running: bool) -> Result<UnixStream, String> {
-    let text = |error: crate::hypervisor::Error| error.to_string();
+    let text = |error: transhume_hypervisor::Error| error.to_string();
     let mut capabilities = vec![("return-path", true), ("events", true)];
     if running {
         // The disks' locks are taken by `cont` alone: until then the source can have them back. A VM that

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use super::arrivals::{Arrival, Arrivals, Stage};
 use super::{forgotten, resume};
-use crate::hypervisor::{Definition, Error, LaunchSettings, Vm};
 use transhume_base::{bounded, durable};
+use transhume_hypervisor::{Definition, Error, LaunchSettings, Vm};
 
 const DEFINITION: &str = "definition.toml";
 const ARRIVAL: &str = "arrival";
@@ -310,7 +310,7 @@ fn is_nobody(error: &std::io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hypervisor::fake;
+    use transhume_hypervisor::fake;
 
     #[tokio::test]
     async fn whatever_was_made_for_an_arrival_goes() {

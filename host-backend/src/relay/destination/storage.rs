@@ -10,9 +10,9 @@ use std::time::Duration;
 use transhume_protocol::link::{Comparison, Control, Signs, StorageHere};
 
 use super::reply::{Replies, Reply};
-use crate::hypervisor::{Definition, LaunchSettings};
 use crate::relay::error::RelayError;
 use transhume_guest::monotonic_ns;
+use transhume_hypervisor::{Definition, LaunchSettings};
 use transhume_link::{Connection, Error, PATIENCE};
 use transhume_volume::same::{self, Signed, Storage};
 

@@ -12,8 +12,8 @@ use super::facts::Facts;
 use super::migration::cancelled;
 use super::request::{Destination, Request};
 use super::storage::{Agreed, Ours};
-use crate::hypervisor::Vm;
 use crate::relay::{Error, Stays};
+use transhume_hypervisor::Vm;
 use transhume_link::{self as link, Connection, PATIENCE, REFUSALS};
 
 /// How long the destination may look at its disks and its QEMU, and before that end an earlier attempt.

@@ -11,11 +11,11 @@ use super::migration::{Copied, Migration, Stop};
 use super::postcopy::keeps;
 use super::request::{Keeper, Request, ask};
 use super::shared::Shared;
-use crate::hypervisor::{self, Shutdown, Vm};
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Downtime, Phase, Summary};
 use crate::relay::{Error, IN_BETWEEN, Stays, agent};
 use transhume_api::{Choice, Mode};
+use transhume_hypervisor::{self as hypervisor, Shutdown, Vm};
 use transhume_link::PATIENCE;
 
 /// How long QEMU may take to run a VM again after a failure.
@@ -398,7 +398,7 @@ async fn stays_here(vm: &Vm, wake: impl Fn()) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hypervisor::fake::{FakeQemu, definition, settings};
+    use transhume_hypervisor::fake::{FakeQemu, definition, settings};
 
     #[tokio::test]
     async fn a_vm_stays_only_if_its_qemu_says_so_or_has_ended() {

@@ -6,11 +6,11 @@ use serde::{Deserialize, Serialize};
 use transhume_protocol::link::{Offer, Signs};
 
 use super::request::Request;
-use crate::hypervisor::definition::{Accelerator, MissedWrites};
-use crate::hypervisor::layout::{Layout, Region};
-use crate::hypervisor::preflight::Needs;
-use crate::hypervisor::{Vm, virtqueues};
 use crate::relay::Error;
+use transhume_hypervisor::definition::{Accelerator, MissedWrites};
+use transhume_hypervisor::layout::{Layout, Region};
+use transhume_hypervisor::preflight::Needs;
+use transhume_hypervisor::{Vm, virtqueues};
 use transhume_pages::digest;
 
 use super::storage::SharedDisk;
@@ -160,7 +160,7 @@ async fn refuse_virtio_mem(vm: &Vm) -> Result<(), Error> {
 }
 
 /// Some QEMUs that run a VM by their translator do not see all that the guest writes while it migrates: pages arrive as
-/// they once were. See [`crate::hypervisor::build`].
+/// they once were. See [`transhume_hypervisor::build`].
 async fn refuse_missed_writes(vm: &Vm) -> Result<(), Error> {
     let (qmp, name) = (vm.qmp(), vm.name());
     let version = qmp.version();

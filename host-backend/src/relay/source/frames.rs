@@ -6,7 +6,7 @@
 use transhume_protocol::agent::FrameRun;
 use transhume_protocol::qemu::Block;
 
-use crate::hypervisor::layout::Region;
+use transhume_hypervisor::layout::Region;
 use transhume_pages::PAGE_SIZE;
 
 /// Where the guest's frames are in QEMU's blocks.

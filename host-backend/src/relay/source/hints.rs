@@ -134,8 +134,8 @@ mod tests {
 
     use transhume_protocol::link::{BATCH_HEADER_LEN, BatchEncoding, BatchHeader, decode_hints};
 
-    use crate::hypervisor::layout::Region;
     use crate::relay::source::flow::{Next, Outgoing};
+    use transhume_hypervisor::layout::Region;
     use transhume_pages::PageKey;
     use transhume_pages::hint_table::Place;
 

@@ -337,7 +337,7 @@ fn classes(answer: &MemoryOrder) -> Classes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hypervisor::layout::Region;
+    use transhume_hypervisor::layout::Region;
     use transhume_protocol::agent::{ClassCounts, FrameRun};
 
     const PAGES: u64 = 1000;

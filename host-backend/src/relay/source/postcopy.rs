@@ -25,12 +25,12 @@ use super::migration::{Copied, Migration, PAUSED_PATIENCE, Stop, link_away_while
 use super::resume::Rest;
 use super::shared::Shared;
 use super::stream::StreamReader;
-use crate::hypervisor::Vm;
-use crate::hypervisor::qmp::Event;
-use crate::hypervisor::qmp_commands::Migration as Said;
 use crate::relay::Error;
 use crate::relay::error::{CutOff, RelayError};
 use crate::relay::progress::{Counter, Phase, PostCopy, Progress, Summary};
+use transhume_hypervisor::Vm;
+use transhume_hypervisor::qmp::Event;
+use transhume_hypervisor::qmp_commands::Migration as Said;
 use transhume_link::PATIENCE;
 
 /// How often QEMU is asked how far it is.
@@ -188,7 +188,7 @@ impl Start {
         seen: &Seen,
         choice: &Choice,
         shared: &Shared,
-        qmp: &crate::hypervisor::Qmp,
+        qmp: &transhume_hypervisor::Qmp,
     ) -> Result<(), Stop> {
         if self.begun || !choice.is_post() {
             return Ok(());

@@ -19,11 +19,11 @@ use super::report::Reports;
 use super::shared::Sockets;
 use super::storage::Agreed;
 use super::transmit::Packer;
-use crate::hypervisor;
-use crate::hypervisor::qmp::Version;
-use crate::hypervisor::stream::Door;
 use crate::relay::error::RelayError;
 use transhume_guest::DiskName;
+use transhume_hypervisor as hypervisor;
+use transhume_hypervisor::qmp::Version;
+use transhume_hypervisor::stream::Door;
 use transhume_link::session::{Rejoin, Session};
 use transhume_link::{self as link, Connection, START_PATIENCE};
 

@@ -8,9 +8,9 @@ pub use transhume_protocol::link::Presence;
 
 use super::facts::Plan;
 use super::postcopy::keeps;
-use crate::hypervisor::Vm;
 use crate::relay::progress::Summary;
 use transhume_api::Goal;
+use transhume_hypervisor::Vm;
 use transhume_link::{Connection, PATIENCE, Security};
 
 /// Where the phases of a migration are noted before they are acted on.

@@ -20,10 +20,10 @@ use super::preparation::connections;
 use super::request::Destination;
 use super::shared::{Shared, Sockets};
 use super::transmit::Packer;
-use crate::hypervisor::{Vm, stream};
 use crate::relay::error::{CutOff, RelayError};
 use crate::relay::progress::{Phase, Progress};
 use crate::relay::{Error, table};
+use transhume_hypervisor::{Vm, stream};
 use transhume_link::session::{Rejoin, Session};
 use transhume_link::{Connection, START_PATIENCE};
 
@@ -67,8 +67,8 @@ impl From<CutOff> for Not {
     }
 }
 
-impl From<crate::hypervisor::Error> for Not {
-    fn from(error: crate::hypervisor::Error) -> Self {
+impl From<transhume_hypervisor::Error> for Not {
+    fn from(error: transhume_hypervisor::Error) -> Self {
         Self::Now(error.to_string())
     }
 }

@@ -5,7 +5,7 @@ use std::num::NonZeroU8;
 use serde_json::{Value, json};
 
 use super::switchover::FIRST_LIMIT_MS;
-use crate::hypervisor::{Qmp, Result};
+use transhume_hypervisor::{Qmp, Result};
 
 /// More than any link carries, in bytes a second: the relay sets the pace.
 const UNLIMITED: u64 = 1 << 40;

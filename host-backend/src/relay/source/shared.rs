@@ -25,11 +25,11 @@ use super::rendezvous::Rendezvous;
 use super::requests::Requests;
 use super::stream::StreamReader;
 use super::transmit::{Packer, Transmitter};
-use crate::hypervisor::stream;
 use crate::relay::IN_BETWEEN;
 use crate::relay::error::RelayError;
 use crate::relay::progress::{Counter, Progress, Traffic};
 use crate::relay::threads;
+use transhume_hypervisor::stream;
 use transhume_link::session::Session;
 use transhume_pages::digest::Digester;
 

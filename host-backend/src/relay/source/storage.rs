@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use transhume_protocol::link::{COMPARED_BLOCK, Compared, Comparison, Control, Signs, StorageHere};
 
 use super::agreement::Failure;
-use crate::hypervisor::Definition;
-use crate::hypervisor::definition::{Format, Shared};
+use transhume_hypervisor::Definition;
+use transhume_hypervisor::definition::{Format, Shared};
 use transhume_link::{self as link, Connection};
 use transhume_pages::SECTORS_PER_PAGE;
 use transhume_pages::hint_table::Place;

@@ -12,11 +12,11 @@ use serde_json::json;
 
 use super::goal::{Aim, Seen};
 use super::shared::Shared;
-use crate::hypervisor::Qmp;
-use crate::hypervisor::qmp_commands::Migration;
 use crate::relay::error::RelayError;
 use crate::relay::progress::Counter;
 use transhume_api::Goal;
+use transhume_hypervisor::Qmp;
+use transhume_hypervisor::qmp_commands::Migration;
 use transhume_pages::PAGE_SIZE;
 
 /// Rate of a link that has not been measured yet, in bytes a second.

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use transhume_protocol::agent::FrameRun;
 
-use crate::hypervisor::layout::Region;
 use crate::relay::destination::output::Arrived;
+use transhume_hypervisor::layout::Region;
 use transhume_pages::bitmap::Bitmap;
 use transhume_pages::{PAGE_SIZE, PageKey};
 
@@ -242,7 +242,7 @@ impl Held {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hypervisor::layout::main_memory_end;
+    use transhume_hypervisor::layout::main_memory_end;
 
     fn region(start: u64, pages: u64, block: &str, offset: u64) -> Region {
         Region {

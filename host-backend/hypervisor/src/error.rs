@@ -117,7 +117,8 @@ impl From<Outlives> for Error {
 }
 
 impl Error {
-    pub(crate) fn file(action: &'static str, path: impl Into<PathBuf>, source: io::Error) -> Self {
+    /// That a file or a folder could not be used.
+    pub fn file(action: &'static str, path: impl Into<PathBuf>, source: io::Error) -> Self {
         Self::File {
             action,
             path: path.into(),

@@ -1,13 +1,15 @@
 //! Drivers of hypervisors: start, find, watch and stop virtual machines. They know nothing of pages.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
 mod binary;
 mod build;
 pub mod command_line;
 #[cfg(test)]
 mod confine_tests;
 mod error;
-#[cfg(test)]
-pub(crate) mod fake;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
 mod files;
 mod handed;
 mod holders;

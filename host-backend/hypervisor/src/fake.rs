@@ -1,5 +1,11 @@
 //! A QEMU for tests: its monitor is served here, and its process is another one, so that it can be ended.
 
+#![allow(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    reason = "only tests use it"
+)]
+
 use super::{Definition, Identity, LaunchSettings, Qmp, Vm};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -28,13 +34,13 @@ struct State {
 
 /// See the module. Its process ends when this is dropped.
 #[derive(Debug, Clone)]
-pub(crate) struct FakeQemu {
+pub struct FakeQemu {
     qmp: PathBuf,
     state: Arc<Mutex<State>>,
 }
 
 /// Settings whose run directory is that folder.
-pub(crate) fn settings(folder: &Path) -> LaunchSettings {
+pub fn settings(folder: &Path) -> LaunchSettings {
     LaunchSettings {
         host: "hosta".to_owned(),
         run_directory: folder.to_owned(),
@@ -45,7 +51,7 @@ pub(crate) fn settings(folder: &Path) -> LaunchSettings {
 }
 
 /// The definition of a small VM.
-pub(crate) fn definition(name: &str) -> Definition {
+pub fn definition(name: &str) -> Definition {
     let text = format!("name = \"{name}\"\nmachine = \"pc\"\nmemory = \"64MiB\"\nvcpus = 1\n");
     Definition::parse(&text).expect("a definition")
 }
@@ -92,7 +98,7 @@ impl State {
 
 impl FakeQemu {
     /// The QEMU of the VM `name` in that run directory.
-    pub(crate) fn start(run_directory: &Path, name: &str) -> Self {
+    pub fn start(run_directory: &Path, name: &str) -> Self {
         let files = settings(run_directory).files(name);
         std::fs::create_dir_all(files.folder()).expect("a folder");
         let process = Command::new("sleep").arg("600").spawn().expect("a process");
@@ -129,43 +135,43 @@ impl FakeQemu {
     }
 
     /// What `query-migrate` says from now on.
-    pub(crate) fn set_migration(&self, status: &str) {
+    pub fn set_migration(&self, status: &str) {
         status.clone_into(&mut self.lock().migration);
     }
 
     /// Its monitor closes at the next command, and its process is there.
-    pub(crate) fn hang_up(&self) {
+    pub fn hang_up(&self) {
         self.lock().hangs_up = true;
     }
 
     /// `cont` is refused so many times.
-    pub(crate) fn refuse(&self, times: u32) {
+    pub fn refuse(&self, times: u32) {
         self.lock().refusals = times;
     }
 
     /// The commands that it was given.
-    pub(crate) fn commands(&self) -> Vec<String> {
+    pub fn commands(&self) -> Vec<String> {
         self.lock().commands.clone()
     }
 
     /// Ends its process, and removes its socket if it is to leave none.
-    pub(crate) fn end(&self, leaves_socket: bool) {
+    pub fn end(&self, leaves_socket: bool) {
         self.lock().end();
         if !leaves_socket {
             std::fs::remove_file(&self.qmp).expect("a socket");
         }
     }
 
-    pub(crate) fn identity(&self) -> Identity {
+    pub fn identity(&self) -> Identity {
         Identity::find(self.lock().process.id()).expect("it runs")
     }
 
-    pub(crate) fn is_alive(&self) -> bool {
+    pub fn is_alive(&self) -> bool {
         Process::find(self.lock().process.id()).is_some()
     }
 
     /// The VM that it runs.
-    pub(crate) async fn vm(&self, definition: &Definition, settings: &LaunchSettings) -> Vm {
+    pub async fn vm(&self, definition: &Definition, settings: &LaunchSettings) -> Vm {
         let qmp = Qmp::connect(&self.qmp, Duration::from_secs(20))
             .await
             .expect("a connection");

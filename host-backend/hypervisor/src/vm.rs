@@ -406,7 +406,7 @@ impl Vm {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fake"))]
 impl Vm {
     /// One of a QEMU that was not looked at.
     pub(super) fn of_parts(
