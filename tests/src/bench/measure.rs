@@ -169,7 +169,7 @@ fn by_transhume(setup: &Setup, hosts: &Hosts, span: Duration) -> Result<Measured
     let programs = setup.programs.as_ref().ok_or_else(|| {
         Error::machine(
             "transhumed is not built",
-            "Build it: cargo build --release -p transhume-host -p transhume-cli",
+            "Build it: cargo build --release -p transhume-control -p transhume-cli",
         )
     })?;
     let a = Daemon::start(hosts, &hosts.a, programs, qemu)?;

@@ -268,7 +268,13 @@ pub fn take_tested_host_programs(layout: &Layout) -> Result<()> {
 fn build_host_programs(layout: &Layout) -> Result<PathBuf> {
     let (arguments, folder): (&[&str], _) = if layout.released {
         (
-            &["--release", "-p", "transhume-host", "-p", "transhume-cli"],
+            &[
+                "--release",
+                "-p",
+                "transhume-control",
+                "-p",
+                "transhume-cli",
+            ],
             "release",
         )
     } else {

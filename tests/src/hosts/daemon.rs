@@ -204,7 +204,7 @@ impl Daemon {
         let mut run = run
             .arg("--config")
             .arg(&configuration)
-            .cure("Build it: cargo build --release -p transhume-host -p transhume-cli");
+            .cure("Build it: cargo build --release -p transhume-control -p transhume-cli");
         run.command()
             .stdout(Stdio::from(output))
             .stderr(Stdio::from(errors));

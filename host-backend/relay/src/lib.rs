@@ -1,0 +1,26 @@
+//! The two ends of a memory migration, and the phases that they share.
+//!
+//! [`source::migrate`] drives a migration; [`destination::serve`] answers it. Between them stand the
+//! two QEMUs, unmodified, each of which believes that it speaks to the other one:
+//!
+//! ```text
+//! QEMU ── stream ──► source relay ══ link ══► destination relay ── stream ──► QEMU
+//!      ◄─ return path ──────────────────────────────────────── return path ──
+//! ```
+
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
+mod agent;
+pub mod destination;
+mod error;
+pub mod progress;
+pub mod source;
+mod table;
+mod threads;
+
+/// How long the link may be away while neither host's QEMU can run a VM in post-copy: the source's has written
+/// its devices' state and does not go back, and the destination's has not loaded it.
+const IN_BETWEEN: std::time::Duration = std::time::Duration::from_secs(86_400);
+
+pub use agent::set_clock_right;
+pub use error::{Error, ErrorKind, Stays};
