@@ -1,5 +1,7 @@
 //! What the program says and exits with when nobody answers it.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 use std::process::{Command, Output};
 
 fn transhume(arguments: &[&str]) -> Output {

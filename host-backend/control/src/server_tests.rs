@@ -1,5 +1,4 @@
 use super::*;
-use std::path::Path;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use transhume_api::FailureKind;
 use transhume_cli::Client;

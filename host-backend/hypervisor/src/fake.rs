@@ -3,6 +3,7 @@
 #![allow(
     clippy::disallowed_methods,
     clippy::expect_used,
+    clippy::missing_panics_doc,
     reason = "only tests use it"
 )]
 
@@ -83,7 +84,7 @@ impl State {
                 Value::Null
             }
             "cont" => {
-                self.status = "running".to_owned();
+                "running".clone_into(&mut self.status);
                 json!({})
             }
             "query-status" => {
@@ -162,10 +163,12 @@ impl FakeQemu {
         }
     }
 
+    /// Its process.
     pub fn identity(&self) -> Identity {
         Identity::find(self.lock().process.id()).expect("it runs")
     }
 
+    /// Whether its process still runs.
     pub fn is_alive(&self) -> bool {
         Process::find(self.lock().process.id()).is_some()
     }

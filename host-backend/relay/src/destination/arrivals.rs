@@ -214,7 +214,7 @@ impl Arrivals {
     }
 
     /// Waits until there is none of these.
-    pub(crate) async fn idle(&self) {
+    pub async fn idle(&self) {
         // An error would mean that the sender is gone, which we hold.
         let _ = self
             .under_way
@@ -265,7 +265,7 @@ impl Arrivals {
     }
 
     /// Whether this host got the VM by that migration; `None` while it cannot be said.
-    pub(crate) fn owns(&self, vm: &str, job: u64) -> Option<bool> {
+    pub fn owns(&self, vm: &str, job: u64) -> Option<bool> {
         let arrival = self.of(job).filter(|arrival| arrival.vm == vm)?;
         match arrival.stage {
             Stage::Committed { .. }
@@ -280,7 +280,7 @@ impl Arrivals {
     }
 
     /// Whether part of a VM's memory is still at the host that it came from.
-    pub(crate) fn is_in_post_copy(&self, vm: &str) -> bool {
+    pub fn is_in_post_copy(&self, vm: &str) -> bool {
         let mut unfinished = self.unfinished().into_iter();
         unfinished.any(|arrival| arrival.vm == vm && arrival.stage == Stage::PostCopy)
     }
