@@ -413,7 +413,7 @@ fn linux(bed: &Bed, course: Course) -> Result<()> {
         ordered(&answer, &b, &console)?;
     }
     if course == Course::AgentLate {
-        check(b.words().contains("it is tried again"), || {
+        check(b.words().contains("it is asked again"), || {
             format!("The agent answered at once: {}", b.words())
         })?;
     }
