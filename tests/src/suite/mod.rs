@@ -1,6 +1,8 @@
 //! `cargo testbed test`: everything that is checked before a change lands.
 
 mod checks;
+#[cfg(test)]
+mod floors;
 pub(crate) mod lanes;
 mod plan;
 mod record;
