@@ -40,6 +40,22 @@ struct Log {
 }
 
 impl Log {
+    /// What the guest said last; if its kernel complained, all from there on.
+    fn last_words(&self) -> String {
+        let complaint = self.lines.iter().position(|(_, line)| {
+            ["rcu: ", "lockup", "hung task", "blocked for more than", "BUG: "]
+                .iter()
+                .any(|word| line.contains(word))
+        });
+        let from = complaint.unwrap_or(self.lines.len().saturating_sub(1));
+        let words = self.lines[from..].iter().take(COMPLAINT_LINES);
+        let words: Vec<&str> = words.map(|(_, line)| line.as_str()).collect();
+        if words.is_empty() {
+            return "nothing".into();
+        }
+        words.join("\n")
+    }
+
     /// How long ago the guest showed that it works, and where.
     fn last_beat(&self) -> String {
         self.beats.last().map_or_else(
@@ -64,6 +80,8 @@ pub struct Console {
 
 /// Lines before a guest's panic that are shown with it: its registers and the calls that led to it.
 const PANIC_LINES: usize = 60;
+/// Lines from a kernel's first complaint on that are shown of a guest that is late.
+const COMPLAINT_LINES: usize = 120;
 
 impl Console {
     /// Of a guest by this name.
@@ -156,14 +174,10 @@ impl Console {
                 next += 1;
             }
             if start.elapsed() > limit {
-                let last = log
-                    .lines
-                    .last()
-                    .map_or("nothing", |(_, line)| line.as_str());
                 return Err(Error::Late {
                     what: format!("\"{prefix}\" from the guest {}", self.name),
                     seconds: limit.as_secs(),
-                    hint: format!("It said last: {last}{}", log.last_beat()),
+                    hint: format!("It said last: {}{}", log.last_words(), log.last_beat()),
                 });
             }
             log = self
@@ -277,5 +291,23 @@ mod tests {
         assert_eq!((read.clock_ms, read.work, read.dirtied), (20, 3, 4));
         assert!(beat("beat 20 3", now, Side::Source).is_none());
         assert!(beat("ready", now, Side::Source).is_none());
+    }
+
+    #[test]
+    fn a_late_guest_shows_what_its_kernel_complained_of() {
+        let mut log = Log::default();
+        assert_eq!(log.last_words(), "nothing");
+        let mut say = |line: &str| log.lines.push((Side::Source, line.to_owned()));
+        say("init: begins");
+        say("mounted");
+        say("rcu: INFO: rcu_sched detected stalls");
+        say("task:insmod state:R");
+        let words = log.last_words();
+        assert_eq!(
+            words,
+            "rcu: INFO: rcu_sched detected stalls\ntask:insmod state:R"
+        );
+        log.lines.truncate(2);
+        assert_eq!(log.last_words(), "mounted");
     }
 }
