@@ -48,6 +48,13 @@ impl Version {
         self.release() > NEWEST_TRIED
     }
 
+    /// Whether the channels (`multifd`) of a QEMU of that version are known to be in an order that can be told; see
+    /// `docs/decisions/0013-multifd.md`.
+    pub fn tells_channels_order(self) -> bool {
+        let known = (8, 1)..(10, 0);
+        !self.is_untried() && !known.contains(&self.release())
+    }
+
     /// Whether the source of a post-copy keeps the VM until the destination has loaded its devices, so that a
     /// VM that cannot be loaded goes back.
     pub fn keeps_until_loaded(self) -> bool {

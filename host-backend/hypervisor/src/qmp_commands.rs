@@ -64,6 +64,19 @@ pub struct MigrationRam {
     pub dirty_sync_count: u64,
 }
 
+/// Whether a QEMU whose migration went over to post-copy can still run the VM, by what it says of it; `None` as long as
+/// it may be either.
+pub fn keeps_vm(status: Option<&str>) -> Option<bool> {
+    match status {
+        None | Some("none" | "failed" | "cancelled") => Some(true),
+        Some("completed") => Some(false),
+        Some(status) if status.starts_with("postcopy-") && status != "postcopy-device" => {
+            Some(false)
+        }
+        Some(_) => None,
+    }
+}
+
 impl Qmp {
     /// Whether the VM runs.
     ///

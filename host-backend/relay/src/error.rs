@@ -147,7 +147,7 @@ impl Error {
     }
 
     #[expect(clippy::needless_pass_by_value, reason = "it stands in `map_err`")]
-    pub(super) fn refused(reason: impl ToString) -> Self {
+    pub(crate) fn refused(reason: impl ToString) -> Self {
         Self::Refused {
             reasons: vec![reason.to_string()],
         }
@@ -156,7 +156,7 @@ impl Error {
 
 /// Why a relay's thread stopped. The first one of a relay is what the migration failed of.
 #[derive(Debug, ThisError)]
-pub(super) enum RelayError {
+pub(crate) enum RelayError {
     /// The link to the other host.
     #[error(transparent)]
     Link(#[from] transhume_link::Error),
@@ -209,7 +209,7 @@ pub(super) enum RelayError {
 
 /// Why the rest of a VM's memory does not follow it, at either host.
 #[derive(Debug)]
-pub(super) enum CutOff {
+pub(crate) enum CutOff {
     /// Its guest has ended by itself, so it needs none.
     GuestEnded(GuestEnd),
     /// The stream broke, or QEMU ended otherwise, for this reason.

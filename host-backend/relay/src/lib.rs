@@ -13,9 +13,14 @@
 mod agent;
 pub mod destination;
 mod error;
+mod policy;
 pub mod progress;
+mod qemu;
+mod ram_blocks;
+mod receive;
+mod send;
 pub mod source;
-mod table;
+mod storage;
 mod threads;
 
 /// How long the link may be away while neither host's QEMU can run a VM in post-copy: the source's has written

@@ -10,7 +10,7 @@ use transhume_protocol::link;
 pub use transhume_api::migration::*;
 
 /// What the destination tells of it, as it is shown.
-pub(super) fn stalls(told: link::Stalls) -> Stalls {
+pub(crate) fn stalls(told: link::Stalls) -> Stalls {
     let waits = told.processes.unwrap_or_default();
     let ms = |us: u64| Duration::from_micros(us).as_secs_f64() * 1e3;
     Stalls {

@@ -1,6 +1,6 @@
 //! Starts the threads of a relay.
 
-use super::error::RelayError;
+use crate::error::RelayError;
 use transhume_base::task;
 
 /// What a thread that can wait is nicer by than the guests' CPUs (`nice(2)`): where CPUs are short, it gets
@@ -8,7 +8,7 @@ use transhume_base::task;
 const NICE: i32 = 5;
 
 /// Starts a thread, and hands its error to `failed`.
-pub(super) fn spawn(
+pub(crate) fn spawn(
     name: &str,
     run: impl FnOnce() -> Result<(), RelayError> + Send + 'static,
     failed: impl FnOnce(RelayError) + Send + 'static,
@@ -26,7 +26,7 @@ pub(super) fn spawn(
 /// Puts the calling thread behind the guests. It is for work that takes much of a CPU, as compression does: on
 /// the disks' readers it made migrations longer by an eighth, since pages that they are late with cross the
 /// link.
-pub(super) fn yield_to_guests() {
+pub(crate) fn yield_to_guests() {
     // SAFETY: the call takes numbers alone; 0 is the calling thread, whose nice value is its own on Linux.
     // It can fail for no reason but a lower value, and would change nothing then.
     unsafe { nix::libc::setpriority(nix::libc::PRIO_PROCESS, 0, NICE) };

@@ -34,10 +34,10 @@ struct State {
 
 /// See the module.
 #[derive(Clone, Default)]
-pub(super) struct Attempts(Arc<Mutex<State>>);
+pub(crate) struct Attempts(Arc<Mutex<State>>);
 
 /// An offer that is being dealt with, until this is dropped.
-pub(super) struct Entry {
+pub(crate) struct Entry {
     attempts: Attempts,
     entry: u64,
 }
@@ -51,7 +51,7 @@ impl Drop for Entry {
 
 impl Entry {
     /// From now on it is ended in that way; at once if it is to end already.
-    pub(super) fn ends_by(&self, end: impl Fn() + Send + 'static) {
+    pub(crate) fn ends_by(&self, end: impl Fn() + Send + 'static) {
         let mut state = self.attempts.lock();
         let own = state
             .attempts
@@ -81,7 +81,7 @@ impl Attempts {
     ///
     /// # Errors
     /// Why it cannot be dealt with, for people.
-    pub(super) async fn enter(
+    pub(crate) async fn enter(
         &self,
         offer: &Offer,
         end: impl Fn() + Send + 'static,
@@ -150,7 +150,7 @@ impl Attempts {
     }
 
     /// Ends what is done for an offer, whose source has given it up. What came before counts.
-    pub(super) fn end(&self, job: u64) {
+    pub(crate) fn end(&self, job: u64) {
         let mut state = self.lock();
         for one in state.attempts.iter_mut().filter(|one| one.job == job) {
             one.over = true;

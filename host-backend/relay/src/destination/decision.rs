@@ -4,20 +4,20 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use super::Host;
-use super::arrivals::Stage;
+use super::host::Host;
+use super::journal::Stage;
 use transhume_hypervisor::Vm;
 use transhume_hypervisor::definition::Definition;
 
 /// Keeps a name until the VM has arrived.
-pub(super) struct Reservation {
-    pub(super) host: Arc<dyn Host>,
-    pub(super) vm: String,
-    pub(super) kept: bool,
+pub(crate) struct Reservation {
+    pub(crate) host: Arc<dyn Host>,
+    pub(crate) vm: String,
+    pub(crate) kept: bool,
 }
 
 impl Reservation {
-    pub(super) fn make(host: &Arc<dyn Host>, vm: &Definition) -> Result<Self, String> {
+    pub(crate) fn make(host: &Arc<dyn Host>, vm: &Definition) -> Result<Self, String> {
         host.reserve(vm)?;
         Ok(Self {
             host: Arc::clone(host),
@@ -36,15 +36,15 @@ impl Drop for Reservation {
 }
 
 /// What is decided on a migration: journalled, and told to whoever asks.
-pub(super) struct Decision {
-    pub(super) host: Arc<dyn Host>,
-    pub(super) job: u64,
-    pub(super) vm: String,
-    pub(super) outcome: watch::Sender<Option<bool>>,
+pub(crate) struct Decision {
+    pub(crate) host: Arc<dyn Host>,
+    pub(crate) job: u64,
+    pub(crate) vm: String,
+    pub(crate) outcome: watch::Sender<Option<bool>>,
 }
 
 impl Decision {
-    pub(super) fn note(&self, stage: Stage) -> Result<(), String> {
+    pub(crate) fn note(&self, stage: Stage) -> Result<(), String> {
         let noted = self.host.arrivals().note(self.job, &self.vm, stage);
         noted.map_err(|error| {
             format!(
@@ -55,21 +55,21 @@ impl Decision {
     }
 
     /// The VM runs here, and part of its memory is still to come.
-    pub(super) fn follows(&self) {
+    pub(crate) fn follows(&self) {
         let arrivals = self.host.arrivals();
         arrivals.note_surely(self.job, &self.vm, Stage::PostCopy);
         let _ = self.outcome.send(Some(true));
     }
 
     /// It is decided. A note that cannot be written is made up for later, or after a restart.
-    pub(super) fn end(&self, stage: Stage) {
+    pub(crate) fn end(&self, stage: Stage) {
         let arrivals = self.host.arrivals();
         arrivals.note_surely(self.job, &self.vm, stage);
         let _ = self.outcome.send(Some(stage == Stage::Taken));
     }
 
     /// Ends a QEMU that never ran the VM, and removes what was made for it.
-    pub(super) async fn abandon(&self, vm: &Vm) {
+    pub(crate) async fn abandon(&self, vm: &Vm) {
         match vm.kill().await {
             Ok(()) => {
                 if let Err(error) = vm.files().remove() {

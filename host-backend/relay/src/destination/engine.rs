@@ -10,16 +10,17 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use transhume_protocol::link::Control;
 
-use super::disks::{self, DiskReader};
-use super::forgotten::Forgotten;
-use super::gate::{self, Gate};
-use super::output::{Output, Writer};
-use super::placement::Placement;
-use super::postcopy::Answers;
-use super::receive::Intake;
-use super::reply::{self, Replies, Reply};
-use super::storage::{Comparer, Questions};
 use crate::error::RelayError;
+use crate::qemu::return_path::{Filter, ping};
+use crate::qemu::stream_writer::Writer;
+use crate::receive::disk_reader::{self, DiskReader};
+use crate::receive::fault_gate::{self, Gate};
+use crate::receive::frames::Intake;
+use crate::receive::output::Output;
+use crate::receive::placement::Placement;
+use crate::receive::replies::{self, Replies, Reply};
+use crate::receive::resume_state::Forgotten;
+use crate::storage::shown::{Comparer, Questions};
 use crate::threads;
 use transhume_guest::Known;
 use transhume_hypervisor::Vm;
@@ -29,6 +30,10 @@ use transhume_pages::bitmap::Bitmap;
 use transhume_pages::digest::Digester;
 use transhume_volume as volume;
 
+/// Connections of a session, at most: one takes a CPU.
+pub(crate) const MOST_CONNECTIONS: u8 = 8;
+/// How long the last words to the source may take.
+pub(crate) const FAREWELL: Duration = Duration::from_millis(500);
 /// Bytes read from QEMU's return path at once.
 const RETURN_PATH_LEN: usize = 4096;
 /// Bytes of it that go on at once.
@@ -49,22 +54,22 @@ struct State {
 }
 
 /// What memory goes into, and the disks that it is read from.
-pub(super) struct Target {
+pub(crate) struct Target {
     /// The socket of a QEMU that waits for its stream.
-    pub(super) qemu: UnixStream,
-    pub(super) volumes: Vec<Box<dyn volume::Reader>>,
+    pub(crate) qemu: UnixStream,
+    pub(crate) volumes: Vec<Box<dyn volume::Reader>>,
     /// Reads them for a source that compares.
-    pub(super) comparer: Option<Comparer>,
+    pub(crate) comparer: Option<Comparer>,
     /// The guest's memory, where it can be reached.
-    pub(super) memory: Option<GuestMemory>,
+    pub(crate) memory: Option<GuestMemory>,
     /// Its length by the definition.
-    pub(super) memory_bytes: u64,
+    pub(crate) memory_bytes: u64,
     /// How the VM comes.
-    pub(super) way: Way,
+    pub(crate) way: Way,
 }
 
 /// How a VM comes.
-pub(super) enum Way {
+pub(crate) enum Way {
     /// It runs here when all of it is here.
     PreCopy,
     /// It may run here before.
@@ -77,7 +82,7 @@ pub(super) enum Way {
 }
 
 /// The running threads.
-pub(super) struct Engine {
+pub(crate) struct Engine {
     placement: Arc<Placement>,
     output: Arc<Output>,
     replies: Arc<Replies>,
@@ -89,7 +94,7 @@ pub(super) struct Engine {
 
 impl Engine {
     /// Starts the threads between a link and a QEMU that waits for its stream.
-    pub(super) fn start(
+    pub(crate) fn start(
         session: Session<Ready>,
         target: Target,
         digester: &Digester,
@@ -112,14 +117,15 @@ impl Engine {
             volumes.len(),
             memory,
             post_copy,
+            ping().filter(|_| post_copy),
         ));
         if loads_first {
             output.release();
         }
-        let (mut answers, resumed) = (Answers::default(), matches!(way, Way::Resumed(_)));
+        let (mut filter, resumed) = (Filter::default(), matches!(way, Way::Resumed(_)));
         if let Way::Resumed(forgotten) = way {
             let longest = forgotten.pages.iter().map(Bitmap::len).max();
-            answers = Answers::resumed(longest.unwrap_or(0));
+            filter = Filter::resumed(longest.unwrap_or(0));
             placement.resume(forgotten);
         }
         let socket = || qemu.try_clone().map_err(RelayError::Socket);
@@ -138,7 +144,12 @@ impl Engine {
         if let Some(comparer) = comparer {
             let (asked, replies) = (Questions::new(), Arc::clone(&replies));
             questions = asked.0;
-            engine.spawn("relay-compare", move || comparer.run(&asked.1, &replies))?;
+            engine.spawn("relay-compare", move || {
+                comparer.run(&asked.1, |read| {
+                    // The receiver ends only when the engine does.
+                    let _ = replies.send(Reply::Control(Control::Compared(read)));
+                })
+            })?;
         }
         let mut intake = Intake::new(
             session.clone(),
@@ -162,19 +173,19 @@ impl Engine {
         })?;
         engine.spawn("relay-stream", move || writer.run())?;
         let queue = Arc::clone(&replies);
-        engine.spawn("relay-link-out", move || reply::run(&session, &queue))?;
+        engine.spawn("relay-link-out", move || replies::run(&session, &queue))?;
         let this = Arc::clone(&engine);
         engine.spawn("relay-return", move || {
             if !post_copy {
                 return return_path(read_half, |bytes| pass(&replies, bytes.to_vec()));
             }
-            this.answers(read_half, answers, &replies)?;
+            this.answers(read_half, filter, &replies)?;
             this.lock().closed = true;
             Ok(())
         })?;
         let volumes = Arc::new(volumes);
         let pool = Arc::default();
-        for _ in 0..disks::THREADS {
+        for _ in 0..disk_reader::THREADS {
             let reader = DiskReader {
                 placement: Arc::clone(&placement),
                 volumes: Arc::clone(&volumes),
@@ -201,14 +212,14 @@ impl Engine {
     }
 
     /// Sends a control message behind all replies before it.
-    pub(super) fn send(&self, message: Control) {
+    pub(crate) fn send(&self, message: Control) {
         // Nobody takes it when the engine has ended.
         let _ = self.replies.send(Reply::Control(message));
     }
 
     /// Waits until the source has heard everything, or has ended the session; so long at most. Then all
     /// threads end, and the link.
-    pub(super) async fn finish(&self, patience: Duration) {
+    pub(crate) async fn finish(&self, patience: Duration) {
         let deadline = Instant::now() + patience;
         let _ = self.replies.send(Reply::Last(patience));
         while !self.session.is_over() && Instant::now() < deadline {
@@ -219,13 +230,13 @@ impl Engine {
 
     /// How far the guest's clock would be ahead of this host's, had the guest not stood still, if the source
     /// told it with its commit.
-    pub(super) fn guest_clock(&self) -> Option<Known> {
+    pub(crate) fn guest_clock(&self) -> Option<Known> {
         self.lock().guest_clock
     }
 
     /// Has processes of a VM in post-copy sleep where its CPUs would stop.
-    pub(super) fn gate(&self, vm: &Arc<Vm>) -> Gate {
-        gate::start(
+    pub(crate) fn gate(&self, vm: &Arc<Vm>) -> Gate {
+        fault_gate::start(
             Arc::clone(vm),
             Arc::clone(&self.placement),
             Arc::clone(&self.replies),
@@ -234,37 +245,37 @@ impl Engine {
     }
 
     /// Whether the VM is handed over while part of its memory is at the source.
-    pub(super) fn is_post_copy(&self) -> bool {
+    pub(crate) fn is_post_copy(&self) -> bool {
         self.placement.is_packaged()
     }
 
     /// What must be known of a VM in post-copy to resume it; once.
-    pub(super) fn take_forgotten(&self) -> Option<Forgotten> {
+    pub(crate) fn take_forgotten(&self) -> Option<Forgotten> {
         self.placement.take_forgotten()
     }
 
     /// From now on the link may be away for so long.
-    pub(super) fn set_link_patience(&self, patience: Duration) {
+    pub(crate) fn set_link_patience(&self, patience: Duration) {
         self.session.set_patience(patience);
     }
 
     /// The hand-over is noted: QEMU may load the devices, and run the VM.
-    pub(super) fn release(&self) {
+    pub(crate) fn release(&self) {
         self.output.release();
     }
 
     /// Whether QEMU has said all that it will say to the source.
-    pub(super) fn is_closed(&self) -> bool {
+    pub(crate) fn is_closed(&self) -> bool {
         self.lock().closed
     }
 
     /// Takes the first error.
-    pub(super) fn failed(&self) -> Option<RelayError> {
+    pub(crate) fn failed(&self) -> Option<RelayError> {
         self.lock().failure.take()
     }
 
     /// Waits for the first error.
-    pub(super) async fn failure(&self) -> RelayError {
+    pub(crate) async fn failure(&self) -> RelayError {
         loop {
             let changed = self.changed.notified();
             if let Some(error) = self.failed() {
@@ -278,12 +289,12 @@ impl Engine {
     fn answers(
         &self,
         qemu: UnixStream,
-        mut answers: Answers,
+        mut filter: Filter,
         replies: &Replies,
     ) -> Result<(), RelayError> {
         let received = |block: &str, bitmap: &[u8]| self.placement.received(block, bitmap);
         return_path(qemu, |bytes| {
-            let (passed, kept) = answers.filter(bytes, received)?;
+            let (passed, kept) = filter.filter(bytes, received)?;
             if kept.ping {
                 self.placement.may_write();
             }
@@ -309,7 +320,7 @@ impl Engine {
     }
 
     /// Waits until QEMU has loaded the devices of a VM that the source can still take back.
-    pub(super) async fn loaded(&self) {
+    pub(crate) async fn loaded(&self) {
         loop {
             let changed = self.changed.notified();
             if self.lock().loaded {
@@ -320,7 +331,7 @@ impl Engine {
     }
 
     /// Waits for the source's commit, or for the first error.
-    pub(super) async fn committed(&self) -> Result<(), RelayError> {
+    pub(crate) async fn committed(&self) -> Result<(), RelayError> {
         loop {
             let changed = self.changed.notified();
             {
@@ -353,7 +364,7 @@ impl Engine {
     }
 
     /// Ends all threads, and the link.
-    pub(super) fn stop(&self, error: RelayError) {
+    pub(crate) fn stop(&self, error: RelayError) {
         self.fail(error);
         self.session.close();
         let _ = self.replies.send(Reply::Last(Duration::ZERO));

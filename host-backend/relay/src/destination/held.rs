@@ -9,16 +9,19 @@ use std::time::Duration;
 
 use transhume_protocol::link::Control;
 
-use super::arrivals::{Arrival, Stage};
-use super::forgotten::Forgotten;
-use super::{Host, Outcomes, recovery, send};
+use super::answer::send;
+use super::host::Host;
+use super::journal::{Arrival, Stage};
+use super::outcomes::Outcomes;
+use super::recovery;
+use crate::receive::resume_state::Forgotten;
 use transhume_link::{Connection, PATIENCE};
 
 /// How long what is left of the session may take to end.
 const ENDING_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Asks the source of a VM that is held what becomes of it, and does that. Answers with [`Control::Outcome`].
-pub(super) async fn serve(
+pub(crate) async fn serve(
     mut connection: Connection,
     arrival: Arrival,
     host: &Arc<dyn Host>,
@@ -56,7 +59,7 @@ pub(super) async fn serve(
 }
 
 /// Has the VM run here, or ends its QEMU. Whether it was taken.
-pub(super) async fn settle(
+pub(crate) async fn settle(
     arrival: &Arrival,
     runs_here: bool,
     host: &Arc<dyn Host>,
@@ -91,7 +94,7 @@ pub(super) async fn settle(
 }
 
 /// A source that offers a VM has it: what is held of it here from an earlier migration ends.
-pub(super) async fn end_earlier(vm: &str, from: &str, host: &Arc<dyn Host>) {
+pub(crate) async fn end_earlier(vm: &str, from: &str, host: &Arc<dyn Host>) {
     let folder = host.launch_settings().files(vm);
     for arrival in host.arrivals().unfinished() {
         let is_held = arrival.vm == vm && arrival.stage == Stage::Loaded;

@@ -7,19 +7,20 @@ use tokio::sync::broadcast;
 use tokio::time::timeout;
 use transhume_protocol::link::{Control, Offer};
 
-use super::arrivals::Stage;
+use super::answer::send;
 use super::decision::{Decision, Reservation};
-use super::engine::Engine;
-use super::look::{self, Fit};
-use super::postcopy;
-use super::prepared::{Prepared, rehearse};
-use super::recovery;
-use super::resume;
+use super::engine::{Engine, FAREWELL, MOST_CONNECTIONS};
+use super::host::Host;
+use super::journal::Stage;
+use super::offer_check::{self, Fit};
+use super::outcomes::Outcomes;
+use super::post_copy;
+use super::preparation::{Prepared, rehearse};
 use super::sessions::Open;
-use super::storage::Shown;
-use super::{Host, Outcomes, held, send};
+use super::{endings, held, run_directory};
 use crate::agent;
 use crate::error::{CutOff, RelayError};
+use crate::storage::shown::Shown;
 use transhume_hypervisor::definition::Definition;
 use transhume_hypervisor::qmp::Event;
 use transhume_hypervisor::{self as hypervisor, LaunchSettings, Vm};
@@ -35,13 +36,9 @@ const ENDING_PATIENCE: Duration = Duration::from_secs(2);
 const ENDING_GLANCE: Duration = Duration::from_millis(50);
 /// How long a QEMU that closed its socket may take to end.
 const END_PATIENCE: Duration = Duration::from_secs(2);
-/// Connections of a session, at most: one takes a CPU.
-pub(super) const MOST_CONNECTIONS: u8 = 8;
-/// How long the last words to the source may take.
-pub(super) const FAREWELL: Duration = Duration::from_millis(500);
 
 /// Answers an offer, and takes the VM if it comes.
-pub(super) async fn take(
+pub(crate) async fn take(
     mut connection: Connection,
     offer: Offer,
     host: Arc<dyn Host>,
@@ -77,7 +74,7 @@ pub(super) async fn take(
         Err(reasons) => return send(&mut connection, &Control::Refused { reasons }),
     };
     let name = fit.definition.name.clone();
-    let (mut shown, storage) = match Shown::of(&fit.definition, &settings, offer.signs).await {
+    let (mut shown, storage) = match Shown::of(&fit.definition, &settings.host, offer.signs).await {
         Ok(shown) => shown,
         Err(reason) => {
             let reasons = vec![reason];
@@ -243,15 +240,15 @@ pub(super) async fn take(
             if engine.is_post_copy() {
                 tracing::info!(vm = name, "runs here; part of its memory is still to come");
                 decision.follows();
-                resume::forget_when_gone(host.arrivals(), &vm, offer.job);
-                match postcopy::complete(&engine, &vm, events).await {
+                endings::forget_when_gone(host.arrivals(), &vm, offer.job);
+                match post_copy::complete(&engine, &vm, events).await {
                     Ok(()) => {
-                        resume::whole(&*host, &vm, offer.job);
-                        let stalls = postcopy::stalls(vm.qmp(), gate).await;
+                        endings::whole(host.arrivals(), &vm, offer.job);
+                        let stalls = post_copy::stalls(vm.qmp(), gate).await;
                         engine.send(Control::Stalled(stalls));
                     }
                     Err(CutOff::GuestEnded(how)) => {
-                        postcopy::guest_ended(&engine, host.arrivals(), &vm, offer.job, how).await;
+                        post_copy::guest_ended(&engine, host.arrivals(), &vm, offer.job, how).await;
                     }
                     Err(CutOff::Broken(cause)) => tracing::warn!(
                         vm = name,
@@ -267,7 +264,7 @@ pub(super) async fn take(
                 agent::greet(Arc::clone(&vm), engine.guest_clock());
             }
             decision.end(Stage::Taken);
-            if let Err(error) = recovery::settle(vm.files().folder()) {
+            if let Err(error) = run_directory::settle(vm.files().folder()) {
                 tracing::warn!(vm = name, %error, "run directory of the VM that arrived");
             }
             tracing::info!(vm = name, "runs here");
@@ -300,7 +297,7 @@ async fn admit(
     let deadline = Instant::now() + ENDING_PATIENCE;
     loop {
         let was_coming = is_coming();
-        let refused = match look::at(offer, settings).await {
+        let refused = match offer_check::at(offer, settings).await {
             Ok(fit) => match Reservation::make(host, &fit.definition) {
                 Ok(reservation) => return Ok((fit, reservation)),
                 Err(reason) => vec![reason],

@@ -1,73 +1,24 @@
 //! What a restarted daemon does with the QEMUs that it had prepared: see [`Arrivals`].
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::arrivals::{Arrival, Arrivals, Stage};
-use super::{forgotten, resume};
-use transhume_base::{bounded, durable};
+use super::journal::{Arrival, Arrivals, Stage};
+use super::run_directory::{ARRIVAL, DEFINITION};
+use super::{endings, run_directory};
+use transhume_base::durable;
 use transhume_hypervisor::{Definition, Error, LaunchSettings, Vm};
 
-const DEFINITION: &str = "definition.toml";
-const ARRIVAL: &str = "arrival";
 /// How often, and after which time each, a QEMU that answers wrongly is looked at again.
 const ENDING_LOOKS: u32 = 20;
 const ENDING_GLANCE: Duration = Duration::from_millis(100);
-/// The version of the note in a run directory, and its bytes at most.
-const VERSION: u32 = 1;
-const MOST_TEXT: u64 = 256;
+
 /// Between two tries of what could not be done when this process began.
 const AGAIN: Duration = Duration::from_secs(2);
 /// How long a QEMU may take to answer before others are looked at, and the hosts served that ask for them.
 const PATIENCE: Duration = Duration::from_secs(12);
 /// How long a QEMU in post-copy may take to answer.
 const WAITING_PATIENCE: Duration = Duration::from_secs(5);
-
-/// Says, in the run directory of a VM that is about to arrive, by which migration it does, and what it is.
-/// The journal says before that it waits. The directory is made. `label`: the migration for people.
-pub(super) fn begin(folder: &Path, definition: &str, job: u64, label: &str) -> std::io::Result<()> {
-    std::fs::create_dir_all(folder)?;
-    let text = format!("{VERSION} {job:016x} {label}");
-    durable::replace(&folder.join(ARRIVAL), text.as_bytes())?;
-    durable::replace(&folder.join(DEFINITION), definition.as_bytes())
-}
-
-/// The migration by which a VM arrives that has that run directory, for people.
-pub fn arriving_job(folder: &Path) -> Option<String> {
-    let text = bounded::read_text(&folder.join(ARRIVAL), MOST_TEXT).ok()?;
-    text.splitn(3, ' ').nth(2).map(str::to_owned)
-}
-
-/// The VM is no longer about to arrive: what the journal says of that migration is not about its QEMU any more.
-pub(super) fn settle(folder: &Path) -> std::io::Result<()> {
-    forgotten::remove(folder)?;
-    durable::remove(&folder.join(ARRIVAL))
-}
-
-/// Whether a run directory is that of a VM that is about to arrive by that migration.
-///
-/// # Errors
-/// If what it says cannot be read.
-fn is_by(folder: &Path, job: u64) -> Result<bool, Error> {
-    let path = folder.join(ARRIVAL);
-    let text = match bounded::read_text(&path, MOST_TEXT) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
-        Err(error) => return Err(Error::file("read", path, error)),
-    };
-    let this = format!("{job:016x}");
-    let mut words = text.split(' ');
-    match (words.next(), words.next()) {
-        // Of version 0.
-        (Some(by), None) => Ok(by == this),
-        (Some(version), Some(by)) if version.parse() == Ok(VERSION) => Ok(by == this),
-        _ => Err(Error::Unfit {
-            cause: format!("{} is of a version that is not known", path.display()),
-            cure: "bring transhumed to the release that wrote it".to_owned(),
-        }),
-    }
-}
 
 /// What became of the migrations that an earlier daemon of this host was in.
 #[derive(Debug)]
@@ -127,7 +78,7 @@ impl Left {
 }
 
 /// Finishes or undoes one, which is noted.
-pub(super) async fn finish(
+pub(crate) async fn finish(
     settings: &LaunchSettings,
     arrivals: &Arrivals,
     arrival: &Arrival,
@@ -136,7 +87,7 @@ pub(super) async fn finish(
     let (stage, found) = recover_one(settings, arrival).await?;
     let found = found.map(Arc::new);
     match (stage, &found) {
-        (Stage::PostCopy, Some(vm)) => resume::forget_when_gone(arrivals, vm, *job),
+        (Stage::PostCopy, Some(vm)) => endings::forget_when_gone(arrivals, vm, *job),
         (Stage::Committed { .. }, Some(vm)) => run_later(arrivals, vm, *job),
         _ => {}
     }
@@ -167,7 +118,7 @@ fn run_later(arrivals: &Arrivals, vm: &Arc<Vm>, job: u64) {
             }
         }
         arrivals.note_surely(job, vm.name(), Stage::Taken);
-        if let Err(error) = settle(vm.files().folder()) {
+        if let Err(error) = run_directory::settle(vm.files().folder()) {
             tracing::warn!(vm = vm.name(), %error, "run directory of the VM that arrived");
         }
         tracing::info!(vm = vm.name(), "it belongs here, and was told to run");
@@ -191,7 +142,7 @@ async fn recover_one(
     let files = settings.files(vm);
     let folder = files.folder();
     let path = folder.join(DEFINITION);
-    if !is_by(folder, *job)? {
+    if !run_directory::is_by(folder, *job)? {
         // It is another one's by now, or was begun and no more; or the host has been restarted since.
         let _ = durable::give_room_up(&folder.join(ARRIVAL));
         let _ = std::fs::remove_dir(folder);
@@ -222,7 +173,7 @@ async fn recover_one(
                 );
                 return Ok((Stage::PostCopy, Some(adopted)));
             }
-            settle(folder).map_err(|error| Error::file("remove", folder, error))?;
+            run_directory::settle(folder).map_err(|error| Error::file("remove", folder, error))?;
             Ok((Stage::Taken, Some(adopted)))
         }
         (Stage::Loaded, Some(adopted)) => {
@@ -259,7 +210,7 @@ async fn recover_one(
 }
 
 /// The QEMU of a VM in post-copy that could not be recovered when this process began; `None` if it has ended.
-pub(super) async fn find(
+pub(crate) async fn find(
     settings: &LaunchSettings,
     arrival: &Arrival,
 ) -> Result<Option<Vm>, Error> {
@@ -309,6 +260,7 @@ fn is_nobody(error: &std::io::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::run_directory::{arriving_job, begin};
     use super::*;
     use transhume_hypervisor::fake;
 
@@ -397,9 +349,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let by = |text: &str| {
             std::fs::write(folder.path().join(ARRIVAL), text).unwrap();
-            is_by(folder.path(), 7)
+            run_directory::is_by(folder.path(), 7)
         };
-        assert!(!is_by(folder.path(), 7).unwrap());
+        assert!(!run_directory::is_by(folder.path(), 7).unwrap());
         assert!(by("0000000000000007").unwrap());
         assert!(by("1 0000000000000007 hosta/14").unwrap());
         assert!(!by("1 0000000000000008 hosta/14").unwrap());

@@ -12,13 +12,16 @@ use nix::sys::socket::{getsockopt, sockopt};
 use tokio::time::timeout;
 use transhume_protocol::link::{Control, GuestEnd};
 
-use super::arrivals::{Arrival, Arrivals, Stage};
+use super::answer::send;
 use super::engine::{Engine, Target, Way};
-use super::forgotten::Forgotten;
-use super::incoming::{FAREWELL, MOST_CONNECTIONS};
+use super::engine::{FAREWELL, MOST_CONNECTIONS};
+use super::host::Host;
+use super::journal::{Arrival, Stage};
+use super::outcomes::Outcomes;
 use super::sessions::Open;
-use super::{Host, Outcomes, postcopy, recovery, send};
+use super::{endings, post_copy, recovery, run_directory};
 use crate::error::CutOff;
+use crate::receive::resume_state::Forgotten;
 use transhume_hypervisor::{Error, Vm, stream};
 use transhume_link::Connection;
 use transhume_link::session::{Ready, Session};
@@ -35,11 +38,11 @@ const QUESTION: Duration = Duration::from_secs(2);
 const ENDING_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a source asks for.
-pub(super) struct Asked {
-    pub(super) job: u64,
-    pub(super) vm: String,
-    pub(super) connections: u8,
-    pub(super) patience: u16,
+pub(crate) struct Asked {
+    pub(crate) job: u64,
+    pub(crate) vm: String,
+    pub(crate) connections: u8,
+    pub(crate) patience: u16,
 }
 
 /// Why it does not go on.
@@ -61,7 +64,7 @@ impl From<String> for Not {
 }
 
 /// Answers a source that wants to send the rest of a VM's memory, and takes it.
-pub(super) async fn serve(
+pub(crate) async fn serve(
     mut connection: Connection,
     asked: Asked,
     host: Arc<dyn Host>,
@@ -92,7 +95,7 @@ pub(super) async fn serve(
         socket,
     } = begun;
     let name = vm.name().to_owned();
-    let label = recovery::arriving_job(vm.files().folder()).unwrap_or_else(|| from.clone());
+    let label = run_directory::arriving_job(vm.files().folder()).unwrap_or_else(|| from.clone());
     tracing::info!(vm = name, job = label, "post-copy goes on");
     let _under_way = host.arrivals().under_way();
     let events = vm.qmp().events();
@@ -135,14 +138,14 @@ pub(super) async fn serve(
     let engine = Engine::start(session, target, &digester).map_err(|error| text(&error))?;
     // Where there was one before, it has let everybody go.
     let gate = engine.gate(&vm);
-    match postcopy::complete(&engine, &vm, events).await {
+    match post_copy::complete(&engine, &vm, events).await {
         Ok(()) => {
-            whole(&*host, &vm, asked.job);
-            let stalls = postcopy::stalls(vm.qmp(), Some(gate)).await;
+            endings::whole(host.arrivals(), &vm, asked.job);
+            let stalls = post_copy::stalls(vm.qmp(), Some(gate)).await;
             engine.send(Control::Stalled(stalls));
         }
         Err(CutOff::GuestEnded(how)) => {
-            postcopy::guest_ended(&engine, host.arrivals(), &vm, asked.job, how).await;
+            post_copy::guest_ended(&engine, host.arrivals(), &vm, asked.job, how).await;
         }
         Err(CutOff::Broken(cause)) => {
             tracing::warn!(vm = name, cause, "post-copy is cut off again");
@@ -150,29 +153,6 @@ pub(super) async fn serve(
     }
     engine.finish(FAREWELL).await;
     Ok(())
-}
-
-/// All memory of a VM in post-copy is here: that is noted.
-pub(super) fn whole(host: &dyn Host, vm: &Vm, job: u64) {
-    let name = vm.name();
-    host.arrivals().note_surely(job, name, Stage::Taken);
-    if let Err(error) = recovery::settle(vm.files().folder()) {
-        tracing::warn!(vm = name, %error, "run directory of the VM that arrived");
-    }
-    tracing::info!(vm = name, "all of its memory is here");
-}
-
-/// When the QEMU of a VM in post-copy ends, there is nothing that the source could send the rest to.
-pub(super) fn forget_when_gone(arrivals: &Arrivals, vm: &Arc<Vm>, job: u64) {
-    let (arrivals, vm) = (arrivals.clone(), Arc::clone(vm));
-    transhume_base::task::spawn(async move {
-        vm.ended().await;
-        let ended = vm.qmp().guest_end().map_or(Stage::Lost, Stage::Ended);
-        let stage = arrivals.of(job).map(|arrival| arrival.stage);
-        if stage == Some(Stage::PostCopy) {
-            arrivals.note_surely(job, vm.name(), ended);
-        }
-    });
 }
 
 /// A QEMU that waits for the stream that resumes.
@@ -207,7 +187,7 @@ async fn begin(
     outcomes.sessions.end(job, ENDING_PATIENCE).await?;
     let vm = find(&arrival, host).await?;
     if is_whole(&vm).await {
-        whole(&**host, &vm, job);
+        endings::whole(host.arrivals(), &vm, job);
         return Err(Not::Needed);
     }
     let folder = vm.files().folder();
@@ -237,7 +217,7 @@ async fn find(arrival: &Arrival, host: &Arc<dyn Host>) -> Result<Arc<Vm>, Not> {
     match recovery::find(&host.launch_settings(), arrival).await {
         Ok(Some(vm)) => {
             let vm = Arc::new(vm);
-            forget_when_gone(host.arrivals(), &vm, arrival.job);
+            endings::forget_when_gone(host.arrivals(), &vm, arrival.job);
             host.arrived(Arc::clone(&vm), false);
             Ok(vm)
         }

@@ -10,14 +10,14 @@ const GLANCE: Duration = Duration::from_millis(20);
 
 /// A session and whose it is.
 #[derive(Clone)]
-pub(super) struct Open {
-    pub(super) job: u64,
-    pub(super) token: [u8; 16],
+pub(crate) struct Open {
+    pub(crate) job: u64,
+    pub(crate) token: [u8; 16],
     /// The source.
-    pub(super) from: String,
-    pub(super) vm: String,
-    pub(super) connections: u8,
-    pub(super) session: Session<Ready>,
+    pub(crate) from: String,
+    pub(crate) vm: String,
+    pub(crate) connections: u8,
+    pub(crate) session: Session<Ready>,
 }
 
 #[derive(Default)]
@@ -29,10 +29,10 @@ struct State {
 
 /// See the module.
 #[derive(Clone, Default)]
-pub(super) struct Sessions(Arc<Mutex<State>>);
+pub(crate) struct Sessions(Arc<Mutex<State>>);
 
 /// Nobody else begins a session that resumes the job's, until this is dropped.
-pub(super) struct Claim {
+pub(crate) struct Claim {
     sessions: Sessions,
     job: u64,
 }
@@ -45,7 +45,7 @@ impl Drop for Claim {
 }
 
 /// Forgets a session when it is dropped.
-pub(super) struct Entry {
+pub(crate) struct Entry {
     sessions: Sessions,
     job: u64,
 }
@@ -63,7 +63,7 @@ impl Sessions {
     }
 
     /// Makes a session known as long as the entry lives.
-    pub(super) fn enter(&self, open: Open) -> Entry {
+    pub(crate) fn enter(&self, open: Open) -> Entry {
         let entry = Entry {
             sessions: self.clone(),
             job: open.job,
@@ -73,13 +73,13 @@ impl Sessions {
     }
 
     /// The session of a migration.
-    pub(super) fn of(&self, job: u64) -> Option<Open> {
+    pub(crate) fn of(&self, job: u64) -> Option<Open> {
         let state = self.lock();
         state.open.iter().find(|open| open.job == job).cloned()
     }
 
     /// Claims a job; `None` if somebody else has.
-    pub(super) fn claim(&self, job: u64) -> Option<Claim> {
+    pub(crate) fn claim(&self, job: u64) -> Option<Claim> {
         let mut state = self.lock();
         if state.claimed.contains(&job) {
             return None;
@@ -95,7 +95,7 @@ impl Sessions {
     ///
     /// # Errors
     /// If it is not in that time.
-    pub(super) async fn end(&self, job: u64, patience: Duration) -> Result<(), String> {
+    pub(crate) async fn end(&self, job: u64, patience: Duration) -> Result<(), String> {
         let deadline = Instant::now() + patience;
         while let Some(open) = self.of(job) {
             open.session.close();
@@ -108,7 +108,7 @@ impl Sessions {
     }
 
     /// Ends sessions of a VM whose source is not there any more and begins anew.
-    pub(super) fn end_earlier(&self, vm: &str, from: &str) {
+    pub(crate) fn end_earlier(&self, vm: &str, from: &str) {
         let open = self.lock().open.clone();
         let earlier = open
             .iter()

@@ -9,7 +9,7 @@ use std::time::Duration;
 /// Such connections, at most.
 const MOST: usize = 32;
 /// How long the first message may take, the handshake included.
-pub(super) const GREETING: Duration = Duration::from_secs(10);
+pub(crate) const GREETING: Duration = Duration::from_secs(10);
 
 #[derive(Default)]
 struct State {
@@ -20,10 +20,10 @@ struct State {
 
 /// See the module.
 #[derive(Clone, Default)]
-pub(super) struct Waiting(Arc<Mutex<State>>);
+pub(crate) struct Waiting(Arc<Mutex<State>>);
 
 /// One of them, until this is dropped.
-pub(super) struct Place {
+pub(crate) struct Place {
     waiting: Waiting,
     number: u64,
     socket: Arc<TcpStream>,
@@ -38,7 +38,7 @@ impl Waiting {
     ///
     /// # Errors
     /// If the socket cannot be referred to twice.
-    pub(super) fn enter(&self, socket: &TcpStream) -> std::io::Result<Place> {
+    pub(crate) fn enter(&self, socket: &TcpStream) -> std::io::Result<Place> {
         let socket = Arc::new(socket.try_clone()?);
         let mut state = self.lock();
         if state.sockets.len() >= MOST
@@ -60,7 +60,7 @@ impl Waiting {
 
 impl Place {
     /// Ends the connection: whoever waits for it gets an error.
-    pub(super) fn end(&self) {
+    pub(crate) fn end(&self) {
         shut(&self.socket);
     }
 }

@@ -7,30 +7,32 @@ use tokio::sync::{broadcast, watch};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use transhume_protocol::link::PostCopy;
 
-use super::agreement::{Accepted, Agreement, Disagreement};
-use super::choice::{self, Choice};
-use super::clocks::Clocks;
-use super::doubt::Doubt;
-use super::facts::{self, Facts, Plan};
-use super::flow::Flow;
-use super::frames::Frames;
-use super::goal::Aim;
-use super::hints::Hints;
-use super::link_rate::LinkRate;
-use super::order::Order;
-use super::postcopy::Start;
-use super::preparation::tells_order;
-use super::report::Reports;
+use super::agent_listener::Reports;
+use super::cancel::cancelled;
+use super::engine;
+use super::negotiation::{Accepted, Agreement};
+use super::plan::Plan;
+use super::post_copy_start::Start;
 use super::request::{Journal, Outcome, Request};
-use super::settings::{self, Before};
-use super::shared::Shared;
-use super::switchover::Switchover;
-use super::transmit::Packer;
+use super::stop::{PAUSED_PATIENCE, Stop, link_away_while_paused};
+use super::survey::{self, Facts};
 use crate::error::RelayError;
+use crate::policy::goal::Aim;
+use crate::policy::mode_choice::{self, Choice};
 use crate::progress::{Counter, Phase, Progress};
+use crate::qemu::migration_settings::{self, Before};
+use crate::qemu::switchover::Switchover;
+use crate::send::clocks::Clocks;
+use crate::send::doubt::Doubt;
+use crate::send::frame_map::Frames;
+use crate::send::hints::Hints;
+use crate::send::link_rate::LinkRate;
+use crate::send::packer::Packer;
+use crate::send::prefetch::Order;
+use crate::send::queue::Flow;
+use crate::send::shared::Shared;
 use crate::{Error, agent};
 use transhume_api::{Choice as Chosen, Mode};
-use transhume_hypervisor as hypervisor;
 use transhume_hypervisor::layout::main_memory_end;
 use transhume_hypervisor::qmp::{Event, Version};
 use transhume_link::session::Session;
@@ -39,46 +41,9 @@ use transhume_pages::digest::Digester;
 
 /// How long the first report of the page cache is waited for, once the destination is ready.
 const REPORT_PATIENCE: Duration = Duration::from_secs(3);
-/// How long the link may be away while nobody runs the VM.
-pub(super) const PAUSED_PATIENCE: Duration = Duration::from_secs(3);
+
 /// How often QEMU is asked how far it is.
 const POLL: Duration = Duration::from_millis(25);
-
-/// Why the phases before the commit were left.
-#[derive(Debug)]
-pub(super) enum Stop {
-    Cancelled,
-    /// QEMU ends, and has said why.
-    Ended,
-    Failed(String),
-}
-
-impl From<RelayError> for Stop {
-    fn from(error: RelayError) -> Self {
-        Self::Failed(error.to_string())
-    }
-}
-
-impl From<Disagreement> for Stop {
-    fn from(not: Disagreement) -> Self {
-        match not {
-            Disagreement::Cancelled => Self::Cancelled,
-            Disagreement::Refused { reasons } => Self::Failed(reasons.join("; ")),
-        }
-    }
-}
-
-impl From<hypervisor::Error> for Stop {
-    fn from(error: hypervisor::Error) -> Self {
-        Self::Failed(error.to_string())
-    }
-}
-
-impl From<std::io::Error> for Stop {
-    fn from(error: std::io::Error) -> Self {
-        Self::Failed(error.to_string())
-    }
-}
 
 /// Moves a VM, or looks whether it would work. `cancel` turning true ends it, as long as the hand-over
 /// has not begun.
@@ -92,7 +57,7 @@ pub async fn migrate(
     mut cancel: watch::Receiver<bool>,
 ) -> Result<Outcome, Error> {
     progress.enter(Phase::Negotiate);
-    let mut facts = facts::examine(&request).await?;
+    let mut facts = survey::examine(&request).await?;
     let mut agreement = Agreement::new(&request);
     let accepted = agreement.reach(&mut facts, &mut cancel).await;
     let accepted = accepted.map_err(|not| not.untouched(&request.from, facts.running))?;
@@ -133,31 +98,31 @@ fn plan(request: &Request, facts: &Facts, accepted: &Accepted) -> Plan {
 }
 
 /// The VM is paused here and whole at the destination, or handed over with part of its memory still here.
-pub(super) struct Copied {
-    pub(super) shared: Arc<Shared>,
-    pub(super) paused: Instant,
-    pub(super) completed: Instant,
+pub(crate) struct Copied {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) paused: Instant,
+    pub(crate) completed: Instant,
     /// It was handed over: the rest of its memory follows.
-    pub(super) post_copy: bool,
+    pub(crate) post_copy: bool,
 }
 
-pub(super) struct Migration {
-    pub(super) request: Request,
-    pub(super) facts: Facts,
-    pub(super) progress: Arc<Progress>,
-    pub(super) journal: Arc<dyn Journal>,
-    pub(super) clocks: Arc<Clocks>,
-    pub(super) shared: Option<Arc<Shared>>,
-    pub(super) reports: Option<Reports>,
-    pub(super) before: Option<Before>,
+pub(crate) struct Migration {
+    pub(crate) request: Request,
+    pub(crate) facts: Facts,
+    pub(crate) progress: Arc<Progress>,
+    pub(crate) journal: Arc<dyn Journal>,
+    pub(crate) clocks: Arc<Clocks>,
+    pub(crate) shared: Option<Arc<Shared>>,
+    pub(crate) reports: Option<Reports>,
+    pub(crate) before: Option<Before>,
     /// The link, from when the destination is ready.
-    pub(super) session: Option<Session<Packer>>,
+    pub(crate) session: Option<Session<Packer>>,
     /// What both QEMUs are ready for.
-    pub(super) post_copy: PostCopy,
+    pub(crate) post_copy: PostCopy,
     /// The destination may have a QEMU for this migration.
-    pub(super) may_wait_for_us: bool,
+    pub(crate) may_wait_for_us: bool,
     /// How often the link broke before the session.
-    pub(super) early_breaks: u32,
+    pub(crate) early_breaks: u32,
 }
 
 impl Migration {
@@ -169,12 +134,13 @@ impl Migration {
         no_post_copy: Option<&str>,
     ) -> Self {
         let known = |wanted: &str| facts.capabilities.iter().any(|(name, _)| name == wanted);
-        let channels =
-            request.qemu_channels > 1 && known("multifd") && tells_order(facts.offer.qemu);
+        let channels = request.qemu_channels > 1
+            && known("multifd")
+            && Version::from(facts.offer.qemu).tells_channels_order();
         let against = no_post_copy
             .or((!known("postcopy-ram")).then_some("QEMU has no post-copy here"))
             .or(channels.then_some("QEMU uses several channels here, and post-copy needs one"));
-        let (post_copy, chosen) = choice::wish(&request.goal, facts.running, against);
+        let (post_copy, chosen) = mode_choice::wish(&request.goal, facts.running, against);
         progress.choose(chosen);
         let clocks = Clocks::new(agent::noted_clock(&request.vm));
         Self {
@@ -225,7 +191,7 @@ impl Migration {
         let known = &self.facts.capabilities;
         let (qmp, goal) = (self.request.vm.qmp(), self.request.goal);
         let channels = door.as_ref().map(|(_, channels)| *channels);
-        let before = settings::set_up(
+        let before = migration_settings::set_up(
             qmp,
             known,
             switchover_ack,
@@ -263,22 +229,22 @@ impl Migration {
             theirs => drop(theirs),
         }
         let digester = Digester::new(&self.facts.offer.digest_key);
-        shared.start(&digester)?;
+        engine::start(&shared, &digester)?;
         self.watch(&shared, events, cancel).await
     }
 
     /// Whether both QEMUs are ready for post-copy.
-    pub(super) fn may_go_over(&self) -> bool {
+    pub(crate) fn may_go_over(&self) -> bool {
         self.post_copy != PostCopy::No
     }
 
     /// Enters a phase, which is noted first.
-    pub(super) fn enter(&self, phase: Phase) -> Result<(), Stop> {
+    pub(crate) fn enter(&self, phase: Phase) -> Result<(), Stop> {
         self.progress.enter(phase);
         self.note()
     }
 
-    pub(super) fn note(&self) -> Result<(), Stop> {
+    pub(crate) fn note(&self) -> Result<(), Stop> {
         let noted = self.journal.note(self.facts.offer.job, self.facts.running);
         noted.map_err(|error| {
             Stop::Failed(format!(
@@ -409,7 +375,7 @@ impl Migration {
     }
 
     /// The cause that a person should read: the relay's own, else QEMU's.
-    pub(super) async fn why_failed(&self, shared: &Arc<Shared>) -> Stop {
+    pub(crate) async fn why_failed(&self, shared: &Arc<Shared>) -> Stop {
         // The relay's threads notice a moment after QEMU does, or before.
         let _ = timeout(Duration::from_millis(200), shared.failure()).await;
         match shared.take_failure() {
@@ -433,20 +399,6 @@ impl Migration {
                 }
             }
         }
-    }
-}
-
-pub(super) fn link_away_while_paused() -> Stop {
-    Stop::Failed(format!(
-        "the link went away while the VM was paused, and did not come back for {} seconds",
-        PAUSED_PATIENCE.as_secs()
-    ))
-}
-
-pub(super) async fn cancelled(cancel: &mut watch::Receiver<bool>) {
-    if cancel.wait_for(|cancel| *cancel).await.is_err() {
-        // Nobody can cancel any more.
-        std::future::pending::<()>().await;
     }
 }
 

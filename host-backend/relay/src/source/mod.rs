@@ -3,50 +3,24 @@
 //! Contract: whatever [`migrate`] returns but [`ErrorKind::Unresolved`](super::ErrorKind), exactly one
 //! host runs the VM: the destination on success, this one on failure.
 
-mod agreement;
-mod answers;
-mod buffers;
-mod channel;
-mod choice;
-mod clocks;
-mod collect;
-mod compression;
-mod doubt;
-mod ending;
-mod facts;
-mod flow;
-#[cfg(test)]
-mod flow_models;
-#[cfg(test)]
-mod flow_tests;
-mod frames;
-mod goal;
-mod hints;
-mod ledger;
-mod link_rate;
+mod agent_listener;
+mod cancel;
+mod engine;
+mod hand_over;
 mod migration;
-mod order;
-mod postcopy;
+mod negotiation;
+mod plan;
+mod post_copy;
+mod post_copy_start;
 mod preparation;
-mod rendezvous;
-#[cfg(test)]
-mod rendezvous_models;
-mod report;
+mod remainder;
 mod request;
-mod requests;
 mod resume;
-mod settings;
-mod shared;
-mod steer;
-mod storage;
-mod stream;
-mod switchover;
-mod transmit;
+mod stop;
+mod survey;
 
-pub use facts::Plan;
+pub use crate::storage::agreed::{SharedBy, SharedDisk};
 pub use migration::migrate;
+pub use plan::Plan;
 pub use request::{Destination, Journal, Keeper, Outcome, Presence, Request, ask, locate};
 pub use resume::Rest;
-pub use storage::{SharedBy, SharedDisk};
-use transhume_base::sync;
-use transhume_link::window;

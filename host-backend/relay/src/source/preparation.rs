@@ -9,17 +9,19 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use transhume_protocol::link::{Control, PostCopy};
 
-use super::agreement::{Accepted, Agreement};
-use super::clocks::Clocks;
-use super::hints::Hints;
-use super::link_rate::LinkRate;
-use super::migration::{Migration, Stop, cancelled};
-use super::order::Order;
-use super::report::Reports;
-use super::shared::Sockets;
-use super::storage::Agreed;
-use super::transmit::Packer;
+use super::agent_listener::Reports;
+use super::cancel::cancelled;
+use super::migration::Migration;
+use super::negotiation::{Accepted, Agreement};
+use super::stop::Stop;
 use crate::error::RelayError;
+use crate::send::clocks::Clocks;
+use crate::send::hints::Hints;
+use crate::send::link_rate::LinkRate;
+use crate::send::packer::Packer;
+use crate::send::prefetch::Order;
+use crate::send::shared::Sockets;
+use crate::storage::agreed::Agreed;
 use transhume_guest::DiskName;
 use transhume_hypervisor as hypervisor;
 use transhume_hypervisor::qmp::Version;
@@ -28,15 +30,15 @@ use transhume_link::session::{Rejoin, Session};
 use transhume_link::{self as link, Connection, START_PATIENCE};
 
 /// The destination's QEMU waits for the stream.
-pub(super) struct Ready {
+pub(crate) struct Ready {
     connection: Connection,
     token: [u8; 16],
     connections: u8,
-    pub(super) switchover_ack: bool,
+    pub(crate) switchover_ack: bool,
     /// Why the VM cannot come in post-copy.
-    pub(super) no_post_copy: Option<String>,
+    pub(crate) no_post_copy: Option<String>,
     /// The disks, as both hosts have agreed on them.
-    pub(super) storage: Agreed,
+    pub(crate) storage: Agreed,
 }
 
 /// Why it does not.
@@ -88,19 +90,13 @@ fn prepare(
 }
 
 /// Connections that a session should have: each takes most of a CPU, and the guests need some.
-pub(super) fn connections() -> u8 {
+pub(crate) fn connections() -> u8 {
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     u8::try_from(cpus / 2).unwrap_or(u8::MAX).clamp(1, 4)
 }
 
-/// Whether the channels of a QEMU of that version are known to be in an order that can be told; see
-/// `docs/decisions/0013-multifd.md`.
-pub(super) fn tells_order(version: [u32; 3]) -> bool {
-    !Version::from(version).is_untried() && !([8, 1, 0]..[10, 0, 0]).contains(&version)
-}
-
 impl Migration {
-    pub(super) fn listen_to_agent(&self, hints: &Arc<Hints>, order: &Arc<Order>) -> Reports {
+    pub(crate) fn listen_to_agent(&self, hints: &Arc<Hints>, order: &Arc<Order>) -> Reports {
         let vm = &self.request.vm;
         let disks = self
             .facts
@@ -130,7 +126,7 @@ impl Migration {
     }
 
     /// Has the destination start its QEMU; begins again with that when the connection breaks.
-    pub(super) async fn prepare_destination(
+    pub(crate) async fn prepare_destination(
         &mut self,
         mut accepted: Accepted,
         mut agreement: Agreement,
@@ -169,7 +165,7 @@ impl Migration {
         }
     }
 
-    pub(super) fn begin_session(
+    pub(crate) fn begin_session(
         &mut self,
         ready: Ready,
         rate: &Arc<LinkRate>,
@@ -195,10 +191,13 @@ impl Migration {
     }
 
     /// Where QEMU is to open its channels, and how many, if it is to have some.
-    pub(super) fn channels(&self) -> Option<(Door, NonZeroU8)> {
+    pub(crate) fn channels(&self) -> Option<(Door, NonZeroU8)> {
         let known = &self.facts.capabilities;
         let known = known.iter().any(|(name, _)| name == "multifd");
-        if !known || self.may_go_over() || !tells_order(self.facts.offer.qemu) {
+        if !known
+            || self.may_go_over()
+            || !Version::from(self.facts.offer.qemu).tells_channels_order()
+        {
             return None;
         }
         let channels =
@@ -214,7 +213,7 @@ impl Migration {
     }
 
     /// Lets QEMU migrate into sockets of ours, and returns them, and QEMU's end where it was ours to make.
-    pub(super) async fn connect_qemu(
+    pub(crate) async fn connect_qemu(
         &self,
         door: Option<(Door, NonZeroU8)>,
     ) -> Result<(Sockets, Option<OwnedFd>), Stop> {

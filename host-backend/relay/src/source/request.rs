@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use transhume_protocol::link::Control;
 pub use transhume_protocol::link::Presence;
 
-use super::facts::Plan;
-use super::postcopy::keeps;
+use super::plan::Plan;
 use crate::progress::Summary;
 use transhume_api::Goal;
 use transhume_hypervisor::Vm;
+use transhume_hypervisor::qmp_commands::keeps_vm;
 use transhume_link::{Connection, PATIENCE, Security};
 
 /// Where the phases of a migration are noted before they are acted on.
@@ -82,7 +82,7 @@ impl Keeper {
             Self::Source => true,
             Self::Qemu(vm) => {
                 let said = vm.qmp().query_migrate().await.ok()?;
-                keeps(said.status.as_deref())?
+                keeps_vm(said.status.as_deref())?
             }
         };
         let reason = || "the VM stays at its source".to_owned();

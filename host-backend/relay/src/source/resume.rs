@@ -11,18 +11,19 @@ use std::time::{Duration, Instant};
 use transhume_protocol::link::{Control, GuestEnd, Stalls};
 use transhume_protocol::qemu::Block;
 
-use super::clocks::Clocks;
-use super::flow::Flow;
-use super::hints::Hints;
-use super::link_rate::LinkRate;
-use super::postcopy;
+use super::engine;
 use super::preparation::connections;
+use super::remainder;
 use super::request::Destination;
-use super::shared::{Shared, Sockets};
-use super::transmit::Packer;
 use crate::error::{CutOff, RelayError};
 use crate::progress::{Phase, Progress};
-use crate::{Error, table};
+use crate::send::clocks::Clocks;
+use crate::send::hints::Hints;
+use crate::send::link_rate::LinkRate;
+use crate::send::packer::Packer;
+use crate::send::queue::Flow;
+use crate::send::shared::{Shared, Sockets};
+use crate::{Error, ram_blocks};
 use transhume_hypervisor::{Vm, stream};
 use transhume_link::session::{Rejoin, Session};
 use transhume_link::{Connection, START_PATIENCE};
@@ -139,7 +140,7 @@ impl Rest {
     }
 
     /// The guest has ended at the destination: nobody needs what is here.
-    pub(super) async fn over(&self, how: GuestEnd, progress: &Progress) -> Error {
+    pub(crate) async fn over(&self, how: GuestEnd, progress: &Progress) -> Error {
         // What its QEMU has of the memory is of a guest that is no more.
         if let Err(error) = self.vm.discard_whole().await {
             tracing::warn!(%error, "QEMU of the VM that has ended elsewhere cannot be ended");
@@ -177,7 +178,7 @@ impl Rest {
             return Ok(None);
         };
         let memory = self.vm.definition().memory.bytes();
-        let blocks = table::check(blocks.into_iter(), memory).map_err(RelayError::from)?;
+        let blocks = ram_blocks::check(blocks.into_iter(), memory).map_err(RelayError::from)?;
         let rejoin = Rejoin {
             address: self.destination.address.clone(),
             host: self.destination.host.clone(),
@@ -233,15 +234,15 @@ impl Rest {
             Arc::new(Clocks::new(None)),
         );
         let shared = Arc::new(shared);
-        let begun = shared.resume(section, blocks);
+        let begun = engine::resume(&shared, section, blocks);
         let sent = async {
             begun?;
             self.vm.qmp().migrate_resume(theirs).await?;
             tracing::info!("post-copy goes on");
             progress.wait_for(None);
-            let rest = postcopy::rest(&self.vm, &shared, progress);
+            let rest = remainder::rest(&self.vm, &shared, progress);
             rest.await?;
-            Ok(postcopy::stalls(&shared).await)
+            Ok(remainder::stalls(&shared).await)
         };
         let sent = sent.await;
         shared.stop(RelayError::Stopped);

@@ -1,0 +1,9 @@
+//! Answers another host on its connection.
+
+use transhume_link::Connection;
+use transhume_protocol::link::Control;
+
+/// Says something to it; an error is for people.
+pub(crate) fn send(connection: &mut Connection, message: &Control) -> Result<(), String> {
+    connection.send(message).map_err(|error| error.to_string())
+}

@@ -1,0 +1,4 @@
+//! Which disks both hosts have, and how that is proven.
+
+pub(crate) mod agreed;
+pub(crate) mod shown;
