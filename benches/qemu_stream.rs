@@ -7,9 +7,10 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
+use transhume_protocol::memory::Block;
 use transhume_protocol::qemu::multifd::{MAX_PACKET_PAGES, PACKET_LEN, Packet, encode_packet};
 use transhume_protocol::qemu::{
-    Block, Configuration, Decoder, Encoder, Kind, PAGE_SIZE, Page, start_stream,
+    Configuration, Decoder, Encoder, Kind, PAGE_SIZE, Page, start_stream,
 };
 
 /// Pages in the stream: 128 MiB, more than a cache holds.

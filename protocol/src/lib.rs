@@ -7,6 +7,8 @@
 pub mod agent;
 #[cfg(feature = "std")]
 pub mod link;
+#[cfg(feature = "std")]
+pub mod memory;
 pub mod nbd;
 #[cfg(feature = "std")]
 pub mod qemu;

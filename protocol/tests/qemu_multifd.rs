@@ -5,11 +5,12 @@
 )]
 
 use proptest::prelude::*;
+use transhume_protocol::memory::Block;
 use transhume_protocol::qemu::multifd::{
     GREETING_LEN, Greeting, MAX_PACKET_PAGES, PACKET_LEN, Packet, encode_packet,
 };
 use transhume_protocol::qemu::{
-    Block, Configuration, Decoder, Encoder, Error, Kind, PAGE_SIZE, Page, start_stream,
+    Configuration, Decoder, Encoder, Error, Kind, PAGE_SIZE, Page, start_stream,
 };
 
 const PAGES: u64 = 1000;

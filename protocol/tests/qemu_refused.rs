@@ -6,8 +6,9 @@
 )]
 
 use std::borrow::Cow;
+use transhume_protocol::memory::Block;
 use transhume_protocol::qemu::{
-    Block, Configuration, Decoder, Encoder, Error, MAX_BLOCKS, MAX_ITEM_LEN, Page, start_stream,
+    Configuration, Decoder, Encoder, Error, MAX_BLOCKS, MAX_ITEM_LEN, Page, start_stream,
 };
 
 const RAM: u64 = 0x10_000;

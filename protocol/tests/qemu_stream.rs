@@ -6,8 +6,9 @@
 
 use proptest::prelude::*;
 use std::collections::BTreeMap;
+use transhume_protocol::memory::Block;
 use transhume_protocol::qemu::{
-    Block, Command, CommandKind, Configuration, Decoder, Encoder, Error, Item, Kind, MAX_ITEM_LEN,
+    Command, CommandKind, Configuration, Decoder, Encoder, Error, Item, Kind, MAX_ITEM_LEN,
     PAGE_SIZE, Page, start_stream,
 };
 

@@ -11,6 +11,7 @@ pub mod durable;
 pub mod lines;
 pub mod names;
 pub mod process_identity;
+pub mod process_memory;
 pub mod sync;
 pub mod task;
 pub mod text;

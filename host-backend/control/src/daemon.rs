@@ -214,7 +214,7 @@ impl Daemon {
     pub(super) fn put(self: &Arc<Self>, vm: Arc<Vm>) {
         self.table.put(vm.clone());
         // An earlier process may have ended before it did.
-        relay::set_clock_right(Arc::clone(&vm));
+        relay::set_clock_right(&vm);
         // It outlives what brought the VM here.
         let span = tracing::info_span!(parent: None, "vm", vm = vm.name());
         transhume_base::task::spawn(watch(self.clone(), vm).instrument(span));

@@ -11,6 +11,7 @@ mod clock;
 mod clock_note;
 mod fault_gate;
 mod memory_order;
+mod moved_guest;
 mod page_cache_report;
 mod turn;
 
@@ -19,4 +20,5 @@ pub use clock::{ClockReader, ClockSet, ClockSetter, Known, Lead, Reading, monoto
 pub use clock_note::ClockNote;
 pub use fault_gate::{GateNews, Preparation};
 pub use memory_order::{MemoryOrder, Questions};
+pub use moved_guest::MovedGuest;
 pub use page_cache_report::{Collector, DiskName, GuestRange, Report};

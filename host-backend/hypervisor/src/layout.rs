@@ -3,23 +3,10 @@
 //! machine type and on the size of memory. So QEMU is asked.
 
 use super::{Error, Qmp, Result};
+use transhume_machine::memory_layout::Region;
 
 /// Regions that a layout may have; a plain machine has some ten.
 const MAX_REGIONS: usize = 4096;
-
-/// A stretch of the guest's physical memory that one RAM block backs.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Region {
-    /// The guest-physical address of its first byte.
-    pub start: u64,
-    /// In bytes.
-    pub length: u64,
-    /// The name of QEMU's memory region. For main memory (`pc.ram`, a memory backend's name) it is the
-    /// RAM block's name in the migration stream; a device's block has its device's path before it there.
-    pub block: String,
-    /// Where it starts in the block, in bytes.
-    pub offset: u64,
-}
 
 /// The guest's physical memory, sorted by address and without overlaps.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -83,17 +70,6 @@ impl Layout {
         let region = self.regions.get(after.checked_sub(1)?)?;
         (address - region.start < region.length).then_some(region)
     }
-}
-
-/// What no page frame number of main memory reaches, in pages of so many bytes. The firmware's, just below 4 GiB,
-/// are no process's.
-pub fn main_memory_end(regions: &[Region], page_size: u64) -> u64 {
-    let main = regions.iter().max_by_key(|one| one.length);
-    let all = regions
-        .iter()
-        .filter(|one| main.is_some_and(|main| main.block == one.block));
-    let ends = all.map(|one| one.start.saturating_add(one.length));
-    ends.max().unwrap_or(0).div_ceil(page_size.max(1))
 }
 
 fn wrong(cause: impl std::fmt::Display) -> Error {

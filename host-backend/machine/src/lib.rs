@@ -5,6 +5,7 @@
 pub mod definition;
 mod error;
 pub mod image_chain;
+pub mod memory_layout;
 mod size;
 
 pub use definition::Definition;

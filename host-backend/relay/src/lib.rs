@@ -10,9 +10,9 @@
 
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
-mod agent;
 pub mod destination;
 mod error;
+mod moved_guest;
 mod policy;
 pub mod progress;
 mod qemu;
@@ -27,5 +27,5 @@ mod threads;
 /// its devices' state and does not go back, and the destination's has not loaded it.
 const IN_BETWEEN: std::time::Duration = std::time::Duration::from_secs(86_400);
 
-pub use agent::set_clock_right;
 pub use error::{Error, ErrorKind, Stays};
+pub use moved_guest::set_clock_right;

@@ -1,7 +1,7 @@
 //! QEMU's table of RAM blocks, by the other host's word.
 
 use transhume_protocol::link::{LinkError, MAX_BLOCKS};
-use transhume_protocol::qemu::Block;
+use transhume_protocol::memory::Block;
 
 use transhume_pages::PAGE_SIZE;
 

@@ -4,9 +4,10 @@ use super::command::Command;
 use super::configuration::Configuration;
 use super::reader::{Reader, Stop};
 use super::{
-    Block, Error, FLAGS, MAGIC, MAX_BLOCKS, PAGE, PAGE_SIZE, Page, RAM_NAME, RAM_VERSION, VERSION,
-    flag, section,
+    Error, FLAGS, MAGIC, MAX_BLOCKS, PAGE, PAGE_SIZE, Page, RAM_NAME, RAM_VERSION, VERSION, flag,
+    section,
 };
+use crate::memory::Block;
 use std::borrow::Cow;
 
 /// One item of the stream.

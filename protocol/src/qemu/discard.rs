@@ -9,21 +9,13 @@ use super::command::{Command, CommandKind};
 use super::decoder::check;
 use super::encoder::put_name;
 use super::reader::{Reader, Stop};
-use super::{Block, Error, PAGE, Page};
+use super::{Error, PAGE, Page};
+use crate::memory::{Block, Discard};
 
 const VERSION: u8 = 0;
 /// Ranges in one command, at most: a payload of less than 64 KiB.
 const MOST_RANGES: usize = 1024;
 const RANGE_LEN: usize = 16;
-
-/// Ranges of a block, in pages: each the first one's number, and how many.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Discard {
-    /// Number of the block in the table.
-    pub block: u16,
-    /// Within the block, none empty.
-    pub ranges: Vec<(u64, u64)>,
-}
 
 impl Discard {
     /// Reads the command's payload, with the table of blocks that it is about.

@@ -2,7 +2,8 @@
 
 use super::configuration::Configuration;
 use super::decoder::check;
-use super::{Block, Error, MAGIC, PAGE_SIZE, Page, RAM_NAME, RAM_VERSION, VERSION, flag, section};
+use super::{Error, MAGIC, PAGE_SIZE, Page, RAM_NAME, RAM_VERSION, VERSION, flag, section};
+use crate::memory::Block;
 
 /// Appends sections and RAM records to a buffer.
 ///

@@ -32,7 +32,6 @@ pub mod return_path;
 pub use command::{Command, CommandKind};
 pub use configuration::Configuration;
 pub use decoder::{Decoder, Item, Kind};
-pub use discard::Discard;
 pub use encoder::{Encoder, start_stream};
 pub use error::Error;
 
@@ -49,15 +48,6 @@ pub const MAX_NAME_LEN: usize = 255;
 /// Longest item that [`Decoder::next`] needs whole (a block table), in bytes: with so much input it
 /// never asks for more.
 pub const MAX_ITEM_LEN: usize = 8 + MAX_BLOCKS * (1 + MAX_NAME_LEN + 8);
-
-/// A block of the guest's memory, as the source's QEMU names it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Block {
-    /// QEMU's name for it, for example `pc.ram`.
-    pub name: String,
-    /// Length in bytes; a multiple of [`PAGE_SIZE`].
-    pub length: u64,
-}
 
 /// A page of the guest's memory. A place in a block, not a guest-physical address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

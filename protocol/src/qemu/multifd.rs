@@ -16,7 +16,8 @@
 
 use super::decoder::check;
 use super::reader::{Reader, Stop};
-use super::{Block, Error, FLAGS, MAX_NAME_LEN, PAGE_SIZE, Page};
+use super::{Error, FLAGS, MAX_NAME_LEN, PAGE_SIZE, Page};
+use crate::memory::Block;
 
 /// Bytes of a greeting.
 pub const GREETING_LEN: usize = 64;

@@ -6,10 +6,11 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
+use transhume_protocol::memory::Block;
 use transhume_protocol::qemu::return_path::{MAX_MESSAGE_LEN, Message};
 use transhume_protocol::qemu::{
-    Block, CommandKind, Configuration, Decoder, Encoder, Error, Item, Kind, MAX_ITEM_LEN,
-    PAGE_SIZE, Page, start_stream,
+    CommandKind, Configuration, Decoder, Encoder, Error, Item, Kind, MAX_ITEM_LEN, PAGE_SIZE, Page,
+    start_stream,
 };
 
 /// What a relay does to the stream.

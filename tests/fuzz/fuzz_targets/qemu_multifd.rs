@@ -5,7 +5,8 @@ use libfuzzer_sys::fuzz_target;
 use transhume_protocol::qemu::multifd::{
     GREETING_LEN, Greeting, MAX_PACKET_PAGES, PACKET_LEN, Packet, encode_packet,
 };
-use transhume_protocol::qemu::{Block, PAGE_SIZE, Page};
+use transhume_protocol::memory::Block;
+use transhume_protocol::qemu::{PAGE_SIZE, Page};
 use transhume_fuzz::first;
 
 /// The input over a packet or a greeting of zeros, so that short inputs say much.

@@ -2,10 +2,8 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use transhume_protocol::qemu::{
-    Block, Command, Configuration, Decoder, Discard, Encoder, Error, Item, Kind, MAX_ITEM_LEN,
-    PAGE_SIZE, start_stream,
-};
+use transhume_protocol::memory::{Block, Discard};
+use transhume_protocol::qemu::{Command, Configuration, Decoder, Encoder, Error, Item, Kind, MAX_ITEM_LEN, PAGE_SIZE, start_stream};
 use transhume_fuzz::{expand, first};
 
 /// A stream up to the first PART.

@@ -43,9 +43,15 @@ impl Log {
     /// What the guest said last; if its kernel complained, all from there on.
     fn last_words(&self) -> String {
         let complaint = self.lines.iter().position(|(_, line)| {
-            ["rcu: ", "lockup", "hung task", "blocked for more than", "BUG: "]
-                .iter()
-                .any(|word| line.contains(word))
+            [
+                "rcu: ",
+                "lockup",
+                "hung task",
+                "blocked for more than",
+                "BUG: ",
+            ]
+            .iter()
+            .any(|word| line.contains(word))
         });
         let from = complaint.unwrap_or(self.lines.len().saturating_sub(1));
         let words = self.lines[from..].iter().take(COMPLAINT_LINES);

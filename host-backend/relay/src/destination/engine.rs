@@ -11,7 +11,8 @@ use tokio::sync::Notify;
 use transhume_protocol::link::Control;
 
 use crate::error::RelayError;
-use crate::qemu::return_path::{Filter, ping};
+use crate::moved_guest;
+use crate::qemu::return_path::{Filter, page_requests, ping};
 use crate::qemu::stream_writer::Writer;
 use crate::receive::disk_reader::{self, DiskReader};
 use crate::receive::fault_gate::{self, Gate};
@@ -22,9 +23,9 @@ use crate::receive::replies::{self, Replies, Reply};
 use crate::receive::resume_state::Forgotten;
 use crate::storage::shown::{Comparer, Questions};
 use crate::threads;
+use transhume_base::process_memory::GuestMemory;
 use transhume_guest::Known;
-use transhume_hypervisor::Vm;
-use transhume_hypervisor::memory::GuestMemory;
+use transhume_hypervisor::{Layout, Vm};
 use transhume_link::session::{Ready, Session};
 use transhume_pages::bitmap::Bitmap;
 use transhume_pages::digest::Digester;
@@ -236,12 +237,18 @@ impl Engine {
 
     /// Has processes of a VM in post-copy sleep where its CPUs would stop.
     pub(crate) fn gate(&self, vm: &Arc<Vm>) -> Gate {
-        fault_gate::start(
-            Arc::clone(vm),
-            Arc::clone(&self.placement),
-            Arc::clone(&self.replies),
-            self.guest_clock(),
-        )
+        let setting = fault_gate::Setting {
+            guest: moved_guest::of(vm),
+            placement: Arc::clone(&self.placement),
+            replies: Arc::clone(&self.replies),
+            clock: self.guest_clock(),
+            page_requests,
+        };
+        let vm = Arc::clone(vm);
+        fault_gate::start(setting, async move {
+            let layout = Layout::read(vm.qmp()).await.ok()?;
+            Some(layout.regions().to_vec())
+        })
     }
 
     /// Whether the VM is handed over while part of its memory is at the source.

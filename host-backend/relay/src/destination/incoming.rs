@@ -18,8 +18,8 @@ use super::post_copy;
 use super::preparation::{Prepared, rehearse};
 use super::sessions::Open;
 use super::{endings, held, run_directory};
-use crate::agent;
 use crate::error::{CutOff, RelayError};
+use crate::moved_guest;
 use crate::storage::shown::Shown;
 use transhume_hypervisor::definition::Definition;
 use transhume_hypervisor::qmp::Event;
@@ -226,7 +226,7 @@ pub(crate) async fn take(
     }
     let events = vm.qmp().events();
     if offer.running {
-        agent::note_clock(&vm, engine.guest_clock());
+        moved_guest::of(&vm).note_clock(engine.guest_clock());
     }
     let gated = offer.running && engine.is_post_copy();
     let gate = gated.then(|| engine.gate(&vm));
@@ -261,7 +261,7 @@ pub(crate) async fn take(
                 return Ok(());
             }
             if offer.running {
-                agent::greet(Arc::clone(&vm), engine.guest_clock());
+                moved_guest::of(&vm).greet(engine.guest_clock());
             }
             decision.end(Stage::Taken);
             if let Err(error) = run_directory::settle(vm.files().folder()) {

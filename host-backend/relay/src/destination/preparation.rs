@@ -11,10 +11,10 @@ use super::journal::Stage;
 use super::offer_check::Fit;
 use super::{post_copy, run_directory};
 use crate::storage::shown::Comparer;
+use transhume_base::process_memory::GuestMemory;
 use transhume_hypervisor::command_line::Start;
-use transhume_hypervisor::memory::GuestMemory;
 use transhume_hypervisor::qmp::Version;
-use transhume_hypervisor::{LaunchSettings, OpenedFiles, Vm, stream, virtqueues};
+use transhume_hypervisor::{LaunchSettings, OpenedFiles, Vm, memory, stream, virtqueues};
 use transhume_volume as volume;
 
 /// A QEMU that waits for its stream.
@@ -110,7 +110,7 @@ impl Prepared {
 
 /// The guest's memory; without it all pages go by QEMU's stream, which is slower.
 async fn reach_memory(vm: &Vm) -> Option<GuestMemory> {
-    match GuestMemory::of(vm).await {
+    match memory::guest_memory(vm).await {
         Ok(memory) => Some(memory),
         Err(error) => {
             tracing::warn!(vm = vm.name(), %error, "pages go by QEMU's stream");

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use transhume_protocol::link::Digest;
+use transhume_protocol::memory::Block;
+use transhume_protocol::qemu;
 use transhume_protocol::qemu::multifd::{GREETING_LEN, Greeting, PACKET_LEN, Packet};
-use transhume_protocol::qemu::{self, Block};
 
 use super::key;
 use super::multifd_barrier::{Missed, Rendezvous};

@@ -1,5 +1,6 @@
 //! What QEMU says against its stream: the return path.
 
+use transhume_protocol::memory::PageRequest;
 use transhume_protocol::qemu::return_path::{MAX_MESSAGE_LEN, Message, PACKAGE_LOADED};
 use transhume_protocol::qemu::{Command, CommandKind};
 
@@ -27,6 +28,28 @@ pub(crate) fn package_loaded() -> Vec<u8> {
     let number = PACKAGE_LOADED;
     Message::Pong { number }.encode(&mut message);
     message
+}
+
+/// Longest request, in pages: its length in bytes has 32 bits.
+const LONGEST_REQUEST: u64 = 1 << 18;
+
+/// What asks the source's QEMU for pages.
+pub(crate) fn page_requests(requests: &[PageRequest]) -> Vec<u8> {
+    let mut said = Vec::new();
+    for PageRequest { block, page, count } in requests {
+        let mut done = 0;
+        while done < *count {
+            let pages = (count - done).min(LONGEST_REQUEST);
+            Message::RequestPagesOf {
+                block,
+                offset: (page + done) * PAGE_SIZE as u64,
+                length: u32::try_from(pages * PAGE_SIZE as u64).unwrap_or(0),
+            }
+            .encode(&mut said);
+            done += pages;
+        }
+    }
+    said
 }
 
 /// What QEMU said that is not passed on.
@@ -149,7 +172,7 @@ impl Passing {
             if matches!(message, Message::SwitchoverAck) {
                 shared.hold_switchover(bytes);
             } else {
-                shared.tell_qemu(bytes)?;
+                shared.tell_hypervisor(bytes)?;
             }
             used += length;
         }
@@ -164,6 +187,31 @@ impl Passing {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pages_are_asked_for_by_their_block_and_long_requests_are_cut() {
+        let request = PageRequest {
+            block: "pc.ram".to_owned(),
+            page: 5,
+            count: LONGEST_REQUEST + 1,
+        };
+        let bytes = page_requests(&[request]);
+        let (mut rest, mut found) = (&bytes[..], Vec::new());
+        while let Some((message, length)) = Message::decode(rest).unwrap() {
+            let Message::RequestPagesOf {
+                block: "pc.ram",
+                offset,
+                length: bytes,
+            } = message
+            else {
+                panic!("{message:?}");
+            };
+            found.push((offset / 4096, u64::from(bytes) / 4096));
+            rest = &rest[length..];
+        }
+        assert!(rest.is_empty());
+        assert_eq!(found, [(5, LONGEST_REQUEST), (5 + LONGEST_REQUEST, 1)]);
+    }
 
     #[test]
     fn only_answers_that_are_ours_to_take_are_kept_back() {

@@ -1,6 +1,7 @@
 //! The switch to post-copy in QEMU's stream: pages to forget, the package of devices, a ping.
 
-use transhume_protocol::qemu::{Command, CommandKind, Discard};
+use transhume_protocol::memory::Discard;
+use transhume_protocol::qemu::{Command, CommandKind};
 
 use super::stream_reader::StreamReader;
 use crate::error::RelayError;

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use transhume_protocol::link::{MAX_BATCH_DATA, SectionKind};
-use transhume_protocol::qemu::{Block, Decoder, Encoder, Kind};
+use transhume_protocol::memory::Block;
+use transhume_protocol::qemu::{Decoder, Encoder, Kind};
 
 use super::key;
 use super::multifd_barrier::Rendezvous;

@@ -11,19 +11,16 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 use transhume_protocol::agent::GateCounts;
-use transhume_protocol::qemu::return_path::Message;
+use transhume_protocol::memory::PageRequest;
 
+use super::missing_pages::AbsentBlock;
 use super::output::{Arrived, Output};
 use super::placement::Placement;
 use super::replies::{Replies, Reply};
-use crate::agent;
 use absent_frames::{Absent, Held, Map};
-use transhume_guest::{self as guest, Agent, ClockSet, ClockSetter, Known, unusable};
-use transhume_hypervisor::Vm;
-use transhume_hypervisor::layout::{Layout, Region, main_memory_end};
+use transhume_guest::{self as guest, Agent, ClockSet, ClockSetter, Known, MovedGuest, unusable};
+use transhume_machine::memory_layout::{Region, main_memory_end};
 use transhume_pages::PAGE_SIZE;
-
-pub(crate) use absent_frames::Block;
 
 mod absent_frames;
 
@@ -79,13 +76,21 @@ impl Drop for Gate {
     }
 }
 
-/// Begins, if the VM has an agent; best before the VM runs.
-/// `clock`: see [`agent::greet`].
+/// What a gate needs to know.
+pub(crate) struct Setting {
+    pub(crate) guest: MovedGuest,
+    pub(crate) placement: Arc<Placement>,
+    pub(crate) replies: Arc<Replies>,
+    /// See [`MovedGuest::greet`].
+    pub(crate) clock: Option<Known>,
+    /// Makes a message to the source's hypervisor of requests.
+    pub(crate) page_requests: fn(&[PageRequest]) -> Vec<u8>,
+}
+
+/// Begins, if the VM has an agent; best before the VM runs. `layout`: what its hypervisor says of its memory.
 pub(crate) fn start(
-    vm: Arc<Vm>,
-    placement: Arc<Placement>,
-    replies: Arc<Replies>,
-    clock: Option<Known>,
+    setting: Setting,
+    layout: impl Future<Output = Option<Vec<Region>>> + Send + 'static,
 ) -> Gate {
     let flags = Arc::<Flags>::default();
     let (sender, counts) = oneshot::channel();
@@ -94,41 +99,18 @@ pub(crate) fn start(
         counts,
     };
     transhume_base::task::spawn(async move {
-        let layout = tokio::time::timeout(PATIENCE, Layout::read(vm.qmp())).await;
-        let Ok(Ok(layout)) = layout else {
-            tracing::info!(vm = vm.name(), "its memory's layout is not known: no gate");
+        let layout = tokio::time::timeout(PATIENCE, layout).await;
+        let Ok(Some(regions)) = layout else {
+            let vm = &setting.guest.vm;
+            tracing::info!(vm, "its memory's layout is not known: no gate");
             return;
         };
         let run = move || {
-            let Some(socket) = vm.agent_socket() else {
-                return;
-            };
-            let name = vm.name();
-            let was_set = |set| agent::clock_was_set(&vm, set);
-            let mut clock = GuestClock {
-                expected: clock,
-                was_set: &was_set,
-            };
-            let once = || {
-                let regions = layout.regions();
-                run(socket, regions, &placement, &replies, &flags, &mut clock)
-            };
-            match insist(name, &flags, PATIENCE, once) {
-                Ok(Some(counts)) => {
-                    tell(name, &counts);
-                    let _ = sender.send(counts);
-                }
-                Ok(None) => {
-                    tracing::info!(vm = name, "the agent does not say what came of its gate");
-                }
-                Err(reason) => tracing::info!(
-                    vm = name,
-                    reason,
-                    "memory that is absent stops its CPUs, not only processes"
-                ),
+            if let Some(socket) = &setting.guest.socket {
+                attend(socket, &regions, &setting, &flags, sender);
+                // If that was not done while there was a gate.
+                setting.guest.set_clock_right();
             }
-            // If that was not done while there was a gate.
-            agent::set_clock_right(Arc::clone(&vm));
         };
         if let Err(error) = transhume_base::task::thread("relay-gate", run) {
             tracing::warn!(%error, "a thread");
@@ -137,9 +119,40 @@ pub(crate) fn start(
     gate
 }
 
+/// Keeps the gate from its beginning to its end, and tells what came of it.
+fn attend(
+    socket: &Path,
+    regions: &[Region],
+    setting: &Setting,
+    flags: &Flags,
+    counts: oneshot::Sender<GateCounts>,
+) {
+    let vm = &setting.guest.vm;
+    let was_set = |set| setting.guest.clock_was_set(set);
+    let mut clock = GuestClock {
+        expected: setting.clock,
+        was_set: &was_set,
+    };
+    let once = || run(socket, regions, setting, flags, &mut clock);
+    match insist(vm, flags, PATIENCE, once) {
+        Ok(Some(told)) => {
+            tell(vm, &told);
+            let _ = counts.send(told);
+        }
+        Ok(None) => {
+            tracing::info!(vm, "the agent does not say what came of its gate");
+        }
+        Err(reason) => tracing::info!(
+            vm,
+            reason,
+            "memory that is absent stops its CPUs, not only processes"
+        ),
+    }
+}
+
 /// The guest's clock, until it is set right.
 struct GuestClock<'a> {
-    /// See [`agent::greet`].
+    /// See [`MovedGuest::greet`].
     expected: Option<Known>,
     /// Hears what became of it.
     was_set: &'a dyn Fn(ClockSet),
@@ -207,11 +220,16 @@ fn insist<T>(
 fn run(
     socket: &Path,
     regions: &[Region],
-    placement: &Placement,
-    replies: &Replies,
+    setting: &Setting,
     flags: &Flags,
     clock: &mut GuestClock<'_>,
 ) -> Result<Option<GateCounts>, String> {
+    let Setting {
+        placement,
+        replies,
+        page_requests,
+        ..
+    } = setting;
     let began = Instant::now();
     let blocks = loop {
         if let Some(blocks) = placement.watch() {
@@ -227,7 +245,11 @@ fn run(
     let ask = |block: &str, page, count| {
         // Where the link is away QEMU asks for it when a CPU stands there.
         if replies.has_room() {
-            replies.send(Reply::ReturnPath(request(block, page, count)));
+            replies.send(Reply::ReturnPath(page_requests(&[PageRequest {
+                block: block.to_owned(),
+                page,
+                count,
+            }])));
         }
     };
     keep(socket, regions, blocks, flags, clock, arrived, ask)
@@ -238,7 +260,7 @@ fn run(
 fn keep(
     socket: &Path,
     regions: &[Region],
-    blocks: Vec<Block>,
+    blocks: Vec<AbsentBlock>,
     flags: &Flags,
     clock: &mut GuestClock<'_>,
     mut arrived: impl FnMut() -> Vec<Arrived>,
@@ -391,19 +413,6 @@ impl Drop for Watch<'_> {
     fn drop(&mut self) {
         self.0.unwatch();
     }
-}
-
-fn request(block: &str, page: u64, count: u64) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    let size = PAGE_SIZE as u64;
-    Message::RequestPagesOf {
-        block,
-        offset: page * size,
-        // MOST_ASKED pages at most.
-        length: u32::try_from(count * size).unwrap_or(0),
-    }
-    .encode(&mut bytes);
-    bytes
 }
 
 #[cfg(test)]

@@ -68,6 +68,26 @@ impl Missing {
     }
 }
 
+/// A VM's RAM block, as far as this needs it.
+pub(crate) struct AbsentBlock {
+    pub(crate) name: String,
+    /// Pages that are missing.
+    pub(crate) missing: Bitmap,
+    /// Pages that a process of the guest waits for.
+    pub(crate) wanted: Bitmap,
+}
+
+impl AbsentBlock {
+    pub(crate) fn new(name: String, missing: Bitmap) -> Self {
+        let wanted = Bitmap::new(missing.len());
+        Self {
+            name,
+            missing,
+            wanted,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,9 +4,9 @@
 use loom::sync::Arc;
 use loom::thread::{self, JoinHandle};
 use transhume_protocol::link::{HintRun, SectionKind};
-use transhume_protocol::qemu::Block;
+use transhume_protocol::memory::Block;
 
-use super::{fault_gate, read_plan, replies, resume_state};
+use super::{read_plan, replies, resume_state};
 use transhume_pages::hint_table::Place;
 use transhume_pages::{PAGE_SIZE, PageKey};
 use transhume_testing::model_sync::{self as sync, model};

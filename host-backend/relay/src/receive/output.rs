@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Weak};
 
 use transhume_protocol::link::SectionKind;
-use transhume_protocol::qemu::{Block, Discard};
+use transhume_protocol::memory::{Block, Discard};
 
 use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::error::RelayError;

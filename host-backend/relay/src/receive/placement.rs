@@ -19,9 +19,8 @@ use std::sync::Arc;
 
 use foldhash::fast::RandomState;
 use transhume_protocol::link::{Digest, HintRun, SectionKind, Verdict};
-use transhume_protocol::qemu::{Block, Discard};
+use transhume_protocol::memory::{Block, Discard};
 
-use super::fault_gate;
 use super::output::{Contents, Output, Piece};
 use super::read_plan::{Plan, Read, join};
 use super::replies::{Replies, Reply};
@@ -29,7 +28,7 @@ use super::resume_state::Forgotten;
 use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::error::RelayError;
 use crate::receive::missing_pages::Missing;
-use transhume_hypervisor::memory::GuestMemory;
+use transhume_base::process_memory::GuestMemory;
 use transhume_pages::bitmap::Bitmap;
 use transhume_pages::hint_table::Place;
 use transhume_pages::{PAGE_SIZE, PageKey, SECTORS_PER_PAGE};

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use transhume_protocol::link::{Digest, SectionKind};
-use transhume_protocol::qemu::Block;
+use transhume_protocol::memory::Block;
 
 use super::output::{Contents, Output, Piece};
 use super::placement::Placement;

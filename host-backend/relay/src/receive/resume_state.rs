@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use transhume_protocol::link::MAX_BLOCKS;
-use transhume_protocol::qemu::Block;
+use transhume_protocol::memory::Block;
 
 use transhume_base::{bounded, durable};
 use transhume_pages::PAGE_SIZE;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use transhume_protocol::link::{BatchBuilder, BatchEncoding, Digest, SectionKind};
-use transhume_protocol::qemu::return_path::Message;
+use transhume_protocol::memory::PageRequest;
 
 use super::buffers::{Buffer, Pool};
 use super::link_rate::ASSUMED_RATE;
@@ -33,8 +33,6 @@ const NEAR_POST_COPY: Duration = Duration::from_millis(12);
 const ROUND_TRIP_MOST: Duration = Duration::from_millis(300);
 const NEAR_LEAST: f64 = 512.0 * 1024.0;
 const NEAR_MOST: f64 = 8.0 * 1024.0 * 1024.0;
-/// Length of a page in a request.
-const PAGE_LENGTH: u32 = 4096;
 
 /// What the readers of a stream and of its channels share.
 pub(crate) struct Reading {
@@ -124,7 +122,7 @@ impl Reading {
     fn order(&self) -> Result<(), RelayError> {
         let rate = self.shared.rate().unwrap_or(ASSUMED_RATE);
         match self.shared.order.next(rate) {
-            Some(requests) => self.shared.tell_qemu(&requests),
+            Some(requests) => self.shared.request_pages(&requests),
             None => Ok(()),
         }
     }
@@ -142,15 +140,13 @@ impl Reading {
         let Some(page) = steer.target(sent, at, demand, room) else {
             return Ok(());
         };
-        let mut request = Vec::new();
-        Message::RequestPagesOf {
-            block: steer.block().1,
-            offset: page * PAGE_SIZE as u64,
-            length: PAGE_LENGTH,
-        }
-        .encode(&mut request);
+        let request = PageRequest {
+            block: steer.block().1.to_owned(),
+            page,
+            count: 1,
+        };
         drop(ledger);
-        self.shared.tell_qemu(&request)
+        self.shared.request_pages(&[request])
     }
 }
 

@@ -4,9 +4,9 @@
 //! lies above 4 GiB. The translation is QEMU's own (`info mtree -f`).
 
 use transhume_protocol::agent::FrameRun;
-use transhume_protocol::qemu::Block;
+use transhume_protocol::memory::Block;
 
-use transhume_hypervisor::layout::Region;
+use transhume_machine::memory_layout::Region;
 use transhume_pages::PAGE_SIZE;
 
 /// Where the guest's frames are in QEMU's blocks.

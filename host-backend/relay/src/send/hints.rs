@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use transhume_protocol::agent::FrameRun;
 use transhume_protocol::link::HintRun;
-use transhume_protocol::qemu::Block;
+use transhume_protocol::memory::Block;
 
 use super::frame_map::Frames;
 use super::queue::Flow;
@@ -135,7 +135,7 @@ mod tests {
     use transhume_protocol::link::{BATCH_HEADER_LEN, BatchEncoding, BatchHeader, decode_hints};
 
     use crate::send::queue::{Next, Outgoing};
-    use transhume_hypervisor::layout::Region;
+    use transhume_machine::memory_layout::Region;
     use transhume_pages::PageKey;
     use transhume_pages::hint_table::Place;
 

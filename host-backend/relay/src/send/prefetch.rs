@@ -14,8 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use transhume_protocol::agent::MemoryClass;
-use transhume_protocol::qemu::Block;
-use transhume_protocol::qemu::return_path::Message;
+use transhume_protocol::memory::{Block, PageRequest};
 
 use super::frame_map::Frames;
 use crate::progress::Classes;
@@ -43,8 +42,6 @@ const MOST_REQUESTS: usize = 8192;
 const GAP: u64 = 16;
 /// How often each page may be named, on average: beyond that nothing counts.
 const MOST_NAMED: u64 = 4;
-/// Longest request, in pages; its length in bytes has 32 bits.
-const LONGEST: u64 = 1 << 18;
 /// What is under way after the switch: this time of the link, and what QEMU's narrowed socket holds, in pages.
 const AHEAD: Duration = Duration::from_millis(2);
 const IN_SOCKET: u64 = 24;
@@ -144,8 +141,8 @@ impl Order {
 
     /// Goes on with what is to be done before the VM goes over. `left`: how long the first scan still takes, nothing
     /// when it is over. `stream`: bytes of QEMU's stream that came. Returns whether all is done, and what is to be
-    /// said to QEMU.
-    pub(crate) fn prepare(&self, left: Duration, stream: u64) -> (bool, Option<Vec<u8>>) {
+    /// asked for.
+    pub(crate) fn prepare(&self, left: Duration, stream: u64) -> (bool, Option<Vec<PageRequest>>) {
         let mut state = self.lock();
         let now = Instant::now();
         let mut said = None;
@@ -185,7 +182,7 @@ impl Order {
     }
 
     /// Notes what the guest named, and returns the requests for the kernel's pages.
-    fn take_order(&self, state: &mut State, answer: &MemoryOrder) -> Vec<u8> {
+    fn take_order(&self, state: &mut State, answer: &MemoryOrder) -> Vec<PageRequest> {
         let mut list = Vec::with_capacity(answer.runs.len());
         let mut kernel = Vec::new();
         let pages = |block: &Block| block.length / PAGE_SIZE as u64;
@@ -263,8 +260,8 @@ impl Order {
         Some(key)
     }
 
-    /// What is to be said to QEMU after the switch, if anything is. `rate`: of the link, in bytes a second.
-    pub(crate) fn next(&self, rate: f64) -> Option<Vec<u8>> {
+    /// What is to be asked for after the switch, if anything is. `rate`: of the link, in bytes a second.
+    pub(crate) fn next(&self, rate: f64) -> Option<Vec<PageRequest>> {
         #[expect(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,
@@ -294,25 +291,16 @@ fn joined(mut runs: Vec<Run>) -> Vec<Run> {
     joined
 }
 
-fn requests(runs: &[Run], blocks: &[Block]) -> Vec<u8> {
-    let mut said = Vec::new();
-    for run in runs {
-        let Some(block) = blocks.get(usize::from(run.block)) else {
-            continue;
-        };
-        let mut done = 0;
-        while done < run.pages {
-            let pages = (run.pages - done).min(LONGEST);
-            Message::RequestPagesOf {
-                block: &block.name,
-                offset: (run.page + done) * PAGE_SIZE as u64,
-                length: u32::try_from(pages * PAGE_SIZE as u64).unwrap_or(0),
-            }
-            .encode(&mut said);
-            done += pages;
-        }
-    }
-    said
+fn requests(runs: &[Run], blocks: &[Block]) -> Vec<PageRequest> {
+    let request = |run: &Run| {
+        let block = blocks.get(usize::from(run.block))?;
+        Some(PageRequest {
+            block: block.name.clone(),
+            page: run.page,
+            count: run.pages,
+        })
+    };
+    runs.iter().filter_map(request).collect()
 }
 
 fn classes(answer: &MemoryOrder) -> Classes {
@@ -337,7 +325,7 @@ fn classes(answer: &MemoryOrder) -> Classes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use transhume_hypervisor::layout::Region;
+    use transhume_machine::memory_layout::Region;
     use transhume_protocol::agent::{ClassCounts, FrameRun};
 
     const PAGES: u64 = 1000;
@@ -379,26 +367,12 @@ mod tests {
     }
 
     /// First page and length in pages of each request.
-    fn decoded(mut said: &[u8]) -> Vec<(u64, u64)> {
-        let mut requests = Vec::new();
-        while let Ok(Some((message, length))) = Message::decode(said) {
-            let Message::RequestPagesOf {
-                block,
-                offset,
-                length: bytes,
-            } = message
-            else {
-                panic!("{message:?}");
-            };
-            assert_eq!(block, "pc.ram");
-            requests.push((
-                offset / PAGE_SIZE as u64,
-                u64::from(bytes) / PAGE_SIZE as u64,
-            ));
-            said = &said[length..];
-        }
-        assert!(said.is_empty(), "{said:?}");
-        requests
+    fn decoded(said: &[PageRequest]) -> Vec<(u64, u64)> {
+        let one = |request: &PageRequest| {
+            assert_eq!(request.block, "pc.ram");
+            (request.page, request.count)
+        };
+        said.iter().map(one).collect()
     }
 
     fn answer(runs: &[(MemoryClass, u64, u64)]) -> MemoryOrder {
@@ -488,23 +462,12 @@ mod tests {
     }
 
     #[test]
-    fn long_runs_are_cut_and_many_are_left_out() {
+    fn of_too_many_runs_some_are_left_out() {
         let many = (0..MOST_REQUESTS as u64 * 2).map(|n| Run {
             block: 0,
             page: n * 100,
             pages: 1,
         });
         assert_eq!(joined(many.collect()).len(), MOST_REQUESTS);
-        let block = Block {
-            name: "pc.ram".to_owned(),
-            length: u64::MAX,
-        };
-        let run = Run {
-            block: 0,
-            page: 5,
-            pages: LONGEST + 1,
-        };
-        let said = decoded(&requests(&[run], &[block]));
-        assert_eq!(said, [(5, LONGEST), (5 + LONGEST, 1)]);
     }
 }

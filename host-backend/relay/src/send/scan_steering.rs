@@ -9,7 +9,7 @@
 
 use std::time::{Duration, Instant};
 
-use transhume_protocol::qemu::Block;
+use transhume_protocol::memory::Block;
 
 use transhume_pages::bitmap::Bitmap;
 use transhume_pages::hint_table::HintTable;

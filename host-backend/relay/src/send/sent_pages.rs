@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use transhume_protocol::link::Digest;
-use transhume_protocol::qemu::Block;
+use transhume_protocol::memory::Block;
 
 use super::scan_steering::Steer;
 use crate::error::RelayError;

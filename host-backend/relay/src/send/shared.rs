@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 use transhume_protocol::link::{Control, GuestEnd, Stalls, encode_control};
+use transhume_protocol::memory::PageRequest;
 
 use super::clocks::Clocks;
 use super::doubt::Doubt;
@@ -90,6 +91,8 @@ pub(crate) struct Shared {
     qemu: Sockets,
     /// QEMU keeps the VM until it is told that its devices are loaded at the destination.
     keeps_until_loaded: bool,
+    /// Makes a message to the hypervisor of requests.
+    page_requests: fn(&[PageRequest]) -> Vec<u8>,
     /// Held while a message is written: messages must not mix.
     telling: Mutex<()>,
     session: Session<Packer>,
@@ -112,6 +115,7 @@ impl Shared {
         keeps_until_loaded: bool,
         doubt: Option<Doubt>,
         clocks: Arc<Clocks>,
+        page_requests: fn(&[PageRequest]) -> Vec<u8>,
     ) -> Self {
         let before = progress.traffic();
         Self {
@@ -124,6 +128,7 @@ impl Shared {
             doubt: doubt.map(Arc::new),
             qemu,
             keeps_until_loaded,
+            page_requests,
             telling: Mutex::new(()),
             session,
             rate,
@@ -253,7 +258,7 @@ impl Shared {
         }
         state.hand = Hand::Told;
         drop(state);
-        self.tell_qemu(message)
+        self.tell_hypervisor(message)
     }
 
     /// Takes the first error.
@@ -447,7 +452,7 @@ impl Shared {
 
     /// Writes a whole message to QEMU's return path. A QEMU in post-copy that listens no more has sent all, or its
     /// reader finds that it has not.
-    pub(crate) fn tell_qemu(&self, message: &[u8]) -> Result<(), RelayError> {
+    pub(crate) fn tell_hypervisor(&self, message: &[u8]) -> Result<(), RelayError> {
         let _whole = self.telling.lock().unwrap_or_else(PoisonError::into_inner);
         match (&self.qemu.stream).write_all(message) {
             Err(_) if self.is_over() => Ok(()),
@@ -455,11 +460,16 @@ impl Shared {
         }
     }
 
+    /// Asks for pages out of the hypervisor's order.
+    pub(crate) fn request_pages(&self, requests: &[PageRequest]) -> Result<(), RelayError> {
+        self.tell_hypervisor(&(self.page_requests)(requests))
+    }
+
     /// Lets QEMU switch over, if the destination said that it may.
     pub(crate) fn release_switchover(&self) -> Result<(), RelayError> {
         if let Some(message) = self.lock().switchover.take() {
             tracing::debug!("switch-over allowed");
-            self.tell_qemu(&message)?;
+            self.tell_hypervisor(&message)?;
         }
         Ok(())
     }

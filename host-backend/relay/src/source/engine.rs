@@ -3,7 +3,7 @@
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use transhume_protocol::qemu::Block;
+use transhume_protocol::memory::Block;
 
 use crate::error::RelayError;
 use crate::qemu::multifd_barrier::Rendezvous;

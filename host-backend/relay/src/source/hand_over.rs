@@ -14,7 +14,7 @@ use crate::policy::goal::Aim;
 use crate::progress::{Downtime, Phase, Summary};
 use crate::qemu::return_path;
 use crate::send::shared::Shared;
-use crate::{Error, IN_BETWEEN, Stays, agent};
+use crate::{Error, IN_BETWEEN, Stays, moved_guest};
 use transhume_api::{Choice, Mode};
 use transhume_hypervisor::qmp_commands::keeps_vm;
 use transhume_hypervisor::{self as hypervisor, Shutdown, Vm};
@@ -210,7 +210,7 @@ impl Migration {
         if let Some(shared) = &held {
             shared.stop(RelayError::Stopped);
             let wake = || {
-                let _ = shared.tell_qemu(&return_path::package_loaded());
+                let _ = shared.tell_hypervisor(&return_path::package_loaded());
                 shared.hang_up();
             };
             let stays = stays_here(&self.request.vm, wake).await;
@@ -263,7 +263,7 @@ impl Migration {
         let clock = self.clocks.guest().filter(|_| self.facts.running);
         if clock.is_some() && runs.is_ok() {
             // It may have been paused for its switch-over.
-            agent::greet(Arc::clone(&self.request.vm), clock);
+            moved_guest::of(&self.request.vm).greet(clock);
         }
         let host = self.request.from.clone();
         let stays = if self.facts.running {

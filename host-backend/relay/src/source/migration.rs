@@ -21,6 +21,7 @@ use crate::policy::goal::Aim;
 use crate::policy::mode_choice::{self, Choice};
 use crate::progress::{Counter, Phase, Progress};
 use crate::qemu::migration_settings::{self, Before};
+use crate::qemu::return_path;
 use crate::qemu::switchover::Switchover;
 use crate::send::clocks::Clocks;
 use crate::send::doubt::Doubt;
@@ -31,11 +32,11 @@ use crate::send::packer::Packer;
 use crate::send::prefetch::Order;
 use crate::send::queue::Flow;
 use crate::send::shared::Shared;
-use crate::{Error, agent};
+use crate::{Error, moved_guest};
 use transhume_api::{Choice as Chosen, Mode};
-use transhume_hypervisor::layout::main_memory_end;
 use transhume_hypervisor::qmp::{Event, Version};
 use transhume_link::session::Session;
+use transhume_machine::memory_layout::main_memory_end;
 use transhume_pages::PAGE_SIZE;
 use transhume_pages::digest::Digester;
 
@@ -142,7 +143,7 @@ impl Migration {
             .or(channels.then_some("QEMU uses several channels here, and post-copy needs one"));
         let (post_copy, chosen) = mode_choice::wish(&request.goal, facts.running, against);
         progress.choose(chosen);
-        let clocks = Clocks::new(agent::noted_clock(&request.vm));
+        let clocks = Clocks::new(moved_guest::of(&request.vm).noted_clock());
         Self {
             request,
             facts,
@@ -221,6 +222,7 @@ impl Migration {
             self.request.vm.qmp().version().keeps_until_loaded(),
             Some(doubt),
             Arc::clone(&self.clocks),
+            return_path::page_requests,
         ));
         self.shared = Some(Arc::clone(&shared));
         match theirs {
@@ -293,7 +295,7 @@ impl Migration {
                     Ok(event) => {
                         if event.name == "STOP" {
                             if self.facts.running {
-                                agent::note_clock(&self.request.vm, self.clocks.guest());
+                                moved_guest::of(&self.request.vm).note_clock(self.clocks.guest());
                             }
                             self.enter(Phase::Switchover)?;
                             paused = Some(instant(event.at));

@@ -60,7 +60,7 @@ impl Start {
         let stream = shared.progress.get(Counter::StreamBytes);
         let (is_ready, requests) = shared.order.prepare(left, stream);
         if let Some(requests) = requests {
-            shared.tell_qemu(&requests)?;
+            shared.request_pages(&requests)?;
         }
         let is_urgent = choice.is_urgent(seen);
         if seen.scans < SCANS && !is_urgent {

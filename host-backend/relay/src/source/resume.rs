@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use transhume_protocol::link::{Control, GuestEnd, Stalls};
-use transhume_protocol::qemu::Block;
+use transhume_protocol::memory::Block;
 
 use super::engine;
 use super::preparation::connections;
@@ -17,6 +17,7 @@ use super::remainder;
 use super::request::Destination;
 use crate::error::{CutOff, RelayError};
 use crate::progress::{Phase, Progress};
+use crate::qemu::return_path;
 use crate::send::clocks::Clocks;
 use crate::send::hints::Hints;
 use crate::send::link_rate::LinkRate;
@@ -232,6 +233,7 @@ impl Rest {
             false,
             None,
             Arc::new(Clocks::new(None)),
+            return_path::page_requests,
         );
         let shared = Arc::new(shared);
         let begun = engine::resume(&shared, section, blocks);

@@ -5,10 +5,11 @@ use transhume_protocol::link::{Offer, Signs};
 
 use super::request::Request;
 use crate::Error;
+use transhume_hypervisor::Layout;
 use transhume_hypervisor::definition::{Accelerator, MissedWrites};
-use transhume_hypervisor::layout::{Layout, Region};
 use transhume_hypervisor::preflight::Needs;
 use transhume_hypervisor::{Vm, virtqueues};
+use transhume_machine::memory_layout::Region;
 use transhume_pages::digest;
 
 /// The VM as it is here.

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use transhume_protocol::agent::FrameRun;
 
+use crate::receive::missing_pages::AbsentBlock;
 use crate::receive::output::Arrived;
-use transhume_hypervisor::layout::Region;
-use transhume_pages::bitmap::Bitmap;
+use transhume_machine::memory_layout::Region;
 use transhume_pages::{PAGE_SIZE, PageKey};
 
 /// Other arrivals are told this late at most, since each time costs the guest's CPU.
@@ -21,26 +21,6 @@ const MOST_RUNS: usize = 1 << 18;
 /// Pages that are asked for with one message, at most: what a huge page of the guest has.
 const MOST_ASKED: u64 = 512;
 
-/// A VM's RAM block, as far as this needs it.
-pub(crate) struct Block {
-    pub(crate) name: String,
-    /// Pages that are missing.
-    pub(crate) missing: Bitmap,
-    /// Pages that a process of the guest waits for.
-    pub(crate) wanted: Bitmap,
-}
-
-impl Block {
-    pub(crate) fn new(name: String, missing: Bitmap) -> Self {
-        let wanted = Bitmap::new(missing.len());
-        Self {
-            name,
-            missing,
-            wanted,
-        }
-    }
-}
-
 /// A stretch of page frames that a block backs.
 struct Stretch {
     pfn: u64,
@@ -53,7 +33,7 @@ struct Stretch {
 pub(crate) struct Map(Vec<Stretch>);
 
 impl Map {
-    pub(crate) fn new(regions: &[Region], blocks: &[Block]) -> Self {
+    pub(crate) fn new(regions: &[Region], blocks: &[AbsentBlock]) -> Self {
         let size = PAGE_SIZE as u64;
         let stretch = |region: &Region| {
             let block = blocks.iter().position(|block| block.name == region.block)?;
@@ -102,7 +82,7 @@ impl Map {
 
 /// What was missing when it began and has neither come nor been asked for since.
 pub(crate) struct Absent {
-    pub(crate) blocks: Vec<Block>,
+    pub(crate) blocks: Vec<AbsentBlock>,
 }
 
 impl Absent {
@@ -179,7 +159,7 @@ impl Absent {
     /// What is to be asked for of pages that somebody waits for: from the first to the last that is still absent. QEMU
     /// asks for a page more than once, too, but only when it has to.
     pub(crate) fn ask(&mut self, (key, count): (PageKey, u64)) -> Option<(PageKey, u64)> {
-        let Block {
+        let AbsentBlock {
             missing, wanted, ..
         } = self.blocks.get_mut(usize::from(key.block))?;
         let end = key.page.saturating_add(count);
@@ -242,7 +222,8 @@ impl Held {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use transhume_hypervisor::layout::main_memory_end;
+    use transhume_machine::memory_layout::main_memory_end;
+    use transhume_pages::bitmap::Bitmap;
 
     fn region(start: u64, pages: u64, block: &str, offset: u64) -> Region {
         Region {
@@ -258,7 +239,7 @@ mod tests {
         for &page in missing {
             ram.insert(page);
         }
-        let block = |name: &str, missing| Block::new(name.to_owned(), missing);
+        let block = |name: &str, missing| AbsentBlock::new(name.to_owned(), missing);
         Absent {
             blocks: vec![block("vga.vram", Bitmap::new(8)), block("pc.ram", ram)],
         }

@@ -7,22 +7,6 @@ use transhume_protocol::agent::{
 
 use transhume_pages::bitmap::Bitmap;
 
-#[test]
-fn a_page_is_asked_for_by_its_block() {
-    let bytes = request("pc.ram", 3, 2);
-    let (message, length) = Message::decode(&bytes).unwrap().unwrap();
-    assert_eq!(length, bytes.len());
-    let block = "pc.ram";
-    assert_eq!(
-        message,
-        Message::RequestPagesOf {
-            block,
-            offset: 3 * 4096,
-            length: 2 * 4096
-        }
-    );
-}
-
 /// The agent's side of a channel.
 struct Fake {
     stream: UnixStream,
@@ -148,7 +132,7 @@ fn a_gate_that_expired_is_opened_again() {
         count: 1,
     };
     let mut arrivals = vec![vec![arrived(9), arrived(3)], vec![arrived(4)]];
-    let blocks = vec![Block::new("pc.ram".to_owned(), missing)];
+    let blocks = vec![AbsentBlock::new("pc.ram".to_owned(), missing)];
     let flags = Flags::default();
     let news = || {
         // The rest comes when the gate is open again.

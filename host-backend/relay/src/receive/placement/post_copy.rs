@@ -1,9 +1,7 @@
 //! What is different at the switch to post-copy, and when it goes on after a break.
 
-use super::{
-    Bitmap, BlockState, Discard, Forgotten, Piece, Placement, RelayError, State, fault_gate,
-};
-use crate::receive::missing_pages::Missing;
+use super::{Bitmap, BlockState, Discard, Forgotten, Piece, Placement, RelayError, State};
+use crate::receive::missing_pages::{AbsentBlock, Missing};
 
 impl Placement {
     /// Whether the source has sent the devices of a VM in post-copy.
@@ -35,7 +33,7 @@ impl Placement {
 
     /// What is missing, if it is post-copy; after a break only when QEMU has told it of all blocks. From here on the output notes what it writes: what is missing now will
     /// be noted.
-    pub(crate) fn watch(&self) -> Option<Vec<fault_gate::Block>> {
+    pub(crate) fn watch(&self) -> Option<Vec<AbsentBlock>> {
         let state = self.lock();
         let missing = state.missing.as_ref()?;
         if state.told.contains(&false) {
@@ -44,7 +42,7 @@ impl Placement {
         self.output.watch();
         let blocks = state.blocks.iter().zip(missing.pages());
         let block = |(block, missing): (&BlockState, &Bitmap)| {
-            fault_gate::Block::new(block.name.clone(), missing.clone())
+            AbsentBlock::new(block.name.clone(), missing.clone())
         };
         Some(blocks.map(block).collect())
     }

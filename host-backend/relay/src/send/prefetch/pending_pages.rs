@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use transhume_protocol::qemu::Block;
+use transhume_protocol::memory::Block;
 
 use transhume_pages::bitmap::Bitmap;
 use transhume_pages::{PAGE_SIZE, PageKey};

@@ -1,15 +1,15 @@
 //! What the agent is told when a migration is over: that no memory is absent, and by how much its clock is to go forward,
 //! which stood still. The host that the VM left may have had it get ready for a move by post-copy.
 //!
-//! In post-copy [`super::destination`]'s gate talks to the agent.
+//! In post-copy whoever keeps the gate talks to the agent.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use transhume_guest::{self as guest, ClockNote, ClockSet, ClockSetter, Known};
-use transhume_hypervisor::Vm;
 use transhume_protocol::agent::ClockOutcome;
+
+use crate::{ClockNote, ClockSet, ClockSetter, Known, open, unusable};
 
 /// How long the agent may take to answer.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -22,44 +22,107 @@ const MOST_TRIES: u32 = 60;
 /// Those of them that end without a word about the clock: then the agent knows of none.
 const MOST_WITHOUT_A_CLOCK: u32 = 5;
 
-fn note(vm: &Vm) -> ClockNote {
-    ClockNote::new(vm.files().clock_note())
+/// A guest that moves, as far as its agent hears of it afterwards.
+#[derive(Clone)]
+pub struct MovedGuest {
+    /// The VM's name.
+    pub vm: String,
+    /// The host's end of the agent's channel, if there is one.
+    pub socket: Option<PathBuf>,
+    /// Where its clock is noted until it is right.
+    pub note: PathBuf,
+    /// Whether the VM is not here any more.
+    pub is_gone: Arc<dyn Fn() -> bool + Send + Sync>,
 }
 
-/// Notes how far the guest's clock is to be ahead of this host's, before the guest stands still or runs here. It stays
-/// noted until the clock is right; [`set_clock_right`] sees to that.
-pub(crate) fn note_clock(vm: &Vm, clock: Option<Known>) {
-    if let Some(clock) = clock
-        && let Err(error) = note(vm).write(clock)
-    {
-        tracing::warn!(vm = vm.name(), %error, "the guest's clock cannot be noted: if transhumed ends now, the clock loses the pause");
+impl MovedGuest {
+    fn note(&self) -> ClockNote {
+        ClockNote::new(self.note.clone())
     }
-}
 
-/// What is noted of a guest's clock that is not right yet.
-pub(crate) fn noted_clock(vm: &Vm) -> Option<Known> {
-    note(vm).read()
-}
-
-/// Begins to tell it that no memory is absent, and to set its clock right, once the VM runs here. Nothing waits for it.
-/// `clock`: how far the guest's would be ahead of this host's, had it not stood still.
-pub(crate) fn greet(vm: Arc<Vm>, clock: Option<Known>) {
-    note_clock(&vm, clock);
-    spawn(move || {
-        if noted_clock(&vm).is_some() {
-            return until_right(&vm);
+    /// Notes how far the guest's clock is to be ahead of this host's, before the guest stands still or runs here. It stays
+    /// noted until the clock is right; [`MovedGuest::set_clock_right`] sees to that.
+    pub fn note_clock(&self, clock: Option<Known>) {
+        if let Some(clock) = clock
+            && let Err(error) = self.note().write(clock)
+        {
+            tracing::warn!(vm = self.vm, %error, "the guest's clock cannot be noted: if transhumed ends now, the clock loses the pause");
         }
-        let told = vm.agent_socket().map(|socket| tell(socket, None));
-        if let Some(Err(reason)) = told {
-            tracing::debug!(vm = vm.name(), reason, "the agent was told nothing");
-        }
-    });
-}
+    }
 
-/// Begins to set a guest's clock right if that is still to be done, as where the daemon ended meanwhile.
-pub fn set_clock_right(vm: Arc<Vm>) {
-    if noted_clock(&vm).is_some() {
-        spawn(move || until_right(&vm));
+    /// What is noted of a guest's clock that is not right yet.
+    pub fn noted_clock(&self) -> Option<Known> {
+        self.note().read()
+    }
+
+    /// Begins to tell it that no memory is absent, and to set its clock right, once the VM runs here. Nothing waits for it.
+    /// `clock`: how far the guest's would be ahead of this host's, had it not stood still.
+    pub fn greet(self, clock: Option<Known>) {
+        self.note_clock(clock);
+        spawn(move || {
+            if self.noted_clock().is_some() {
+                return self.until_right();
+            }
+            let told = self.socket.as_ref().map(|socket| tell(socket, None));
+            if let Some(Err(reason)) = told {
+                tracing::debug!(vm = self.vm, reason, "the agent was told nothing");
+            }
+        });
+    }
+
+    /// Begins to set a guest's clock right if that is still to be done, as where the daemon ended meanwhile.
+    pub fn set_clock_right(self) {
+        if self.noted_clock().is_some() {
+            spawn(move || self.until_right());
+        }
+    }
+
+    /// Tries until the clock is right, or somebody else has seen to it, or the VM is gone.
+    fn until_right(&self) {
+        let (note, vm) = (self.note(), &self.vm);
+        let Some(socket) = &self.socket else {
+            return note.forget();
+        };
+        let (mut why, mut without_a_clock) = (String::new(), 0);
+        for _ in 0..MOST_TRIES {
+            let Some(clock) = note.read() else {
+                return;
+            };
+            if (self.is_gone)() {
+                return;
+            }
+            match tell(socket, Some(clock)) {
+                Ok(Some(set)) => return self.clock_was_set(set),
+                Ok(None) if without_a_clock == MOST_WITHOUT_A_CLOCK => break,
+                Ok(None) => {
+                    without_a_clock += 1;
+                    "the agent does not tell its clock".clone_into(&mut why);
+                }
+                Err(reason) => {
+                    if reason != why {
+                        tracing::info!(
+                            vm,
+                            reason,
+                            "the guest's clock is not set right yet: it is tried again"
+                        );
+                    }
+                    why = reason;
+                }
+            }
+            std::thread::sleep(AGAIN);
+        }
+        tracing::warn!(
+            vm,
+            reason = why,
+            "the guest's clock is not set right: it lost the time for which it stood still"
+        );
+        note.forget();
+    }
+
+    /// Logs what became of a guest's clock, about which nothing more is to be done.
+    pub fn clock_was_set(&self, set: ClockSet) {
+        self.note().forget();
+        log(&self.vm, set);
     }
 }
 
@@ -67,54 +130,6 @@ fn spawn(work: impl FnOnce() + Send + 'static) {
     if let Err(error) = transhume_base::task::thread("relay-greet", work) {
         tracing::warn!(%error, "a thread that speaks with a guest's agent cannot be started");
     }
-}
-
-/// Tries until the clock is right, or somebody else has seen to it, or the VM is gone.
-fn until_right(vm: &Vm) {
-    let (note, name) = (note(vm), vm.name());
-    let Some(socket) = vm.agent_socket() else {
-        return note.forget();
-    };
-    let (mut why, mut without_a_clock) = (String::new(), 0);
-    for _ in 0..MOST_TRIES {
-        let Some(clock) = note.read() else {
-            return;
-        };
-        if vm.qmp().is_closed() {
-            return;
-        }
-        match tell(socket, Some(clock)) {
-            Ok(Some(set)) => return clock_was_set(vm, set),
-            Ok(None) if without_a_clock == MOST_WITHOUT_A_CLOCK => break,
-            Ok(None) => {
-                without_a_clock += 1;
-                "the agent does not tell its clock".clone_into(&mut why);
-            }
-            Err(reason) => {
-                if reason != why {
-                    tracing::info!(
-                        vm = name,
-                        reason,
-                        "the guest's clock is not set right yet: it is tried again"
-                    );
-                }
-                why = reason;
-            }
-        }
-        std::thread::sleep(AGAIN);
-    }
-    tracing::warn!(
-        vm = name,
-        reason = why,
-        "the guest's clock is not set right: it lost the time for which it stood still"
-    );
-    note.forget();
-}
-
-/// Logs what became of a guest's clock, about which nothing more is to be done.
-pub(crate) fn clock_was_set(vm: &Vm, set: ClockSet) {
-    note(vm).forget();
-    log(vm.name(), set);
 }
 
 fn log(vm: &str, set: ClockSet) {
@@ -140,11 +155,11 @@ fn log(vm: &str, set: ClockSet) {
 }
 
 /// Tells it, and returns what became of the clock, if there is something to be done about it.
-pub(crate) fn tell(socket: &Path, clock: Option<Known>) -> Result<Option<ClockSet>, String> {
+fn tell(socket: &Path, clock: Option<Known>) -> Result<Option<ClockSet>, String> {
     let mut session = [0; 8];
     getrandom::fill(&mut session).map_err(|error| error.to_string())?;
-    let opening = guest::open(socket, u64::from_ne_bytes(session), PATIENCE)?;
-    opening.no_gate().map_err(guest::unusable)?;
+    let opening = open(socket, u64::from_ne_bytes(session), PATIENCE)?;
+    opening.no_gate().map_err(unusable)?;
     // Its answer shows that it has read all that was said.
     let (mut agent, _) = opening.agreed(Vec::new(), PATIENCE)?;
     let Some(clock) = clock else {
@@ -156,9 +171,9 @@ pub(crate) fn tell(socket: &Path, clock: Option<Known>) -> Result<Option<ClockSe
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Lead;
     use std::io::{Read as _, Write as _};
     use std::os::unix::net::{UnixListener, UnixStream};
-    use transhume_guest::Lead;
     use transhume_protocol::agent::{AgentMessage, Decoder, HostMessage, ReportSource, VERSION};
 
     fn say(stream: &mut UnixStream, message: &AgentMessage<'_>) {
@@ -195,7 +210,7 @@ mod tests {
                     HostMessage::GateClose => heard.push("close"),
                     HostMessage::ClockWanted { .. } if !has_clock => {}
                     HostMessage::ClockWanted { number } => {
-                        let real_ns = guest::monotonic_ns() + 1_000_000_000_000;
+                        let real_ns = crate::monotonic_ns() + 1_000_000_000_000;
                         say(&mut stream, &AgentMessage::Clock { number, real_ns });
                     }
                     HostMessage::ClockAdjust { by_ns } => {
@@ -225,7 +240,7 @@ mod tests {
             ahead_ns: 1_000_500_000_000,
             within_ns: 1000,
         };
-        let (heard, set) = told(Some(Known::new(expected, guest::monotonic_ns())), true);
+        let (heard, set) = told(Some(Known::new(expected, crate::monotonic_ns())), true);
         assert_eq!(heard, ["hello", "close", "clock"]);
         let set = set.expect("what became of it");
         assert_eq!(set.outcome, Some(ClockOutcome::Slewed));
@@ -238,7 +253,7 @@ mod tests {
             ahead_ns: 1,
             within_ns: 1,
         };
-        let expected = Known::new(lead, guest::monotonic_ns());
+        let expected = Known::new(lead, crate::monotonic_ns());
         let (heard, set) = told(Some(expected), false);
         assert_eq!((heard, set), (vec!["hello", "close"], None));
     }
