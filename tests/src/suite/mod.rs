@@ -2,7 +2,7 @@
 
 mod checks;
 #[cfg(test)]
-mod floors;
+mod house;
 pub(crate) mod lanes;
 mod plan;
 mod record;
