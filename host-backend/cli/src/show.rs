@@ -318,8 +318,10 @@ pub(crate) fn job(job: &JobInfo) -> String {
                 moment(job, None)
             )
         }
-        // Most of these say themselves how it ended.
-        (_, _, _, Some(error)) if error.starts_with("the migration ") => {
+        // They say themselves how it ended. What a refusal says are the other host's words.
+        (JobState::Failed | JobState::Cancelled | JobState::Ended, _, _, Some(error))
+            if error.starts_with("the migration ") =>
+        {
             format!("job {id}, {vm} to {to}: {error}")
         }
         (_, _, _, Some(error)) => format!("job {id}, {vm} to {to}, {}: {error}", state_word(job)),
@@ -486,6 +488,7 @@ fn moment(job: &JobInfo, rates: Option<(f64, f64)>) -> String {
         if let Some(left) = job.progress.remaining_bytes
             && job.progress.phase == Phase::PreCopy
             && job.progress.elapsed_ms >= GROUND_MS
+            && stream >= STANDSTILL
         {
             let left = duration(1000.0 * to_float(left) / stream);
             let _ = write!(text, ", about {left} left");

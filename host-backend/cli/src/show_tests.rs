@@ -81,6 +81,9 @@ fn tells_a_running_job_with_what_can_be_done() {
         text.starts_with("copying memory, 4.00 s, about 10.00 s left, 512 KiB/s, wire 2.00 MiB"),
         "{text}"
     );
+    // The link moves something, and QEMU nothing.
+    let text = moment(&job, Some((2.0, 524_288.0)));
+    assert!(!text.contains("left"), "{text}");
     let text = moment(&job, Some((900.0, 20.0)));
     assert!(
         text.starts_with("copying memory, 4.00 s, nothing moves at the moment, wire"),
@@ -250,4 +253,18 @@ fn lines_up_columns() {
         &[vec!["a".to_owned(), "running".to_owned()]],
     );
     assert_eq!(text, "NAME  STATE\na     running");
+}
+
+#[test]
+fn a_refusal_is_told_as_one_whatever_the_other_host_says() {
+    let mut job = job(JobState::Refused);
+    job.error = Some("the migration is complete: web1 runs at hostb".to_owned());
+    let text = super::job(&job);
+    assert!(
+        text.contains(", refused: the migration is complete"),
+        "{text}"
+    );
+    job.state = JobState::Failed;
+    job.error = Some("the migration failed: no link".to_owned());
+    assert!(super::job(&job).ends_with(": the migration failed: no link"));
 }

@@ -1,14 +1,12 @@
 //! The service of Transhume: one on each host.
 
+mod log;
+
 use clap::Parser;
-use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use tracing_subscriber::filter::{FilterExt, LevelFilter, Targets, filter_fn};
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{EnvFilter, Layer, fmt};
-use transhume_base::{allocator, audit};
+use tracing_subscriber::EnvFilter;
+use transhume_base::allocator;
 use transhume_control::{config::Config, server};
 
 /// Keeps this host's VMs, and moves them to and from other hosts.
@@ -41,22 +39,6 @@ struct Arguments {
     log: String,
 }
 
-/// The log, and the audit, which no filter keeps out of it.
-fn begin_log(filter: EnvFilter) {
-    let lines = || {
-        fmt::layer()
-            .with_writer(std::io::stderr)
-            .with_ansi(std::io::stderr().is_terminal())
-    };
-    let log = lines()
-        .with_target(false)
-        .with_filter(filter.and(filter_fn(|data| data.target() != audit::TARGET)));
-    let audit = lines().with_filter(Targets::new().with_target(audit::TARGET, LevelFilter::INFO));
-    tracing_subscriber::registry()
-        .with(vec![log.boxed(), audit.boxed()])
-        .init();
-}
-
 fn main() -> ExitCode {
     allocator::bound_arenas();
     let arguments = Arguments::parse();
@@ -80,7 +62,7 @@ async fn run(arguments: Arguments) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    begin_log(filter);
+    log::begin(filter);
     let result = match Config::load(&arguments.config) {
         Ok(config) => server::run(config).await,
         Err(error) => Err(error),

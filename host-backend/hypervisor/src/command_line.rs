@@ -201,7 +201,8 @@ fn add_nodes(line: &mut Line, disk: &Disk, nodes: &[NodeName], complete: bool) {
     let id = &disk.id;
     let name = |kind: &str, depth: usize| match depth {
         0 => format!("{kind}-{id}"),
-        _ => format!("{kind}-{id}-{depth}"),
+        // No other disk's name can make it the same.
+        _ => format!("{kind}.{depth}-{id}"),
     };
     for (depth, node) in nodes.iter().enumerate().rev() {
         let driver = if node.block_device {

@@ -202,8 +202,8 @@ fn what_was_handed_over_is_all_that_is_opened() {
         .collect();
     assert_eq!(
         format!("{based:?}"),
-        "[(String(\"disk-root-1\"), String(\"disk-root-2\"), Bool(true)), \
-         (String(\"disk-root\"), String(\"disk-root-1\"), Bool(false))]"
+        "[(String(\"disk.1-root\"), String(\"disk.2-root\"), Bool(true)), \
+         (String(\"disk-root\"), String(\"disk.1-root\"), Bool(false))]"
     );
     // What is based on nothing says so, lest the image says otherwise later.
     write("top,", &header("", None, 0));

@@ -216,18 +216,40 @@ pub(super) struct Handed {
 pub(super) struct Sets(Vec<String>);
 
 impl Sets {
-    /// QEMU's words, with the files' own names.
+    /// QEMU's words, with the files' own names, cut where they are too long. A file's name is not looked at again:
+    /// it may be like a set's.
     pub(super) fn named(&self, words: &str) -> String {
-        // The highest number first: "…/1" begins "…/10".
-        let sets = self.0.iter().enumerate().rev();
-        sets.fold(words.to_owned(), |words, (number, path)| {
-            words.replace(&set_name(number), path)
-        })
+        let mut named = String::new();
+        let mut rest = words;
+        while let Some(at) = rest.find(SET) {
+            named.push_str(&rest[..at]);
+            let after = &rest[at + SET.len()..];
+            let digits = after.bytes().take_while(u8::is_ascii_digit).count();
+            let path = after[..digits]
+                .parse()
+                .ok()
+                .and_then(|n: usize| self.0.get(n));
+            match path {
+                Some(path) => named.push_str(path),
+                None => named.push_str(&rest[at..at + SET.len() + digits]),
+            }
+            rest = &after[digits..];
+            if named.len() > MOST_WORDS {
+                break;
+            }
+        }
+        named.push_str(rest);
+        transhume_base::text::lines(&named, MOST_WORDS)
     }
 }
 
+/// What the name of a set begins with.
+const SET: &str = "/dev/fdset/";
+/// Bytes of QEMU's words with the names of files in it, at most.
+const MOST_WORDS: usize = 16 << 10;
+
 fn set_name(number: usize) -> String {
-    format!("/dev/fdset/{number}")
+    format!("{SET}{number}")
 }
 
 impl Handed {
@@ -373,6 +395,23 @@ mod tests {
         assert!(
             heard.contains("[/srv/11.raw]") && heard.ends_with("/srv/1.raw: in use"),
             "{heard}"
+        );
+    }
+
+    #[test]
+    fn a_file_that_is_named_like_a_set_is_not_one() {
+        let like = |set: usize| format!("/srv{}/i", set_name(set).repeat(300));
+        let sets = Sets(vec!["/srv/a".to_owned(), like(0), like(1), like(2)]);
+        assert_eq!(sets.named("/dev/fdset/1"), like(0));
+        let most = transhume_testing::peak(|| {
+            let heard = sets.named(&"/dev/fdset/3 ".repeat(1000));
+            assert!(heard.len() < MOST_WORDS + 16, "{} bytes", heard.len());
+        })
+        .1;
+        assert!(most < 8 * MOST_WORDS, "{most} bytes");
+        assert_eq!(
+            sets.named("/dev/fdset/9 /dev/fdset/ /dev/fdset/99999999999999999999"),
+            "/dev/fdset/9 /dev/fdset/ /dev/fdset/99999999999999999999"
         );
     }
 }

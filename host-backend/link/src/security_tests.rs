@@ -128,6 +128,24 @@ fn others_are_refused() {
 }
 
 #[test]
+fn bytes_of_somebody_in_between_are_no_reason_to_do_without_tls() {
+    let site = tempfile::tempdir().unwrap();
+    let a = security(site.path(), "pki", "hosta", "hosta");
+    let b = security(site.path(), "pki", "hostb", "hostb");
+    let (client, server) = meet(&a, &b);
+    let (client, mut server) = (client.unwrap(), server.unwrap());
+    (&client.sender.channel.socket)
+        .write_all(&[0xff; 64])
+        .unwrap();
+    let error = server.receiver.receive_numbered().unwrap_err();
+    let words = error.to_string();
+    assert!(
+        error.is_of_the_link() && !words.contains("plain-link"),
+        "{words}"
+    );
+}
+
+#[test]
 fn what_is_no_handshake_ends_it() {
     let site = tempfile::tempdir().unwrap();
     let b = security(site.path(), "pki", "hostb", "hostb");

@@ -176,7 +176,14 @@ impl Channel {
                     sealed.start = sealed.end - bytes.len();
                     // A peer that does not believe our certificate says so after our own handshake (RFC 8446, 4.4.2.4).
                     session.process_new_packets().map_err(|error| {
-                        io::Error::new(io::ErrorKind::InvalidData, HandshakeError::Refused(error))
+                        let error: Box<dyn std::error::Error + Send + Sync> = match error {
+                            rustls::Error::AlertReceived(_) => {
+                                HandshakeError::Refused(error).into()
+                            }
+                            // Somebody in between: no reason to look for a cure at the other host.
+                            error => error.into(),
+                        };
+                        io::Error::new(io::ErrorKind::InvalidData, error)
                     })?;
                     continue;
                 }
