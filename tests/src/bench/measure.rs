@@ -9,7 +9,6 @@ use crate::qemu::serial::{Beat, Console, Side as At};
 use crate::{Error, Result};
 use serde_json::Value;
 use std::fmt;
-use std::fs;
 use std::time::{Duration, SystemTime};
 
 /// A guest rests for so long between being warm and being moved; its pace is taken meanwhile.
@@ -174,13 +173,8 @@ fn by_transhume(setup: &Setup, hosts: &Hosts, span: Duration) -> Result<Measured
     })?;
     let a = Daemon::start(hosts, &hosts.a, programs, qemu)?;
     let b = Daemon::start(hosts, &hosts.b, programs, qemu)?;
-    let definition = hosts.a.folder.join("definition.toml");
-    fs::write(&definition, machine.definition()).map_err(Error::file("write", &definition))?;
-    a.run(&["vm", "start", &definition.display().to_string()])?;
     let console = Console::new(&machine.name);
-    let source = a.vm_folder(&machine.name).join("serial.sock");
-    console.attach(At::Source, &source, || a.alive())?;
-    console.wait_for("ready", 0, crate::qemu::BOOT, || a.alive())?;
+    a.boot(&hosts.a, machine, &console)?;
     let ballast = Ballast::take(needed(machine.memory));
     std::thread::sleep(SETTLE);
     let wire = watch_wire(hosts)?;

@@ -3,6 +3,7 @@
 //! They share the file system, which stands for shared storage: the same path is the same image on both.
 //! Each has folders of its own for sockets and state.
 
+mod boot;
 pub mod daemon;
 mod delay;
 mod network;

@@ -5,5 +5,5 @@ pub mod migrate;
 pub mod qmp;
 pub mod serial;
 
-pub(crate) use launch::BOOT;
 pub use launch::{Accelerator, AgentPort, Card, DiskImage, Machine, Vm};
+pub(crate) use launch::{BOOT, stood_still};

@@ -351,13 +351,8 @@ fn linux(bed: &Bed, course: Course) -> Result<()> {
     let programs = bed.programs()?;
     let a = Daemon::start(&hosts, &hosts.a, programs, &setup.qemu)?;
     let b = Daemon::start(&hosts, &hosts.b, programs, &setup.qemu)?;
-    let path = hosts.a.folder.join("definition.toml");
-    std::fs::write(&path, machine.definition()).map_err(Error::file("write", &path))?;
-    ask(&a, &["vm", "start", &path.display().to_string()])?.expect(0)?;
     let console = Console::new(&machine.name);
-    let serial = a.vm_folder(&machine.name).join("serial.sock");
-    console.attach(Side::Source, &serial, || a.alive())?;
-    console.wait_for("ready", 0, crate::qemu::BOOT, || a.alive())?;
+    a.boot(&hosts.a, machine, &console)?;
     let serial = b.vm_folder(&machine.name).join("serial.sock");
     let arguments = [
         "migrate",

@@ -70,11 +70,7 @@ impl<'a> Scene<'a> {
             ],
             at: 0,
         };
-        let path = hosts.a.folder.join("definition.toml");
-        std::fs::write(&path, machine.definition()).map_err(Error::file("write", &path))?;
-        ask(scene.here(), &["vm", "start", &path.display().to_string()])?.expect(0)?;
-        scene.attach(0)?;
-        console.wait_for("ready", 0, crate::qemu::BOOT, || scene.here().alive())?;
+        scene.here().boot(&hosts.a, machine, console)?;
         Ok(scene)
     }
 

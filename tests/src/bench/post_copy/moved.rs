@@ -14,7 +14,6 @@ use crate::qemu::migrate::Stock;
 use crate::qemu::serial::{Beat, Console, Side as At};
 use crate::{Error, Result};
 use serde_json::{Value, json};
-use std::fs;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -111,13 +110,8 @@ pub(super) fn by_transhume(bed: &Bed<'_>) -> Result<Moved> {
     let Bed { hosts, machine, .. } = bed;
     let a = Daemon::start(hosts, &hosts.a, bed.programs, bed.qemu)?;
     let b = Daemon::start(hosts, &hosts.b, bed.programs, bed.qemu)?;
-    let definition = hosts.a.folder.join("definition.toml");
-    fs::write(&definition, machine.definition()).map_err(Error::file("write", &definition))?;
-    a.run(&["vm", "start", &definition.display().to_string()])?;
     let console = Console::new(&machine.name);
-    let serial = a.vm_folder(&machine.name).join("serial.sock");
-    console.attach(At::Source, &serial, || a.alive())?;
-    console.wait_for("ready", 0, crate::qemu::BOOT, || a.alive())?;
+    a.boot(&hosts.a, machine, &console)?;
     let traffic = (bed.traffic)(&console)?;
     let ballast = Ballast::take(needed(machine.memory));
     std::thread::sleep(SETTLE);

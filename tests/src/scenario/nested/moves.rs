@@ -13,7 +13,6 @@ use crate::packages::{Packages, Qemu};
 use crate::qemu::serial::{Beat, Console, Side};
 use crate::qemu::{Accelerator, AgentPort, DiskImage, Machine};
 use crate::{Error, Result};
-use std::fs;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -164,16 +163,8 @@ fn moves(contents: &Contents, qemu: &Path, case: Case) -> Result<Seen> {
             error => Error::Check(format!("{}: {error}\n{logs}", case.name())),
         }
     };
-    let path = hosts.a.folder.join("definition.toml");
-    fs::write(&path, machine.definition()).map_err(Error::file("write", &path))?;
-    ask(&a, &["vm", "start", &path.display().to_string()])?
-        .expect(0)
-        .map_err(shown)?;
     let console = Console::new(&machine.name);
-    let serial = a.vm_folder(&machine.name).join("serial.sock");
-    console.attach(Side::Source, &serial, || a.alive())?;
-    console
-        .wait_for("ready", 0, READY, || a.alive())
+    a.boot_within(&hosts.a, &machine, &console, READY)
         .map_err(shown)?;
     std::thread::sleep(SETTLE);
 
