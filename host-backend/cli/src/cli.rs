@@ -1,9 +1,10 @@
 //! The command `transhume`.
 
+use crate::output::print_line;
 use crate::vm_commands::{VmCommand, check_name};
 use crate::{Client, Error, Result, show};
 use clap::{Args, Parser, Subcommand};
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use transhume_api::{Failure, FailureKind, Goal, JobInfo, JobState, Mode, Request, Response};
@@ -422,11 +423,6 @@ fn lost_sight(id: u64, error: Error) -> Error {
         }),
         error => error,
     }
-}
-
-pub(crate) fn print_line(text: &str) {
-    // A reader that went away (`| head`) is no error of ours.
-    let _ = writeln!(std::io::stdout(), "{text}");
 }
 
 #[cfg(test)]

@@ -5,7 +5,10 @@
 mod cli;
 mod client;
 mod error;
+mod output;
 mod show;
+mod summary;
+mod units;
 mod vm_commands;
 
 pub use cli::Cli;

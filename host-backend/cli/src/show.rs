@@ -1,12 +1,13 @@
 //! Answers as people read them.
 
+use crate::summary::{kinds, summary};
+use crate::units::{PAGE, bytes, date, duration, to_float, to_number};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fmt::Write;
 use std::time::{Duration, Instant};
-use transhume_api::migration::{Phase, Snapshot, Summary, Traffic};
-use transhume_api::{Choice, JobInfo, JobState, MachineInfo, Mode, Response, VmInfo};
+use transhume_api::migration::{Phase, Snapshot, Traffic};
+use transhume_api::{JobInfo, JobState, MachineInfo, Mode, Response, VmInfo};
 
-const PAGE: u64 = 4096;
 /// How often a line is written where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
@@ -36,78 +37,6 @@ pub(crate) fn people(response: &Response) -> String {
         Response::Done(text) => text.clone(),
         Response::Error(failure) => failure.message.clone(),
     }
-}
-
-/// A number of bytes in three digits or so.
-pub(crate) fn bytes(number: u64) -> String {
-    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut unit = 0;
-    let mut scaled = to_float(number);
-    while scaled >= 1000.0 && unit + 1 < units.len() {
-        scaled /= 1024.0;
-        unit += 1;
-    }
-    let digits = match scaled {
-        _ if unit == 0 => 0,
-        scaled if scaled < 10.0 => 2,
-        scaled if scaled < 100.0 => 1,
-        _ => 0,
-    };
-    format!("{scaled:.digits$} {}", units[unit])
-}
-
-#[expect(clippy::cast_precision_loss, reason = "for showing")]
-fn to_float(number: u64) -> f64 {
-    number as f64
-}
-
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "for showing; it saturates"
-)]
-fn to_number(float: f64) -> u64 {
-    float as u64
-}
-
-/// Milliseconds in a unit that fits.
-fn duration(ms: f64) -> String {
-    let seconds = ms / 1000.0;
-    match ms {
-        ms if ms < 10.0 => format!("{ms:.1} ms"),
-        ms if ms < 1000.0 => format!("{ms:.0} ms"),
-        _ if seconds < 60.0 => format!("{seconds:.2} s"),
-        _ => {
-            let whole = to_number(seconds);
-            format!("{} min {:02} s", whole / 60, whole % 60)
-        }
-    }
-}
-
-/// A moment in milliseconds since 1970, in UTC: `2026-11-30 04:20:54 UTC`.
-pub(crate) fn date(ms: u64) -> String {
-    let (days, seconds) = (ms / 86_400_000, ms / 1000 % 86_400);
-    // Days to a date: H. Hinnant, "chrono-Compatible Low-Level Date Algorithms".
-    let shifted = days + 719_468;
-    let era = shifted / 146_097;
-    let day_of_era = shifted % 146_097;
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 {
-        shifted_month + 3
-    } else {
-        shifted_month - 9
-    };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    format!(
-        "{year}-{month:02}-{day:02} {:02}:{:02}:{:02} UTC",
-        seconds / 3600,
-        seconds / 60 % 60,
-        seconds % 60
-    )
 }
 
 fn rows(head: &[&str], body: &[Vec<String>]) -> String {
@@ -327,138 +256,6 @@ pub(crate) fn job(job: &JobInfo) -> String {
         (_, _, _, Some(error)) => format!("job {id}, {vm} to {to}, {}: {error}", state_word(job)),
         _ => format!("job {id}, {vm} to {to}: {}", state_word(job)),
     }
-}
-
-fn share(pages: u64, all: u64) -> String {
-    let percent = if all == 0 {
-        0.0
-    } else {
-        100.0 * to_float(pages) / to_float(all)
-    };
-    format!("{:>10}  {percent:>4.1} %", bytes(pages * PAGE))
-}
-
-fn summary(summary: &Summary) -> String {
-    let Summary {
-        vm,
-        from,
-        to,
-        phases,
-        downtime,
-        traffic,
-        ..
-    } = summary;
-    let mut text = format!(
-        "{vm} runs on {to} now; it left {from} in {}.\n",
-        duration(summary.total_ms)
-    );
-    let _ = writeln!(
-        text,
-        "  until then     {:>10}  (negotiation {}, preparation {}, pre-copy {})",
-        duration(phases.negotiate_ms + phases.prepare_ms + phases.pre_copy_ms),
-        duration(phases.negotiate_ms),
-        duration(phases.prepare_ms),
-        duration(phases.pre_copy_ms)
-    );
-    let _ = writeln!(
-        text,
-        "  downtime       {:>10}  (memory {}, devices {}, hand-over {})",
-        duration(downtime.total_ms),
-        duration(downtime.memory_ms),
-        duration(downtime.devices_ms),
-        duration(downtime.handover_ms)
-    );
-    if let Some(expected) = &summary.expected {
-        let _ = writeln!(
-            text,
-            "  expected       {:>10}  (downtime {}; so it looked after {})",
-            duration(expected.total_ms),
-            duration(expected.downtime_ms),
-            duration(expected.made_ms)
-        );
-    }
-    if let Some(post) = &summary.post_copy {
-        let _ = writeln!(
-            text,
-            "  post-copy      {:>10}  ({} followed, {} of it asked for by the guest)",
-            duration(post.total_ms),
-            bytes(post.pages * PAGE),
-            bytes(post.requested_pages * PAGE)
-        );
-        if let Some(stalls) = &post.stalls {
-            let _ = writeln!(
-                text,
-                "  stood still    {:>10}  (the CPU that did for longest; {} all of them)",
-                duration(stalls.cpu_ms.into()),
-                duration(stalls.all_cpus_ms.into())
-            );
-            if stalls.gated_pages > 0 {
-                let _ = writeln!(
-                    text,
-                    "  slept          {:>10}  (processes, {} times for absent memory, {} at most)",
-                    duration(stalls.waited_ms),
-                    stalls.waits,
-                    duration(stalls.longest_ms)
-                );
-                let _ = writeln!(
-                    text,
-                    "  gate's CPU     {:>10}  (of the guest, for {} that was absent)",
-                    duration(stalls.gate_cpu_ms),
-                    bytes(stalls.absent_pages * PAGE)
-                );
-            }
-        }
-        if let Some(classes) = &post.classes {
-            let kernel = classes.kernel + classes.slab + classes.page_tables;
-            let _ = writeln!(
-                text,
-                "  in order       {:>10}  (of {} that processes work with; before the switch {} of the kernel's {})",
-                bytes(post.ordered_pages * PAGE),
-                bytes(classes.working_sets * PAGE),
-                bytes(post.kernel_pages * PAGE),
-                bytes(kernel * PAGE)
-            );
-        }
-    }
-    let kinds = kinds(traffic);
-    let all = kinds.iter().map(|(_, pages)| pages).sum();
-    for (name, pages) in kinds {
-        let _ = writeln!(text, "  {name:<14} {}", share(pages, all));
-    }
-    let _ = writeln!(
-        text,
-        "  on the wire    {:>10}  of {} that QEMU sent",
-        bytes(traffic.wire_bytes),
-        bytes(traffic.stream_bytes)
-    );
-    let _ = write!(
-        text,
-        "  page cache     {:>10}  named by the guest's agent",
-        bytes(summary.hinted_pages * PAGE)
-    );
-    if let Some(Choice { mode, why }) = &summary.choice {
-        let mode = match mode {
-            Mode::Post => "post-copy",
-            _ => "pre-copy",
-        };
-        let _ = write!(text, "\n  {mode:<14} because {why}");
-    }
-    for remark in &summary.remarks {
-        let _ = write!(text, "\n  note: {remark}");
-    }
-    text
-}
-
-fn kinds(traffic: &Traffic) -> [(&'static str, u64); 7] {
-    [
-        ("from disk", traffic.disk_pages),
-        ("zero pages", traffic.zero_pages),
-        ("data", traffic.data_pages),
-        ("sent again", traffic.resent_pages),
-        ("unchanged", traffic.unchanged_pages),
-        ("disk differed", traffic.mismatched_pages),
-        ("disk was late", traffic.late_pages),
-    ]
 }
 
 /// A running job in one line. `rates`: bytes of stream and of link in a second.

@@ -1,6 +1,6 @@
 use super::*;
-use transhume_api::migration::{Classes, Downtime, Expected, Phases, PostCopy, Stalls};
-use transhume_api::{Failure, FailureKind};
+use transhume_api::migration::{Classes, Downtime, Expected, Phases, PostCopy, Stalls, Summary};
+use transhume_api::{Choice, Failure, FailureKind};
 
 fn job(state: JobState) -> JobInfo {
     JobInfo {

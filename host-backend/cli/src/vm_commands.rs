@@ -1,6 +1,6 @@
 //! The commands `transhume vm`.
 
-use crate::cli::print_line;
+use crate::output::print_line;
 use crate::{Client, Error, Result, show};
 use clap::Subcommand;
 use std::io::Read;

@@ -120,3 +120,13 @@ fn list(refusals: &[Refusal]) -> String {
         }
     }
 }
+
+impl Error {
+    /// For a client that could not be served at all.
+    pub(super) fn busy(cause: impl Into<String>) -> Self {
+        Self::Answered(Failure {
+            kind: FailureKind::Failed,
+            message: cause.into(),
+        })
+    }
+}

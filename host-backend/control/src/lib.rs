@@ -3,21 +3,25 @@
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
 pub mod access;
-mod certificates;
+mod arriving_vms;
+mod certificate_expiry;
 pub mod config;
 pub mod daemon;
-mod door;
-mod elsewhere;
 mod error;
-pub mod jobs;
-mod logs;
-mod resolve;
+pub mod host_rules;
+mod in_doubt;
+pub mod job;
+mod log_bounds;
+mod migrate;
+mod other_hosts;
 pub mod server;
 mod socket;
-mod state;
-mod table;
-mod vms;
-mod watch;
+mod state_directory;
+mod vm_info;
+mod vm_recovery;
+mod vm_requests;
+mod vm_table;
+mod vm_watch;
 
 pub use error::Error;
 

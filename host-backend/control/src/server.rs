@@ -1,9 +1,9 @@
 //! The service's process: its sockets, its clients, its end.
 
+use super::arriving_vms::Door;
 use super::config::Config;
 use super::daemon::Daemon;
-use super::door::Door;
-use super::{Error, Result, socket};
+use super::{Error, Result, certificate_expiry, log_bounds, socket};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,6 +16,7 @@ use tracing::Instrument;
 use transhume_api::{Failure, FailureKind, MAX_REQUEST, Request, Response};
 use transhume_base::audit::Who;
 use transhume_base::lines::Lines;
+use transhume_base::task;
 use transhume_relay::destination;
 
 /// Clients served at once.
@@ -55,6 +56,8 @@ pub async fn run(config: Config) -> Result<()> {
         signals(SignalKind::interrupt())?,
     );
     let daemon = Daemon::open(config).await?;
+    task::spawn(log_bounds::keep(Arc::downgrade(&daemon)));
+    task::spawn(certificate_expiry::watch(Arc::downgrade(&daemon)));
     let host = &daemon.config().host;
     tracing::info!(host, control = %path.display(), %listen, "transhumed is ready");
     let serving = async {

@@ -13,12 +13,14 @@ mod fault_gate;
 mod memory_order;
 mod moved_guest;
 mod page_cache_report;
+mod questions;
 mod turn;
 
 pub use agent::{Agent, Greeting, Opening, Reported, connect, open, unusable};
 pub use clock::{ClockReader, ClockSet, ClockSetter, Known, Lead, Reading, monotonic_ns};
 pub use clock_note::ClockNote;
 pub use fault_gate::{GateNews, Preparation};
-pub use memory_order::{MemoryOrder, Questions};
+pub use memory_order::MemoryOrder;
 pub use moved_guest::MovedGuest;
 pub use page_cache_report::{Collector, DiskName, GuestRange, Report};
+pub use questions::Questions;

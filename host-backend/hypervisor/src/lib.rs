@@ -8,6 +8,7 @@ pub mod command_line;
 #[cfg(test)]
 mod confine_tests;
 mod error;
+mod event;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
 mod files;
@@ -31,6 +32,7 @@ mod vm;
 pub use build::Build;
 pub use command_line::Start;
 pub use error::Error;
+pub use event::Event;
 pub use files::{LaunchSettings, RunFiles};
 pub use handed::{Names, OpenedFiles};
 pub use holders::holders;

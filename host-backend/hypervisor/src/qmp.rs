@@ -1,5 +1,6 @@
 //! A client of QEMU's machine protocol: one JSON object a line, over a unix socket.
 
+use super::event::Event;
 use super::shutdown::Shutdown;
 use super::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -54,17 +55,6 @@ struct Shared {
 type Outgoing = (String, Option<OwnedFd>);
 
 type Waiting = Mutex<HashMap<u64, oneshot::Sender<Value>>>;
-
-/// Something that QEMU tells unasked.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Event {
-    /// Its name, as in `STOP`.
-    pub name: String,
-    /// What it says.
-    pub data: Value,
-    /// When it happened by QEMU's clock: since 1970.
-    pub at: Duration,
-}
 
 /// QEMU's version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

@@ -1,7 +1,7 @@
 //! Why a VM ends by itself, by QEMU's word: the event `SHUTDOWN` and its reason (qapi/run-state.json,
 //! `ShutdownCause`). A QEMU that crashes or is killed says nothing.
 
-use super::qmp::Event;
+use super::event::Event;
 use transhume_protocol::link::GuestEnd;
 
 /// Why QEMU ends, or stands still for good.

@@ -4,6 +4,7 @@
 
 pub mod definition;
 mod error;
+pub mod fields;
 pub mod image_chain;
 pub mod memory_layout;
 mod size;

@@ -8,12 +8,9 @@ use polyval::Polyval;
 use polyval::universal_hash::UniversalHash;
 use transhume_protocol::link::{DIGEST_LEN, Digest};
 
-use crate::PAGE_SIZE;
 #[cfg(target_arch = "x86_64")]
 use crate::digest_avx2::WidePolyval;
-
-/// Length of a key, in bytes.
-pub const KEY_LEN: usize = 16;
+use crate::{KEY_LEN, PAGE_SIZE};
 
 /// Takes digests of pages under one key.
 #[derive(Clone)]

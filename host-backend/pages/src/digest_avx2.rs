@@ -12,8 +12,7 @@ use polyval::Polyval;
 use polyval::universal_hash::UniversalHash;
 use transhume_protocol::link::Digest;
 
-use crate::PAGE_SIZE;
-use crate::digest::KEY_LEN;
+use crate::{KEY_LEN, PAGE_SIZE};
 
 const BLOCK: usize = 16;
 const PAIRS: usize = PAGE_SIZE / (2 * BLOCK);

@@ -11,6 +11,9 @@ pub mod last_sent;
 /// Size of a page in QEMU's stream, in bytes.
 pub const PAGE_SIZE: usize = transhume_protocol::link::PAGE_LEN;
 
+/// Length of a digest's key, in bytes.
+pub const KEY_LEN: usize = 16;
+
 /// Sectors of 512 bytes in a page.
 pub const SECTORS_PER_PAGE: u64 = (PAGE_SIZE / 512) as u64;
 

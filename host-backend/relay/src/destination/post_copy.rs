@@ -13,7 +13,7 @@ use super::engine::Engine;
 use super::journal::{Arrivals, Stage};
 use crate::error::{CutOff, RelayError};
 use crate::receive::fault_gate::Gate;
-use transhume_hypervisor::qmp::Event;
+use transhume_hypervisor::Event;
 use transhume_hypervisor::{Qmp, Vm};
 
 /// How often QEMU is asked whether all memory is there.

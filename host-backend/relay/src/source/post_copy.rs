@@ -25,7 +25,7 @@ use crate::error::{CutOff, RelayError};
 use crate::progress::{Counter, Phase, PostCopy, Summary};
 use crate::qemu::return_path;
 use crate::send::shared::Shared;
-use transhume_hypervisor::qmp::Event;
+use transhume_hypervisor::Event;
 use transhume_hypervisor::qmp_commands::keeps_vm;
 use transhume_hypervisor::stream;
 use transhume_link::PATIENCE;

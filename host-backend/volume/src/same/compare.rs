@@ -162,7 +162,7 @@ impl<E: From<Error>, F: FnMut(Comparison) -> Result<Compared, E>> Asking<'_, F> 
 fn suspects(samples: &[Sample], here: &Compared, there: &Compared, key: &[u8; 16]) -> Vec<Suspect> {
     let mut suspects = Vec::new();
     for (n, sample) in samples.iter().enumerate() {
-        let places = super::places::all(sample, key);
+        let places = super::drawn::all(sample, key);
         let read = here.digests[n].iter().zip(&there.digests[n]);
         let differing = places.into_iter().zip(read);
         let differing = differing.filter(|(_, (here, there))| here.is_some() && here != there);

@@ -8,6 +8,7 @@
 
 mod compare;
 mod device;
+mod drawn;
 mod lock;
 mod mark;
 mod node;

@@ -3,7 +3,7 @@
 
 use super::lock::{self, Lock};
 use super::mark::{Beside, Mark};
-use super::{Error, device, places};
+use super::{Error, device, drawn};
 use crate::reader::raw::RawReader;
 use crate::{AlignedBuffer, Reader};
 use nix::libc::{major, minor};
@@ -332,7 +332,7 @@ impl Storage {
             let node = self
                 .node(sample.disk, sample.node)
                 .ok_or(Error::Bounds("a disk to compare"))?;
-            Ok(node.digests(&digester, &places::all(sample, key)))
+            Ok(node.digests(&digester, &drawn::all(sample, key)))
         };
         Ok(Compared {
             number: asked.number,

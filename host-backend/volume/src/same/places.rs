@@ -1,5 +1,6 @@
 //! Which blocks are compared: some that neither host can foretell, and those where a disk's recent past shows.
 
+use super::drawn::Drawn;
 use super::node::Node;
 use super::structure;
 use super::{Proof, Storage};
@@ -29,41 +30,6 @@ impl Care {
             Self::Doubt => 768,
         }
     }
-}
-
-/// A sequence of numbers that is known from the key (`SplitMix64`).
-struct Drawn(u64);
-
-impl Drawn {
-    fn new(key: &[u8; 16], which: u64) -> Self {
-        let half = |at: usize| {
-            key[at..]
-                .first_chunk()
-                .map_or(0, |half| u64::from_le_bytes(*half))
-        };
-        Self(half(0) ^ half(8).rotate_left(17) ^ which.wrapping_mul(0x9e37_79b9_7f4a_7c15))
-    }
-
-    /// Below `end`, which is not 0.
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        // Even where it does not divide, none is preferred by more than 2⁻²⁰.
-        (z ^ (z >> 31)) % end
-    }
-}
-
-/// All places of a sample, in the order of the digests. Both hosts get the same.
-pub(super) fn all(sample: &Sample, key: &[u8; 16]) -> Vec<u64> {
-    let mut places = sample.places.clone();
-    if sample.blocks > 0 {
-        let which = u64::from(sample.disk) << 32 | u64::from(sample.node) << 16 | 1;
-        let mut drawn = Drawn::new(key, which);
-        places.extend((0..sample.drawn).map(|_| drawn.below(sample.blocks)));
-    }
-    places
 }
 
 /// What is to be compared of all disks, by how well each node is proven to be the same. Reads the disks' structure.

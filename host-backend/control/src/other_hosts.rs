@@ -2,7 +2,7 @@
 //! started by itself when the host was.
 
 use super::daemon::Daemon;
-use super::table::Entry;
+use super::vm_table::Entry;
 use super::{Error, Result};
 use std::sync::Arc;
 use std::time::Duration;
@@ -153,5 +153,5 @@ impl Daemon {
 }
 
 #[cfg(test)]
-#[path = "elsewhere_tests.rs"]
+#[path = "other_hosts_tests.rs"]
 mod tests;

@@ -3,17 +3,17 @@
 //! who has looked says where it runs.
 
 use super::daemon::Daemon;
-use super::jobs::{Ending, Job};
-use super::table::Entry;
+use super::job::messages::in_doubt;
+use super::job::{Ending, Job};
+use super::vm_table::Entry;
 use super::{Error, Result};
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tracing::Instrument;
 use transhume_api::{JobInfo, JobState, Offered, Response};
 use transhume_hypervisor::{self as hypervisor, Identity, Vm};
 use transhume_relay::progress::Phase;
-use transhume_relay::source::{Destination, Journal, Keeper, Rest, ask};
+use transhume_relay::source::{Destination, Keeper, Rest, ask};
 
 /// How long QEMU may take to notice that its migration was cut off.
 const INTERRUPTED_PATIENCE: Duration = Duration::from_secs(5);
@@ -24,39 +24,6 @@ const REST_PATIENCE: Duration = Duration::from_secs(30);
 /// How long one round of questions takes, and the pause behind it.
 const ROUND: Duration = Duration::from_secs(3);
 const PAUSE: Duration = Duration::from_secs(3);
-
-/// Notes a job's phases.
-pub(super) struct JobJournal {
-    pub(super) daemon: Arc<Daemon>,
-    pub(super) job: Arc<Job>,
-}
-
-impl Journal for JobJournal {
-    fn note(&self, number: u64, running: bool) -> io::Result<()> {
-        let info = self.job.info();
-        let offered = Offered {
-            number: format!("{number:016x}"),
-            running,
-            // It stays so, whatever phase comes after.
-            post_copy: info.progress.phase == Phase::PostCopy || info.is_in_post_copy(),
-        };
-        let noted = self.daemon.jobs.note(&self.job, offered);
-        noted.map_err(io::Error::other)
-    }
-}
-
-/// What an operator is told.
-pub(super) fn in_doubt(info: &JobInfo, cause: &str) -> String {
-    let JobInfo {
-        id, vm, from, to, ..
-    } = info;
-    format!(
-        "it is not known whether {to} took {vm} over: {cause}. {vm} is left as it is on {from}.\ntranshumed goes on \
-         asking {to}, and settles the matter when that answers. To settle it now, look at {to} with `transhume \
-         vm show {vm}`. If it runs there: `transhume job resolve {id} --runs-at {to}`. If it does not, and cannot \
-         any more: `transhume job resolve {id} --runs-at {from}`."
-    )
-}
 
 /// What there is here of the QEMU that a job moved.
 enum Moved {
@@ -446,5 +413,5 @@ async fn run_on(vm: &Vm, running: bool) -> std::result::Result<&'static str, hyp
 }
 
 #[cfg(test)]
-#[path = "resolve_tests.rs"]
+#[path = "in_doubt_tests.rs"]
 mod tests;

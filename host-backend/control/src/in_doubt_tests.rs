@@ -1,7 +1,8 @@
 use super::*;
 use crate::config::Config;
-use crate::jobs::Begun;
+use crate::job::{Begun, JobJournal};
 use transhume_hypervisor::fake::{FakeQemu, definition, settings};
+use transhume_relay::source::Journal as _;
 
 struct Scene {
     _folder: tempfile::TempDir,
@@ -36,7 +37,7 @@ async fn scene(phase: Phase, is_that: bool) -> Scene {
     gone.end(false);
     job.progress().enter(phase);
     let journal = JobJournal {
-        daemon: Arc::clone(&daemon),
+        jobs: Arc::clone(&daemon.jobs),
         job: Arc::clone(&job),
     };
     journal.note(7, true).expect("noted");

@@ -1,9 +1,9 @@
 //! VMs are defined, started, adopted and stopped.
 
 use super::daemon::Daemon;
-use super::jobs::Job;
-use super::state::{Record, Stopped};
-use super::table::Entry;
+use super::job::Job;
+use super::state_directory::{Record, Stopped};
+use super::vm_table::Entry;
 use super::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,6 +17,43 @@ use transhume_hypervisor::{
 const SHUTDOWN: Duration = Duration::from_secs(60);
 
 impl Daemon {
+    pub(super) async fn pause(&self, name: &str) -> Result<Response> {
+        self.refuse_while_moving(name)?;
+        let vm = self.table.here(name)?;
+        let status = vm.qmp().status().await?;
+        if !status.running {
+            return Err(Error::refused(
+                format!(
+                    "{name} does not run: QEMU says that it is \"{}\"",
+                    status.status
+                ),
+                "there is nothing to do",
+            ));
+        }
+        tracing::info!(vm = name, "the operator pauses it");
+        vm.qmp().stop().await?;
+        Ok(Response::Vm(Box::new(self.info(&vm).await)))
+    }
+
+    pub(super) async fn resume(&self, name: &str) -> Result<Response> {
+        self.refuse_while_moving(name)?;
+        let vm = self.table.here(name)?;
+        let status = vm.qmp().status().await?;
+        if status.running {
+            return Err(Error::refused(
+                format!("{name} runs already"),
+                "there is nothing to do",
+            ));
+        }
+        tracing::warn!(
+            vm = name,
+            status = status.status,
+            "the operator lets it run again"
+        );
+        vm.qmp().cont().await?;
+        Ok(Response::Vm(Box::new(self.info(&vm).await)))
+    }
+
     /// Starts the VM of a definition, which it keeps.
     pub(super) async fn start_text(
         self: &Arc<Self>,

@@ -1,27 +1,18 @@
 //! The table of migrations: one of a VM at a time, the ended ones kept up to a number, in memory and in
 //! the state directory.
 
-use super::state::{State, Unreadable};
-use super::{Error, Result};
+use super::{Ending, Job};
+use crate::state_directory::State;
+use crate::{Error, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tokio::sync::watch;
 use transhume_api::{JobInfo, JobState, Offered};
 use transhume_hypervisor::Identity;
-use transhume_relay::progress::{Phase, Progress, Summary};
+use transhume_relay::progress::{Phase, Progress};
 
 /// Ended jobs that are kept.
 const KEPT: usize = 100;
-
-/// All jobs of this host.
-#[derive(Debug)]
-pub struct Jobs {
-    state: Arc<State>,
-    table: Mutex<BTreeMap<u64, Arc<Job>>>,
-    /// Those whose last state is not on disk.
-    unsaved: Mutex<BTreeSet<u64>>,
-}
 
 /// What a migration begins with.
 #[derive(Debug, Clone, Copy)]
@@ -38,146 +29,19 @@ pub struct Begun<'a> {
     pub dry_run: bool,
 }
 
-/// A migration, running or ended.
+/// All jobs of this host.
 #[derive(Debug)]
-pub struct Job {
-    started: JobInfo,
-    offer: Mutex<Option<Offered>>,
-    progress: Arc<Progress>,
-    cancel: watch::Sender<bool>,
-    ended: watch::Sender<Option<JobInfo>>,
-}
-
-/// How a job ended.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Ending {
-    /// The VM runs at its destination.
-    Completed(Box<Summary>),
-    /// A dry run's plan, for programs and for people.
-    Planned(serde_json::Value, String),
-    /// It did not succeed: one of the other states, and why.
-    Failed(JobState, String),
-    /// Nobody knows which host has the VM; what to do.
-    InDoubt(String),
-    /// It was in doubt, and is not any more: how it ended, and by whose word.
-    Settled(JobState, String),
-}
-
-impl std::fmt::Display for Ending {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Completed(summary) => write!(f, "{} runs on {}", summary.vm, summary.to),
-            Self::Planned(_, text)
-            | Self::Failed(_, text)
-            | Self::InDoubt(text)
-            | Self::Settled(_, text) => f.write_str(text),
-        }
-    }
-}
-
-impl Job {
-    fn new(started: JobInfo, progress: Progress) -> Self {
-        let ended = (started.state != JobState::Running).then(|| started.clone());
-        Self {
-            offer: Mutex::new(started.offer.clone()),
-            started,
-            progress: Arc::new(progress),
-            cancel: watch::Sender::new(false),
-            ended: watch::Sender::new(ended),
-        }
-    }
-
-    /// One whose file cannot be read: its number and its VM's name are held back. It is never written, so the file
-    /// stays as it is.
-    fn unreadable(file: &Unreadable) -> Option<Self> {
-        let (id, path) = (file.job()?, file.path.display());
-        let vm = file.vm.clone();
-        let vm_words = vm.as_deref().unwrap_or("the VM, whose name is not in it");
-        let error = format!(
-            "{path} cannot be read: {}. Look on both hosts which one has {vm_words} (`transhume vm show`). Then move the \
-             file away, and restart transhumed",
-            file.error
-        );
-        let progress = Progress::new();
-        let info = JobInfo {
-            id,
-            vm: vm.unwrap_or_else(|| "?".to_owned()),
-            from: "?".to_owned(),
-            to: "?".to_owned(),
-            dry_run: false,
-            state: JobState::Unresolved,
-            started_ms: 0,
-            progress: progress.snapshot(),
-            qemu: None,
-            offer: None,
-            in_doubt: true,
-            error: Some(error),
-            summary: None,
-            plan: None,
-            plan_text: None,
-        };
-        Some(Self::new(info, progress))
-    }
-
-    /// Its number.
-    pub fn id(&self) -> u64 {
-        self.started.id
-    }
-
-    /// The VM that it moves.
-    pub fn vm(&self) -> &str {
-        &self.started.vm
-    }
-
-    /// What its relay writes to.
-    pub fn progress(&self) -> &Arc<Progress> {
-        &self.progress
-    }
-
-    /// Turns true when it is to end.
-    pub fn cancelled(&self) -> watch::Receiver<bool> {
-        self.cancel.subscribe()
-    }
-
-    /// Asks it to end.
-    pub fn cancel(&self) {
-        self.cancel.send_replace(true);
-    }
-
-    /// Whether it goes on.
-    pub fn is_running(&self) -> bool {
-        self.ended.borrow().is_none()
-    }
-
-    /// Waits for its end.
-    pub async fn ended(&self) {
-        // An error would mean that the sender is gone, which we hold.
-        let _ = self.ended.subscribe().wait_for(Option::is_some).await;
-    }
-
-    /// How it stands now, or stood when it ended.
-    pub fn info(&self) -> JobInfo {
-        let ended = self.ended.borrow().clone();
-        ended.unwrap_or_else(|| self.now())
-    }
-
-    fn now(&self) -> JobInfo {
-        let offer = self.offer.lock().unwrap_or_else(PoisonError::into_inner);
-        JobInfo {
-            progress: self.progress.snapshot(),
-            offer: offer.clone(),
-            state: JobState::Running,
-            in_doubt: false,
-            error: None,
-            ..self.started.clone()
-        }
-    }
+pub struct Jobs {
+    state: Arc<State>,
+    table: Mutex<BTreeMap<u64, Arc<Job>>>,
+    /// Those whose last state is not on disk.
+    unsaved: Mutex<BTreeSet<u64>>,
 }
 
 impl Jobs {
     /// The jobs that an earlier process left. What was running then is given to [`Jobs::finish`] by
     /// whoever finds out how it ended.
-    pub(super) fn load(state: Arc<State>) -> Result<Self> {
+    pub(crate) fn load(state: Arc<State>) -> Result<Self> {
         let found = state.jobs()?;
         let held = found.unreadable.iter().filter_map(Job::unreadable);
         let held: Vec<_> = held.map(|job| (job.id(), Arc::new(job))).collect();
@@ -293,7 +157,7 @@ impl Jobs {
     }
 
     /// A job that had ended goes on: it is known now who has the VM, and part of its memory is still here.
-    pub(super) fn go_on(&self, job: &Job) {
+    pub(crate) fn go_on(&self, job: &Job) {
         job.ended.send_replace(None);
         self.save(&job.now());
     }
@@ -302,7 +166,7 @@ impl Jobs {
     ///
     /// # Errors
     /// If it cannot be written: then it must not be done.
-    pub(super) fn note(&self, job: &Job, offer: Offered) -> Result<()> {
+    pub(crate) fn note(&self, job: &Job, offer: Offered) -> Result<()> {
         *job.offer.lock().unwrap_or_else(PoisonError::into_inner) = Some(offer);
         self.state.save_job(&job.now())?;
         self.lock_unsaved().remove(&job.id());
@@ -313,7 +177,7 @@ impl Jobs {
     ///
     /// # Errors
     /// [`Error::Refused`] then.
-    pub(super) fn refuse_in_doubt(&self, vm: &str) -> Result<()> {
+    pub(crate) fn refuse_in_doubt(&self, vm: &str) -> Result<()> {
         self.refuse_unsaved(vm)?;
         match self.in_doubt(vm) {
             None => Ok(()),
@@ -335,7 +199,7 @@ impl Jobs {
     }
 
     /// What an operator should know of a VM while it is not known which host has it.
-    pub(super) fn doubt(&self, vm: &str) -> Option<String> {
+    pub(crate) fn doubt(&self, vm: &str) -> Option<String> {
         let job = self.in_doubt(vm)?;
         Some(format!(
             "it is not known which host has it since job {}, to {}; `transhume job show {}` says what to do",
@@ -346,7 +210,7 @@ impl Jobs {
     }
 
     /// Whether a VM was handed over in post-copy by a job that is in doubt, so that its QEMU here can run it no more.
-    pub(super) fn is_cut_off(&self, vm: &str) -> bool {
+    pub(crate) fn is_cut_off(&self, vm: &str) -> bool {
         let table = self.lock();
         let mut infos = table
             .values()
@@ -396,7 +260,7 @@ impl Jobs {
     }
 
     /// Tries again to note the jobs that could not be noted.
-    pub(super) fn save_again(&self) {
+    pub(crate) fn save_again(&self) {
         let unsaved = self.lock_unsaved().clone();
         for id in unsaved {
             let job = self.lock().get(&id).cloned();

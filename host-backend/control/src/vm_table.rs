@@ -1,6 +1,6 @@
 //! The VMs of this host.
 
-use super::state::{Record, State};
+use super::state_directory::{Record, State};
 use super::{Error, Result};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;

@@ -1,7 +1,7 @@
 use super::*;
+use crate::arriving_vms::Door;
 use crate::config::Config;
-use crate::door::Door;
-use crate::state::{Record, State, Stopped};
+use crate::state_directory::{Record, State, Stopped};
 use std::net::SocketAddr;
 use std::path::Path;
 use tokio::net::TcpListener;
