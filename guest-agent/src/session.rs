@@ -23,7 +23,7 @@ mod timing;
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
 
 /// Steps that find nothing, before input is looked at again.
-const PATIENCE: u32 = 64;
+const TIMEOUT: u32 = 64;
 
 /// What the caller of [`Session::poll`] does next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -412,7 +412,7 @@ impl Session {
     /// Fills one frame with ranges of one disk.
     fn walk<C: PageCache>(&mut self, cache: &mut C, out: &mut [u8]) -> Result<Action, C::Error> {
         let sectors_per_page = 1_u64 << cache.page_shift().saturating_sub(9).min(54);
-        let mut patience = PATIENCE;
+        let mut patience = TIMEOUT;
         let (disk, first) = loop {
             if let Some(held) = self.held.take() {
                 break held;

@@ -53,13 +53,13 @@ pub fn check(cache: &mut LinuxCache, classes: &mut LinuxClasses) -> Result<Summa
 }
 
 /// Frames that are no memory, at most, below the last one that is: the hole below 4 GiB.
-const MOST_HOLES: u64 = 1 << 20;
+const MAX_HOLES: u64 = 1 << 20;
 
 /// How much memory there is of each class, and how many pages were touched.
 fn name(classes: &mut LinuxClasses) -> (ClassCounts, u64) {
     let pages = sysconf(SysconfVar::_PHYS_PAGES).ok().flatten();
     let pages = pages.and_then(|pages| u64::try_from(pages).ok());
-    classes.begin(pages.unwrap_or(0).saturating_add(MOST_HOLES));
+    classes.begin(pages.unwrap_or(0).saturating_add(MAX_HOLES));
     let mut touched = 0_u64;
     loop {
         match classes.step() {

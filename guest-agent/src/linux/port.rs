@@ -30,7 +30,7 @@ const BOOTING: Duration = Duration::from_secs(30);
 const NICE: i32 = -10;
 
 /// How long a walk is kept that the host takes nothing of.
-const PATIENCE: Duration = Duration::from_secs(2);
+const TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A host that is silent for so long in the midst of a frame was cut off: shorter than a new one waits for an answer
 /// to its hello, which would be taken for the rest.
@@ -170,7 +170,7 @@ fn speak(
         } else if is_interrupted {
             EpollTimeout::NONE
         } else {
-            timeout(PATIENCE)
+            timeout(TIMEOUT)
         };
         if let Some(module) = gate.take_new() {
             // It leaves by itself when it is closed.

@@ -9,7 +9,7 @@ use transhume_protocol::agent::{AgentMessage, FrameList, FrameRun, FrameRunEncod
 
 /// How long a gate behind which nobody sleeps stays open without a word of the host, which says several times a second
 /// that it is there. The guest's clock stands still while it moves, so the pause of a move is no silence.
-const UNUSED_PATIENCE: Duration = Duration::from_secs(2);
+const UNUSED_TIMEOUT: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
@@ -81,7 +81,7 @@ impl Gating {
     /// When a gate behind which nobody sleeps is to be closed for want of a word.
     pub(super) fn silent_at(&self) -> Option<Duration> {
         let heard_at = self.heard_at.filter(|_| self.stage.is_unused())?;
-        Some(heard_at.saturating_add(UNUSED_PATIENCE))
+        Some(heard_at.saturating_add(UNUSED_TIMEOUT))
     }
 
     /// Another host has come.

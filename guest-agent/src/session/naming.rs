@@ -1,6 +1,6 @@
 //! The part of a session that is about classes of memory.
 
-use super::{Action, PATIENCE, sent};
+use super::{Action, TIMEOUT, sent};
 use crate::classes::{Classes, Named};
 use core::time::Duration;
 use transhume_protocol::agent::{
@@ -91,7 +91,7 @@ impl Naming {
 
     /// Fills one frame with runs of one class.
     fn name(&mut self, classes: &mut impl Classes, out: &mut [u8]) -> Action {
-        let mut patience = PATIENCE;
+        let mut patience = TIMEOUT;
         let (class, first) = loop {
             match self.next(classes) {
                 Named::Found(class, run) if run.pages > 0 => break (class, run),

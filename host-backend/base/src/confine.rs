@@ -13,7 +13,7 @@ pub const DAC_READ_SEARCH: u32 = 2;
 const AMBIENT_RAISE: libc::c_ulong = 2;
 const AMBIENT_CLEAR_ALL: libc::c_ulong = 4;
 /// More than any kernel has.
-const MOST_CAPABILITIES: u32 = 64;
+const MAX_CAPABILITIES: u32 = 64;
 /// Devices that QEMU opens by itself: for what a device's group may do, it is let into that group.
 const DEVICES: [&str; 2] = ["/dev/kvm", "/dev/userfaultfd"];
 
@@ -173,7 +173,7 @@ impl Confinement {
 
     /// No program that the child runs gets a capability by being somebody's.
     fn lower_bound(&self) -> io::Result<()> {
-        for capability in (0..MOST_CAPABILITIES).filter(|one| Some(*one) != self.keeps) {
+        for capability in (0..MAX_CAPABILITIES).filter(|one| Some(*one) != self.keeps) {
             match prctl(libc::PR_CAPBSET_DROP, capability.into()) {
                 Ok(()) => {}
                 // There are no more.

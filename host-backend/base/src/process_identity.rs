@@ -8,10 +8,10 @@ use std::time::{Duration, UNIX_EPOCH};
 /// Ticks in a second in `/proc/PID/stat`, the same on every Linux (`USER_HZ`).
 const TICKS: u64 = 100;
 /// How long a process may take to end.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How often a process that is no child of ours is looked at while somebody waits for its end.
-const GLANCE: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A process, told apart from a later one of the same id by the time of its start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,7 +51,7 @@ impl Process {
     /// Waits for its end.
     pub async fn gone(&self) {
         while self.is_alive() {
-            tokio::time::sleep(GLANCE).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 
@@ -136,7 +136,7 @@ impl Identity {
             return Ok(());
         };
         process.kill();
-        let gone = tokio::time::timeout(PATIENCE, process.gone()).await;
+        let gone = tokio::time::timeout(TIMEOUT, process.gone()).await;
         gone.map_err(|_| Outlives { pid: self.pid })
     }
 

@@ -134,8 +134,14 @@ struct MigrateArgs {
     #[arg(long)]
     dry_run: bool,
     /// How long the link to the host may be away before the migration ends, and the VM runs on here
-    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u16).range(1..=3600))]
-    link_patience: u16,
+    #[arg(
+        long,
+        alias = "link-patience",
+        value_name = "SECONDS",
+        default_value_t = 30,
+        value_parser = clap::value_parser!(u16).range(1..=3600)
+    )]
+    link_timeout: u16,
     /// When the VM should run there, at the latest; else the migration ends, and the VM runs on here
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=604_800))]
     deadline: Option<u32>,
@@ -143,8 +149,8 @@ struct MigrateArgs {
     #[arg(long, value_name = "MILLISECONDS", value_parser = clap::value_parser!(u32).range(50..=600_000))]
     max_downtime: Option<u32>,
     /// QEMU may slow the guest down if it writes faster than the link carries
-    #[arg(long)]
-    may_throttle: bool,
+    #[arg(long, alias = "may-throttle")]
+    allow_throttling: bool,
     /// How memory moves: all of it before the VM runs there (pre); once, and what was written meanwhile after it
     /// runs there (post); or as post only when pre would not end, or not in time (auto)
     #[arg(long, value_enum, default_value_t)]
@@ -242,11 +248,11 @@ impl Cli {
                 Request::Migrate {
                     name: args.name.clone(),
                     to: args.to.clone(),
-                    link_patience: args.link_patience,
+                    link_patience: args.link_timeout,
                     goal: Goal {
                         deadline_s: args.deadline,
                         max_downtime_ms: args.max_downtime,
-                        may_throttle: args.may_throttle,
+                        may_throttle: args.allow_throttling,
                         mode: args.mode.into(),
                     },
                     dry_run: args.dry_run,

@@ -132,19 +132,19 @@ fn sums_up_with_the_downtime_in_its_parts() {
     });
     let expected = "\
 web1 runs on hostb now; it left hosta in 5.82 s.
-  until then         5.78 s  (negotiation 128 ms, preparation 650 ms, pre-copy 5.00 s)
-  downtime            43 ms  (memory 12 ms, devices 20 ms, hand-over 11 ms)
-  expected           6.10 s  (downtime 110 ms; so it looked after 3.00 s)
-  from disk        2.00 MiB  50.0 %
-  zero pages       1.00 MiB  25.0 %
-  data             1.00 MiB  25.0 %
-  sent again            0 B   0.0 %
-  unchanged             0 B   0.0 %
-  disk differed         0 B   0.0 %
-  disk was late         0 B   0.0 %
-  on the wire      2.00 MiB  of 4.00 MiB that QEMU sent
-  page cache       2.34 MiB  named by the guest's agent
-  pre-copy       because the guest writes 20 MB/s, the link takes 100 MB/s
+  until then          5.78 s  (negotiation 128 ms, preparation 650 ms, pre-copy 5.00 s)
+  downtime             43 ms  (memory 12 ms, devices 20 ms, hand-over 11 ms)
+  expected            6.10 s  (downtime 110 ms; predicted at 3.00 s)
+  from disk         2.00 MiB  50.0 %
+  zero pages        1.00 MiB  25.0 %
+  data              1.00 MiB  25.0 %
+  sent again             0 B   0.0 %
+  unchanged              0 B   0.0 %
+  digest mismatch        0 B   0.0 %
+  disk was late          0 B   0.0 %
+  on the wire       2.00 MiB  of 4.00 MiB that QEMU sent
+  page cache        2.34 MiB  named by the guest's agent
+  pre-copy        because the guest writes 20 MB/s, the link takes 100 MB/s
   note: the agent has no module";
     assert_eq!(super::job(&job), expected);
     if let Some(summary) = &mut job.summary {
@@ -168,13 +168,16 @@ web1 runs on hostb now; it left hosta in 5.82 s.
         }));
     }
     let lines =
-        "  post-copy          2.50 s  (4.00 MiB followed, 64.0 KiB of it asked for by the guest)
-  stood still        310 ms  (the CPU that did for longest; 20 ms all of them)
-  slept              2.04 s  (processes, 12 times for absent memory, 230 ms at most)
-  gate's CPU         3.4 ms  (of the guest, for 8.00 MiB that was absent)
+        "  post-copy           2.50 s  (4.00 MiB followed, 64.0 KiB of it asked for by the guest)
+  vCPU stall          310 ms  (of the vCPU that waited longest for memory; 20 ms when all of them did)
+  process wait        2.04 s  (processes of the guest waited 12 times for memory, 230 ms at most, while others ran)
+  gate overhead       3.4 ms  (the guest's CPU time for 8.00 MiB of absent memory)
 ";
     let text = super::job(&job);
-    assert!(text.contains(lines) && !text.contains("in order"), "{text}");
+    assert!(
+        text.contains(lines) && !text.contains("prefetched"),
+        "{text}"
+    );
     let post = job.summary.as_mut().and_then(|all| all.post_copy.as_mut());
     if let Some(post) = post {
         post.classes = Some(Classes {
@@ -185,8 +188,7 @@ web1 runs on hostb now; it left hosta in 5.82 s.
             ..Classes::default()
         });
     }
-    let line = "  in order         1.00 MiB  (of 2.00 MiB that processes work with; before the switch 128 KiB of the \
-                kernel's 1.00 MiB)\n";
+    let line = "  prefetched        1.00 MiB  (of 2.00 MiB in use by processes; before the switch 128 KiB of the kernel's 1.00 MiB)\n";
     let text = super::job(&job);
     assert!(text.contains(line), "{text}");
 }

@@ -2,7 +2,7 @@
 
 use crate::units::{PAGE, bytes, duration, to_float};
 use std::fmt::Write as _;
-use transhume_api::migration::{Summary, Traffic};
+use transhume_api::migration::{PostCopy, Summary, Traffic};
 use transhume_api::{Choice, Mode};
 
 fn share(pages: u64, all: u64) -> String {
@@ -14,13 +14,12 @@ fn share(pages: u64, all: u64) -> String {
     format!("{:>10}  {percent:>4.1} %", bytes(pages * PAGE))
 }
 
+/// What a completed migration came to.
 pub(crate) fn summary(summary: &Summary) -> String {
     let Summary {
         vm,
         from,
         to,
-        phases,
-        downtime,
         traffic,
         ..
     } = summary;
@@ -28,101 +27,136 @@ pub(crate) fn summary(summary: &Summary) -> String {
         "{vm} runs on {to} now; it left {from} in {}.\n",
         duration(summary.total_ms)
     );
-    let _ = writeln!(
-        text,
-        "  until then     {:>10}  (negotiation {}, preparation {}, pre-copy {})",
-        duration(phases.negotiate_ms + phases.prepare_ms + phases.pre_copy_ms),
-        duration(phases.negotiate_ms),
-        duration(phases.prepare_ms),
-        duration(phases.pre_copy_ms)
-    );
-    let _ = writeln!(
-        text,
-        "  downtime       {:>10}  (memory {}, devices {}, hand-over {})",
-        duration(downtime.total_ms),
-        duration(downtime.memory_ms),
-        duration(downtime.devices_ms),
-        duration(downtime.handover_ms)
-    );
-    if let Some(expected) = &summary.expected {
-        let _ = writeln!(
-            text,
-            "  expected       {:>10}  (downtime {}; so it looked after {})",
-            duration(expected.total_ms),
-            duration(expected.downtime_ms),
-            duration(expected.made_ms)
-        );
-    }
+    times(&mut text, summary);
     if let Some(post) = &summary.post_copy {
-        let _ = writeln!(
-            text,
-            "  post-copy      {:>10}  ({} followed, {} of it asked for by the guest)",
-            duration(post.total_ms),
-            bytes(post.pages * PAGE),
-            bytes(post.requested_pages * PAGE)
-        );
-        if let Some(stalls) = &post.stalls {
-            let _ = writeln!(
-                text,
-                "  stood still    {:>10}  (the CPU that did for longest; {} all of them)",
-                duration(stalls.cpu_ms.into()),
-                duration(stalls.all_cpus_ms.into())
-            );
-            if stalls.gated_pages > 0 {
-                let _ = writeln!(
-                    text,
-                    "  slept          {:>10}  (processes, {} times for absent memory, {} at most)",
-                    duration(stalls.waited_ms),
-                    stalls.waits,
-                    duration(stalls.longest_ms)
-                );
-                let _ = writeln!(
-                    text,
-                    "  gate's CPU     {:>10}  (of the guest, for {} that was absent)",
-                    duration(stalls.gate_cpu_ms),
-                    bytes(stalls.absent_pages * PAGE)
-                );
-            }
-        }
-        if let Some(classes) = &post.classes {
-            let kernel = classes.kernel + classes.slab + classes.page_tables;
-            let _ = writeln!(
-                text,
-                "  in order       {:>10}  (of {} that processes work with; before the switch {} of the kernel's {})",
-                bytes(post.ordered_pages * PAGE),
-                bytes(classes.working_sets * PAGE),
-                bytes(post.kernel_pages * PAGE),
-                bytes(kernel * PAGE)
-            );
-        }
+        post_copy(&mut text, post);
     }
     let kinds = kinds(traffic);
     let all = kinds.iter().map(|(_, pages)| pages).sum();
     for (name, pages) in kinds {
-        let _ = writeln!(text, "  {name:<14} {}", share(pages, all));
+        let _ = writeln!(text, "  {name:<15} {}", share(pages, all));
     }
-    let _ = writeln!(
-        text,
-        "  on the wire    {:>10}  of {} that QEMU sent",
+    let mut row = |name: &str, value: String, more: String| {
+        let _ = writeln!(text, "  {name:<15} {value:>10}  {more}");
+    };
+    row(
+        "on the wire",
         bytes(traffic.wire_bytes),
-        bytes(traffic.stream_bytes)
+        format!("of {} that QEMU sent", bytes(traffic.stream_bytes)),
     );
-    let _ = write!(
-        text,
-        "  page cache     {:>10}  named by the guest's agent",
-        bytes(summary.hinted_pages * PAGE)
+    row(
+        "page cache",
+        bytes(summary.hinted_pages * PAGE),
+        "named by the guest's agent".to_owned(),
     );
     if let Some(Choice { mode, why }) = &summary.choice {
         let mode = match mode {
             Mode::Post => "post-copy",
             _ => "pre-copy",
         };
-        let _ = write!(text, "\n  {mode:<14} because {why}");
+        let _ = writeln!(text, "  {mode:<15} because {why}");
     }
     for remark in &summary.remarks {
-        let _ = write!(text, "\n  note: {remark}");
+        let _ = writeln!(text, "  note: {remark}");
     }
+    text.truncate(text.trim_end().len());
     text
+}
+
+/// How long each part took, and what had been predicted.
+fn times(text: &mut String, summary: &Summary) {
+    let Summary {
+        phases, downtime, ..
+    } = summary;
+    let mut row = |name: &str, ms: f64, more: String| {
+        let _ = writeln!(text, "  {name:<15} {:>10}  ({more})", duration(ms));
+    };
+    row(
+        "until then",
+        phases.negotiate_ms + phases.prepare_ms + phases.pre_copy_ms,
+        format!(
+            "negotiation {}, preparation {}, pre-copy {}",
+            duration(phases.negotiate_ms),
+            duration(phases.prepare_ms),
+            duration(phases.pre_copy_ms)
+        ),
+    );
+    row(
+        "downtime",
+        downtime.total_ms,
+        format!(
+            "memory {}, devices {}, hand-over {}",
+            duration(downtime.memory_ms),
+            duration(downtime.devices_ms),
+            duration(downtime.handover_ms)
+        ),
+    );
+    if let Some(expected) = &summary.expected {
+        let more = format!(
+            "downtime {}; predicted at {}",
+            duration(expected.downtime_ms),
+            duration(expected.made_ms)
+        );
+        row("expected", expected.total_ms, more);
+    }
+}
+
+/// What post-copy took, and what it cost the guest.
+fn post_copy(text: &mut String, post: &PostCopy) {
+    let mut row = |name: &str, value: String, more: String| {
+        let _ = writeln!(text, "  {name:<15} {value:>10}  ({more})");
+    };
+    row(
+        "post-copy",
+        duration(post.total_ms),
+        format!(
+            "{} followed, {} of it asked for by the guest",
+            bytes(post.pages * PAGE),
+            bytes(post.requested_pages * PAGE)
+        ),
+    );
+    if let Some(stalls) = &post.stalls {
+        row(
+            "vCPU stall",
+            duration(stalls.cpu_ms.into()),
+            format!(
+                "of the vCPU that waited longest for memory; {} when all of them did",
+                duration(stalls.all_cpus_ms.into())
+            ),
+        );
+        if stalls.gated_pages > 0 {
+            row(
+                "process wait",
+                duration(stalls.waited_ms),
+                format!(
+                    "processes of the guest waited {} times for memory, {} at most, while others ran",
+                    stalls.waits,
+                    duration(stalls.longest_ms)
+                ),
+            );
+            row(
+                "gate overhead",
+                duration(stalls.gate_cpu_ms),
+                format!(
+                    "the guest's CPU time for {} of absent memory",
+                    bytes(stalls.absent_pages * PAGE)
+                ),
+            );
+        }
+    }
+    if let Some(classes) = &post.classes {
+        let kernel = classes.kernel + classes.slab + classes.page_tables;
+        row(
+            "prefetched",
+            bytes(post.ordered_pages * PAGE),
+            format!(
+                "of {} in use by processes; before the switch {} of the kernel's {}",
+                bytes(classes.working_sets * PAGE),
+                bytes(post.kernel_pages * PAGE),
+                bytes(kernel * PAGE)
+            ),
+        );
+    }
 }
 
 pub(crate) fn kinds(traffic: &Traffic) -> [(&'static str, u64); 7] {
@@ -132,7 +166,7 @@ pub(crate) fn kinds(traffic: &Traffic) -> [(&'static str, u64); 7] {
         ("data", traffic.data_pages),
         ("sent again", traffic.resent_pages),
         ("unchanged", traffic.unchanged_pages),
-        ("disk differed", traffic.mismatched_pages),
+        ("digest mismatch", traffic.mismatched_pages),
         ("disk was late", traffic.late_pages),
     ]
 }

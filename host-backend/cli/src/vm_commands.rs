@@ -113,7 +113,7 @@ pub(crate) enum VmCommand {
         /// The VM
         name: String,
     },
-    /// Let a VM run that stands still
+    /// Resume a paused VM
     ///
     /// After a migration whose outcome was not known: only when you have seen that the other host does not
     /// run it. Two running copies destroy its disks.

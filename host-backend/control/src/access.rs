@@ -9,8 +9,9 @@ use super::{Error, Result};
 use std::path::Path;
 use transhume_api::Request;
 use transhume_base::audit::{self, Who};
-use transhume_hypervisor::definition::Accelerator;
-use transhume_hypervisor::{Definition, Limits};
+use transhume_hypervisor::Limits;
+use transhume_machine::Definition;
+use transhume_machine::definition::Accelerator;
 
 impl Config {
     /// Directories for VMs from other hosts that are not there, each with the part that names it.

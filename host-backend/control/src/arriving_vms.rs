@@ -2,16 +2,17 @@
 
 use super::daemon::Daemon;
 use std::sync::Arc;
-use transhume_hypervisor::{Definition, LaunchSettings, Limits, Vm};
+use transhume_hypervisor::{LaunchSettings, Limits, Vm};
 use transhume_link::Security;
+use transhume_machine::Definition;
 use transhume_relay::destination;
 use transhume_relay::source::Presence;
 
 /// The service, as arriving VMs see it.
 #[derive(Debug)]
-pub(super) struct Door(pub(super) Arc<Daemon>);
+pub(super) struct ArrivingVms(pub(super) Arc<Daemon>);
 
-impl destination::Host for Door {
+impl destination::Host for ArrivingVms {
     fn name(&self) -> &str {
         &self.0.config().host
     }

@@ -6,15 +6,17 @@ use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use transhume_base::confine::User;
 use transhume_base::names::is_name;
-use transhume_hypervisor::{LaunchSettings, Size, User};
+use transhume_hypervisor::LaunchSettings;
 use transhume_link::{Files, Security};
+use transhume_machine::Size;
 
 const MAX_TEXT: u64 = 1 << 20;
 /// Each has a thread here and one in QEMU.
 const MAX_CHANNELS: u8 = 8;
 /// A shorter log holds not even the end of a guest's boot.
-const LEAST_LOG: Size = Size::from_bytes(16 << 10);
+const MIN_LOG: Size = Size::from_bytes(16 << 10);
 
 /// What an operator says about a host.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -154,9 +156,9 @@ impl Config {
                 "`qemu-channels` is {channels}; write a number from 1 to {MAX_CHANNELS}"
             ));
         }
-        if config.log_size < LEAST_LOG {
+        if config.log_size < MIN_LOG {
             return Err(format!(
-                "`log-size` is {}; write {LEAST_LOG} or more",
+                "`log-size` is {}; write {MIN_LOG} or more",
                 config.log_size
             ));
         }

@@ -3,22 +3,22 @@
 use super::config::Config;
 use super::job::Jobs;
 use super::state_directory::State;
-use super::vm_table::Table;
+use super::vm_table::VmTable;
 use super::{Error, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tracing::Instrument;
+use transhume_api::migration::Phase;
 use transhume_api::{Failure, JobInfo, Request, Response};
 use transhume_hypervisor::{LaunchSettings, Vm, preflight};
-use transhume_relay::progress::Phase;
 use transhume_relay::{self as relay, destination};
 
 /// The service.
 #[derive(Debug)]
 pub struct Daemon {
     config: Config,
-    pub(super) table: Table,
+    pub(super) table: VmTable,
     pub(super) jobs: Arc<Jobs>,
     pub(super) arrivals: destination::Arrivals,
     /// Held while a job that was in doubt is settled.
@@ -35,7 +35,7 @@ impl Daemon {
     pub async fn open(config: Config) -> Result<Arc<Self>> {
         let state = Arc::new(State::open(&config.state_directory)?);
         let jobs = Arc::new(Jobs::load(state.clone())?);
-        let table = Table::new(&config.host, state.clone());
+        let table = VmTable::new(&config.host, state.clone());
         let arrivals = destination::Arrivals::open(&config.state_directory).map_err(|error| {
             Error::file("create", config.state_directory.join("arrivals"), error)
         })?;

@@ -10,17 +10,18 @@ use super::{Error, Result};
 use std::sync::Arc;
 use std::time::Duration;
 use tracing::Instrument;
+use transhume_api::migration::Phase;
 use transhume_api::{JobInfo, JobState, Offered, Response};
-use transhume_hypervisor::{self as hypervisor, Identity, Vm};
-use transhume_relay::progress::Phase;
+use transhume_base::process_identity::Identity;
+use transhume_hypervisor::{self as hypervisor, Vm};
 use transhume_relay::source::{Destination, Keeper, Rest, ask};
 
 /// How long QEMU may take to notice that its migration was cut off.
-const INTERRUPTED_PATIENCE: Duration = Duration::from_secs(5);
+const INTERRUPTED_TIMEOUT: Duration = Duration::from_secs(5);
 /// For how long a destination is told at most that its migration was cut off.
 const WITHDRAWAL: Duration = Duration::from_secs(60);
 /// How long the link may be away while the rest of a VM's memory follows, before QEMU has to resume it.
-const REST_PATIENCE: Duration = Duration::from_secs(30);
+const REST_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long one round of questions takes, and the pause behind it.
 const ROUND: Duration = Duration::from_secs(3);
 const PAUSE: Duration = Duration::from_secs(3);
@@ -318,7 +319,7 @@ impl Daemon {
             from: info.from.clone(),
             destination,
             number,
-            link_patience: REST_PATIENCE,
+            link_patience: REST_TIMEOUT,
         };
         let span = tracing::info_span!(parent: None, "migration", vm = info.vm, job = info.id, to = info.to);
         let (daemon, job) = (Arc::clone(self), Arc::clone(job));
@@ -404,7 +405,7 @@ async fn has_rest(info: &JobInfo, here: &Vm) -> Result<bool> {
 
 /// Sees to it that a VM whose migration was cut off goes on as before.
 async fn run_on(vm: &Vm, running: bool) -> std::result::Result<&'static str, hypervisor::Error> {
-    vm.migration_over(INTERRUPTED_PATIENCE).await?;
+    vm.migration_over(INTERRUPTED_TIMEOUT).await?;
     if !running {
         return Ok("stays paused");
     }

@@ -6,7 +6,7 @@ use std::sync::Weak;
 use std::time::Duration;
 
 /// How often they are looked at: a guest writes some megabytes at most meanwhile.
-const GLANCE: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Looks at them until the service ends.
 pub(super) async fn keep(daemon: Weak<Daemon>) {
@@ -41,6 +41,6 @@ pub(super) async fn keep(daemon: Weak<Daemon>) {
                 tracing::warn!(vm, %error, "its log is not kept within `log-size`");
             }
         }
-        tokio::time::sleep(GLANCE).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }

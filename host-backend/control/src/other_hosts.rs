@@ -7,14 +7,14 @@ use super::{Error, Result};
 use std::sync::Arc;
 use std::time::Duration;
 use tracing::Instrument;
-use transhume_hypervisor::boot_id;
+use transhume_base::process_identity::boot_id;
 use transhume_relay::source::{Destination, Presence, locate};
 
 /// How long all other hosts together may take to answer.
 const ASKING: Duration = Duration::from_secs(5);
 /// Between two tries to start a VM with the host; and as much again at most, so that two hosts that ask each
 /// other do not do so for ever.
-const AGAIN: Duration = Duration::from_secs(4);
+const RETRY_INTERVAL: Duration = Duration::from_secs(4);
 
 fn words(presence: Presence) -> Option<&'static str> {
     match presence {
@@ -145,7 +145,10 @@ impl Daemon {
                     let mut random = [0];
                     // Without it the pause is the shortest one.
                     let _ = getrandom::fill(&mut random);
-                    tokio::time::sleep(AGAIN + AGAIN * u32::from(random[0]) / 256).await;
+                    tokio::time::sleep(
+                        RETRY_INTERVAL + RETRY_INTERVAL * u32::from(random[0]) / 256,
+                    )
+                    .await;
                 }
             }
         }

@@ -1,12 +1,12 @@
 use super::*;
-use crate::arriving_vms::Door;
+use crate::arriving_vms::ArrivingVms;
 use crate::config::Config;
 use crate::state_directory::{Record, State, Stopped};
 use std::net::SocketAddr;
 use std::path::Path;
 use tokio::net::TcpListener;
 use transhume_api::{Request, Response, VmInfo};
-use transhume_hypervisor::Identity;
+use transhume_base::process_identity::Identity;
 use transhume_hypervisor::fake::{FakeQemu, definition};
 use transhume_relay::destination;
 
@@ -46,7 +46,10 @@ async fn a_host_that_has_it_says_so_and_one_that_is_silent_is_named() {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a socket");
     let address = listener.local_addr().expect("an address");
     let b = host(folders[1].path(), "hostb", nowhere()).await;
-    tokio::spawn(destination::serve(listener, Arc::new(Door(b.clone()))));
+    tokio::spawn(destination::serve(
+        listener,
+        Arc::new(ArrivingVms(b.clone())),
+    ));
     let a = host(folders[0].path(), "hosta", address).await;
 
     a.refuse_elsewhere("web1", false)

@@ -1,6 +1,6 @@
 //! The service's process: its sockets, its clients, its end.
 
-use super::arriving_vms::Door;
+use super::arriving_vms::ArrivingVms;
 use super::config::Config;
 use super::daemon::Daemon;
 use super::{Error, Result, certificate_expiry, log_bounds, socket};
@@ -63,7 +63,7 @@ pub async fn run(config: Config) -> Result<()> {
     let serving = async {
         tokio::select! {
             () = serve(&control, &daemon) => {}
-            () = destination::serve(link, Arc::new(Door(daemon.clone()))) => {
+            () = destination::serve(link, Arc::new(ArrivingVms(daemon.clone()))) => {
                 tracing::error!("the host link cannot be served any more");
             }
         }

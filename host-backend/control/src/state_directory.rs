@@ -15,7 +15,9 @@ use transhume_api::{JobInfo, JobState};
 use transhume_base::bounded::read_text;
 use transhume_base::durable;
 use transhume_base::names::is_name;
-use transhume_hypervisor::{self as hypervisor, Definition, Identity, boot_id};
+use transhume_base::process_identity::{Identity, boot_id};
+use transhume_hypervisor as hypervisor;
+use transhume_machine::Definition;
 
 const MAX_FILE: u64 = 2 << 20;
 /// The version of the files that are written.
@@ -65,7 +67,7 @@ impl Stopped {
             .unwrap_or_default();
         Self {
             // QEMU's last words may be among it.
-            reason: reason.chars().take(MOST_WORDS).collect(),
+            reason: reason.chars().take(MAX_WORDS).collect(),
             at_ms: u64::try_from(now.as_millis()).unwrap_or_default(),
             boot: boot_id(),
         }
@@ -73,7 +75,7 @@ impl Stopped {
 }
 
 /// Characters of a reason that are kept.
-const MOST_WORDS: usize = 4096;
+const MAX_WORDS: usize = 4096;
 
 impl Record {
     /// Of a VM that runs, or is about to.

@@ -12,7 +12,7 @@ use transhume_hypervisor::Vm;
 use transhume_relay::destination;
 
 /// How long a list waits for each QEMU.
-const GLANCE: Duration = Duration::from_secs(2);
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
 
 impl Daemon {
     /// The VMs that run here, or may; with `all` those that do not as well.
@@ -83,7 +83,7 @@ impl Daemon {
     pub(super) async fn info(&self, vm: &Vm) -> VmInfo {
         let (state, note) = match vm
             .qmp()
-            .execute_within("query-status", Value::Null, GLANCE)
+            .execute_within("query-status", Value::Null, POLL_INTERVAL)
             .await
         {
             Ok(status) => (

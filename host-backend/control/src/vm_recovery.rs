@@ -6,11 +6,12 @@ use super::vm_table::Entry;
 use std::sync::Arc;
 use std::time::Duration;
 use tracing::Instrument as _;
-use transhume_hypervisor::{Identity, Vm};
+use transhume_base::process_identity::Identity;
+use transhume_hypervisor::Vm;
 use transhume_relay::destination;
 
 /// How often that is tried again which could not be done when it was due.
-const AGAIN: Duration = Duration::from_secs(3);
+const RETRY_INTERVAL: Duration = Duration::from_secs(3);
 
 impl Daemon {
     /// Begins to try again what could not be done when it was due, until the service ends.
@@ -18,7 +19,7 @@ impl Daemon {
         let daemon = Arc::downgrade(self);
         transhume_base::task::spawn(async move {
             loop {
-                tokio::time::sleep(AGAIN).await;
+                tokio::time::sleep(RETRY_INTERVAL).await;
                 let Some(daemon) = daemon.upgrade() else {
                     return;
                 };

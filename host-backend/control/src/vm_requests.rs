@@ -9,9 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use transhume_api::Response;
-use transhume_hypervisor::{
-    self as hypervisor, Definition, Start, Vm, command_line, holders, preflight,
-};
+use transhume_hypervisor::{self as hypervisor, Start, Vm, command_line, holders, preflight};
+use transhume_machine::Definition;
 
 /// How long a guest may take to shut down if nothing else is said.
 const SHUTDOWN: Duration = Duration::from_secs(60);

@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 use transhume_api::JobInfo;
-use transhume_hypervisor::{Definition, Vm};
+use transhume_hypervisor::Vm;
+use transhume_machine::Definition;
 
 /// VMs that left, of which it is still known how.
 const REMEMBERED: usize = 64;
@@ -50,7 +51,7 @@ impl Entry {
 
 /// All VMs of this host, by name.
 #[derive(Debug)]
-pub(super) struct Table {
+pub(super) struct VmTable {
     host: String,
     state: Arc<State>,
     inner: Mutex<Inner>,
@@ -74,7 +75,7 @@ struct Departure {
 /// A name that is kept for a VM until it is here; given back when dropped.
 #[derive(Debug)]
 pub(super) struct Reservation<'a> {
-    table: &'a Table,
+    table: &'a VmTable,
     name: String,
 }
 
@@ -84,7 +85,7 @@ impl Drop for Reservation<'_> {
     }
 }
 
-impl Table {
+impl VmTable {
     pub(super) fn new(host: &str, state: Arc<State>) -> Self {
         Self {
             host: host.to_owned(),
@@ -121,7 +122,7 @@ impl Table {
         ))
     }
 
-    /// [`Table::reserve`] for a VM that arrives. One of another machine that is defined by that name, and does
+    /// [`VmTable::reserve`] for a VM that arrives. One of another machine that is defined by that name, and does
     /// not run, is not replaced.
     pub(super) fn reserve_for(&self, arriving: &Definition) -> Result<()> {
         let name = &arriving.name;
@@ -145,7 +146,7 @@ impl Table {
         self.reserve(name)
     }
 
-    /// [`Table::reserve`] for as long as the guard lives.
+    /// [`VmTable::reserve`] for as long as the guard lives.
     pub(super) fn reserve_while(&self, name: &str) -> Result<Reservation<'_>> {
         self.reserve(name)?;
         Ok(Reservation {
@@ -403,7 +404,7 @@ impl Table {
             .is_some_and(|entry| entry.is(vm))
     }
 
-    /// Takes out what is left here of the VM that a job moved, if that very one is here; see [`Table::leave`].
+    /// Takes out what is left here of the VM that a job moved, if that very one is here; see [`VmTable::leave`].
     pub(super) fn depart(&self, name: &str, job: &JobInfo, how: impl Into<String>) {
         self.leave(name, |entry| entry.was_moved_by(job), how);
     }
@@ -440,7 +441,7 @@ impl Table {
             .collect()
     }
 
-    /// The record of a VM for [`Table::note`].
+    /// The record of a VM for [`VmTable::note`].
     pub(super) fn record(&self, vm: &Vm) -> Record {
         Record {
             autostart: self.is_autostarted(vm.name()),
@@ -457,8 +458,8 @@ impl Table {
 mod tests {
     use super::*;
 
-    fn table(folder: &std::path::Path) -> Table {
-        Table::new("hosta", Arc::new(State::open(folder).expect("a state")))
+    fn table(folder: &std::path::Path) -> VmTable {
+        VmTable::new("hosta", Arc::new(State::open(folder).expect("a state")))
     }
 
     fn record() -> Record {

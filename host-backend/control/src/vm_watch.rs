@@ -6,13 +6,13 @@ use std::time::Duration;
 use transhume_hypervisor::Vm;
 
 /// How long QEMU may take to end after its QMP connection has.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Daemon {
     /// Waits until a VM's QEMU has ended, and notes that the VM has stopped.
     pub(super) async fn watch(self: Arc<Self>, vm: Arc<Vm>) {
         let reason = shutdown_reason(&vm).await;
-        let ended = tokio::time::timeout(PATIENCE, vm.gone()).await.is_ok();
+        let ended = tokio::time::timeout(TIMEOUT, vm.gone()).await.is_ok();
         // A migration ends the source's QEMU, and says itself what became of the VM.
         if let Some(job) = self.jobs.active(vm.name()) {
             job.ended().await;

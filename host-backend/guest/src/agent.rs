@@ -15,7 +15,7 @@ use crate::page_cache_report::{Collector, DiskName, GuestRange, Report};
 use crate::turn::Turn;
 
 /// How long whoever speaks with the agent may go on: a gate closes, and a clock is set.
-const TURN_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 20 });
+const TURN_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 20 });
 /// How often a waiting read looks whether it should end.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -66,7 +66,7 @@ pub struct Opening {
 ///
 /// An error is for people: it says why there will be no session.
 pub fn open(socket: &Path, session: u64, patience: Duration) -> Result<Opening, String> {
-    let turn = Turn::take(socket, TURN_PATIENCE)
+    let turn = Turn::take(socket, TURN_TIMEOUT)
         .ok_or("the guest's agent is still spoken to by this host, after the last migration")?;
     let stream = UnixStream::connect(socket).map_err(unusable)?;
     stream.set_read_timeout(Some(TICK)).map_err(unusable)?;
@@ -189,11 +189,11 @@ impl Opening {
 }
 
 /// Bytes of a guest's text; the channel's are no longer.
-const MOST_TEXT: usize = 256;
+const MAX_TEXT: usize = 256;
 
 /// A guest's text, made safe for terminals and logs.
 pub(super) fn printable(text: &str) -> String {
-    transhume_base::text::line(text, MOST_TEXT)
+    transhume_base::text::line(text, MAX_TEXT)
 }
 
 pub(super) fn send(mut stream: &UnixStream, message: &HostMessage<'_>) -> io::Result<()> {

@@ -12,9 +12,9 @@ use transhume_protocol::agent::{AgentMessage, ClockOutcome, HostMessage};
 /// How often it is asked while a migration goes on.
 const INTERVAL_NS: u64 = 200_000_000;
 /// How long an answer is waited for, before it is asked anew.
-const PATIENCE_NS: u64 = 300_000_000;
+const TIMEOUT_NS: u64 = 300_000_000;
 /// Answers that are compared before the clock is set, at most.
-const MOST_ANSWERS: u32 = 16;
+const MAX_ANSWERS: u32 = 16;
 /// A clock that is known so well is known well enough.
 const GOOD_NS: u64 = 500_000;
 /// How much more clocks may differ, in each second, than when they were compared: one part in so many. Quartz is good
@@ -150,7 +150,7 @@ impl ClockReader {
     }
 
     fn poll_every(&mut self, interval_ns: u64, now_ns: u64) -> Option<HostMessage<'static>> {
-        if !self.reading.is_due(now_ns, interval_ns, PATIENCE_NS) {
+        if !self.reading.is_due(now_ns, interval_ns, TIMEOUT_NS) {
             return None;
         }
         self.number += 1;
@@ -223,7 +223,7 @@ impl ClockSetter {
             return None;
         }
         let reader = &mut self.reader;
-        let is_known = |lead: &Lead| lead.within_ns <= GOOD_NS || reader.answers >= MOST_ANSWERS;
+        let is_known = |lead: &Lead| lead.within_ns <= GOOD_NS || reader.answers >= MAX_ANSWERS;
         let Some(lead) = reader.known().at(now_ns).filter(is_known) else {
             // One question after the other.
             return reader.poll_every(0, now_ns);
@@ -339,28 +339,28 @@ mod tests {
     fn an_answer_that_comes_too_late_counts_no_more() {
         let mut reader = ClockReader::default();
         assert_eq!(reader.poll(0), Some(HostMessage::ClockWanted { number: 1 }));
-        assert_eq!(reader.poll(PATIENCE_NS - 1), None);
+        assert_eq!(reader.poll(TIMEOUT_NS - 1), None);
         assert_eq!(
-            reader.poll(PATIENCE_NS),
+            reader.poll(TIMEOUT_NS),
             Some(HostMessage::ClockWanted { number: 2 })
         );
         let answer = |number| AgentMessage::Clock {
             number,
             real_ns: 5000 * MS,
         };
-        reader.take(&answer(1), PATIENCE_NS + MS);
-        assert_eq!(reader.known().at(PATIENCE_NS + MS), None);
-        reader.take(&answer(2), PATIENCE_NS + 2 * MS);
+        reader.take(&answer(1), TIMEOUT_NS + MS);
+        assert_eq!(reader.known().at(TIMEOUT_NS + MS), None);
+        reader.take(&answer(2), TIMEOUT_NS + 2 * MS);
         let lead = Lead {
             ahead_ns: 4699 * 1_000_000,
             within_ns: MS,
         };
-        assert_eq!(reader.known().at(PATIENCE_NS + 2 * MS), Some(lead));
+        assert_eq!(reader.known().at(TIMEOUT_NS + 2 * MS), Some(lead));
         // Said twice.
-        reader.take(&answer(2), PATIENCE_NS + 3 * MS);
+        reader.take(&answer(2), TIMEOUT_NS + 3 * MS);
         assert_eq!(reader.answers, 1);
         // It is known less well with time, and a worse answer becomes better.
-        let later = PATIENCE_NS + 2 * MS + DRIFT * 2 * MS;
+        let later = TIMEOUT_NS + 2 * MS + DRIFT * 2 * MS;
         assert_eq!(
             reader.known().at(later).map(|lead| lead.within_ns),
             Some(3 * MS)

@@ -13,13 +13,13 @@ use crate::agent::{Agent, Opening, printable, read, send, unusable};
 use crate::clock::{ClockSet, ClockSetter, monotonic_ns};
 
 /// How long the agent may leave its channel full.
-const WRITE_PATIENCE: Duration = Duration::from_millis(500);
+const WRITE_TIMEOUT: Duration = Duration::from_millis(500);
 /// How often it is said that somebody is here.
 const ALIVE: Duration = Duration::from_millis(150);
 /// How long an agent may take to say what its clock shows. A migration that begins waits no longer for its hello.
 const FIRST_ANSWER: Duration = Duration::from_millis(1200);
 /// Runs that a guest waits for and that are looked at, of one read.
-const MOST_WANTED: usize = 1024;
+const MAX_WANTED: usize = 1024;
 
 /// What the agent says of it.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -140,7 +140,7 @@ impl Agent {
     pub fn gate_opened(&mut self, patience: Duration) -> Result<(), String> {
         let deadline = Instant::now() + patience;
         self.stream
-            .set_write_timeout(Some(WRITE_PATIENCE))
+            .set_write_timeout(Some(WRITE_TIMEOUT))
             .map_err(unusable)?;
         while Instant::now() < deadline {
             if let Some(ready) = self.gate_news().map_err(unusable)?.ready {
@@ -266,7 +266,7 @@ impl Agent {
                     news.ready = Some(Err(text));
                 }
                 Ok(AgentMessage::GateWanted(runs)) => {
-                    let room = MOST_WANTED.saturating_sub(news.wanted.len());
+                    let room = MAX_WANTED.saturating_sub(news.wanted.len());
                     let runs = runs.iter().map_while(Result::ok);
                     news.wanted.extend(runs.take(room));
                 }

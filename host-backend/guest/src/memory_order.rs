@@ -3,7 +3,7 @@
 use transhume_protocol::agent::{AgentMessage, ClassCounts, FrameRun, MemoryClass};
 
 /// Most runs of an answer; what a guest names beyond them is left out.
-const MOST_RUNS: usize = 1 << 18;
+const MAX_RUNS: usize = 1 << 18;
 
 /// What the guest says of its memory. Nothing of it is believed: it only decides what goes first.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -25,7 +25,7 @@ impl OrderCollector {
     pub(super) fn take(&mut self, message: &AgentMessage<'_>) -> Option<MemoryOrder> {
         match *message {
             AgentMessage::Class(class, runs) => {
-                let room = MOST_RUNS.saturating_sub(self.runs.len());
+                let room = MAX_RUNS.saturating_sub(self.runs.len());
                 // A run that cannot be read ends its message; the others count.
                 let runs = runs.iter().map_while(Result::ok).take(room);
                 self.runs.extend(runs.map(|run| (class, run)));
@@ -85,13 +85,13 @@ mod tests {
     #[test]
     fn a_guest_that_names_without_an_end_fills_no_memory() {
         let mut collector = OrderCollector::default();
-        for _ in 0..MOST_RUNS / 4096 + 2 {
+        for _ in 0..MAX_RUNS / 4096 + 2 {
             give(
                 &mut collector,
                 MemoryClass::Kernel,
                 (0..4096).map(|n| (n * 2, 1)),
             );
         }
-        assert_eq!(collector.runs.len(), MOST_RUNS);
+        assert_eq!(collector.runs.len(), MAX_RUNS);
     }
 }

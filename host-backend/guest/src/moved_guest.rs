@@ -12,15 +12,15 @@ use transhume_protocol::agent::ClockOutcome;
 use crate::{ClockNote, ClockSet, ClockSetter, Known, open, unusable};
 
 /// How long the agent may take to answer.
-const PATIENCE: Duration = Duration::from_secs(2);
+const TIMEOUT: Duration = Duration::from_secs(2);
 /// How long it may take to set its clock.
-const CLOCK_PATIENCE: Duration = Duration::from_secs(5);
+const CLOCK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between two tries to set a clock right, and how many there are: a guest that has just arrived may be slow to answer, and
 /// a migration that begins meanwhile speaks with the agent itself.
-const AGAIN: Duration = Duration::from_secs(5);
-const MOST_TRIES: u32 = 60;
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
+const MAX_TRIES: u32 = 60;
 /// Those of them that end without a word about the clock: then the agent knows of none.
-const MOST_WITHOUT_A_CLOCK: u32 = 5;
+const MAX_WITHOUT_A_CLOCK: u32 = 5;
 
 /// A guest that moves, as far as its agent hears of it afterwards.
 #[derive(Clone)]
@@ -84,7 +84,7 @@ impl MovedGuest {
             return note.forget();
         };
         let (mut why, mut without_a_clock) = (String::new(), 0);
-        for _ in 0..MOST_TRIES {
+        for _ in 0..MAX_TRIES {
             let Some(clock) = note.read() else {
                 return;
             };
@@ -93,7 +93,7 @@ impl MovedGuest {
             }
             match tell(socket, Some(clock)) {
                 Ok(Some(set)) => return self.clock_was_set(set),
-                Ok(None) if without_a_clock == MOST_WITHOUT_A_CLOCK => break,
+                Ok(None) if without_a_clock == MAX_WITHOUT_A_CLOCK => break,
                 Ok(None) => {
                     without_a_clock += 1;
                     "the agent does not tell its clock".clone_into(&mut why);
@@ -109,7 +109,7 @@ impl MovedGuest {
                     why = reason;
                 }
             }
-            std::thread::sleep(AGAIN);
+            std::thread::sleep(RETRY_INTERVAL);
         }
         tracing::warn!(
             vm,
@@ -158,14 +158,14 @@ fn log(vm: &str, set: ClockSet) {
 fn tell(socket: &Path, clock: Option<Known>) -> Result<Option<ClockSet>, String> {
     let mut session = [0; 8];
     getrandom::fill(&mut session).map_err(|error| error.to_string())?;
-    let opening = open(socket, u64::from_ne_bytes(session), PATIENCE)?;
+    let opening = open(socket, u64::from_ne_bytes(session), TIMEOUT)?;
     opening.no_gate().map_err(unusable)?;
     // Its answer shows that it has read all that was said.
-    let (mut agent, _) = opening.agreed(Vec::new(), PATIENCE)?;
+    let (mut agent, _) = opening.agreed(Vec::new(), TIMEOUT)?;
     let Some(clock) = clock else {
         return Ok(None);
     };
-    agent.set_clock(ClockSetter::new(clock), CLOCK_PATIENCE)
+    agent.set_clock(ClockSetter::new(clock), CLOCK_TIMEOUT)
 }
 
 #[cfg(test)]

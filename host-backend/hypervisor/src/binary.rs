@@ -14,7 +14,7 @@ use tokio::io::AsyncReadExt;
 use tokio::process::Command;
 
 /// How long a QEMU may take to tell of itself.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 /// The most that it may tell, in bytes.
 const MAX_HELP: u64 = 256 << 10;
 /// Answers kept; a host has few QEMUs.
@@ -99,7 +99,7 @@ async fn run(binary: &Path, arguments: &[&str]) -> io::Result<String> {
         Ok(text)
     };
     let late = |_| io::Error::new(io::ErrorKind::TimedOut, "it did not answer in time");
-    tokio::time::timeout(PATIENCE, read).await.map_err(late)?
+    tokio::time::timeout(TIMEOUT, read).await.map_err(late)?
 }
 
 fn parse_build(text: &str) -> Option<Build> {

@@ -11,6 +11,11 @@ use super::qmp::Version;
 
 /// The newest release that was tried: major and minor.
 const NEWEST_TRIED: (u32, u32) = (11, 1);
+/// QEMUs that are asked how long a running VM's queues are, major and minor version: those in which that was tried. 11.1.3
+/// aborts at `x-query-virtio-status`, and no VM is to be lost by a question.
+const TELLS_VIRTQUEUES: [(u32, u32); 2] = [(7, 2), (10, 0)];
+/// QEMU has `switchover-ack` from here on.
+const SWITCHOVER_ACK_SINCE: (u32, u32) = (8, 1);
 /// From here on the source of a post-copy keeps the VM until its devices are loaded (`postcopy-device`).
 const KEEPS_UNTIL_LOADED: (u32, u32) = (10, 2);
 /// From the one on, and up to the other, the translator notes each page that a guest writes.
@@ -46,6 +51,16 @@ impl Version {
     /// Whether no release as new as this was tried.
     pub fn is_untried(self) -> bool {
         self.release() > NEWEST_TRIED
+    }
+
+    /// Whether it can be asked how long a running VM's virtqueues are.
+    pub fn tells_virtqueues(self) -> bool {
+        TELLS_VIRTQUEUES.contains(&self.release())
+    }
+
+    /// Whether it can hold the switch-over back until the destination lets it (`switchover-ack`).
+    pub fn has_switchover_ack(self) -> bool {
+        self.release() >= SWITCHOVER_ACK_SINCE
     }
 
     /// Whether the channels (`multifd`) of a QEMU of that version are known to be in an order that can be told; see

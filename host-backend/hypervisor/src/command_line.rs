@@ -2,18 +2,19 @@
 //! same machine, or the stream of the one does not load at the other: so nothing is left to QEMU's
 //! defaults that its binary or its order of arguments would decide, PCI slots above all.
 
-use super::definition::{AgentPort, Definition, Disk, Format, Nic};
 use super::files::RunFiles;
 use super::handed::{Names, NodeName, escape};
 use serde_json::{Value, json};
 use std::path::Path;
+use transhume_machine::Definition;
+use transhume_machine::definition::{AgentPort, Disk, Format, Nic};
 
 /// Slot 0 is the host bridge's; 1 (pc) and 31 (q35) are the south bridge's.
 const SLOT_SCREEN: usize = 0x2;
 const SLOT_AGENT: usize = 0x3;
 const SLOT_DISKS: usize = 0x4;
-const SLOT_NICS: usize = SLOT_DISKS + super::definition::MAX_DISKS;
-const _: () = assert!(SLOT_NICS + super::definition::MAX_NICS <= 31);
+const SLOT_NICS: usize = SLOT_DISKS + transhume_machine::definition::MAX_DISKS;
+const _: () = assert!(SLOT_NICS + transhume_machine::definition::MAX_NICS <= 31);
 
 /// The name of the guest's port to its host.
 pub const AGENT_PORT: &str = "org.transhume.agent.0";

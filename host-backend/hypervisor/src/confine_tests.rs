@@ -1,13 +1,14 @@
+use super::Vm;
 use super::command_line::Start;
 use super::files::LaunchSettings;
 use super::handed::OpenedFiles;
 use super::process::Child;
-use super::{Definition, Vm};
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use transhume_base::confine::{Confinement, User};
+use transhume_machine::Definition;
 use transhume_testing::{others_get_through, program};
 
 /// Somebody without rights, whom every system has; `None` if others do not get through to what he is to run.

@@ -7,7 +7,7 @@
     reason = "only tests use it"
 )]
 
-use super::{Definition, Identity, LaunchSettings, Qmp, Vm};
+use super::{LaunchSettings, Qmp, Vm};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -15,7 +15,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use transhume_base::process_identity::Process;
+use transhume_base::process_identity::{Identity, Process};
+use transhume_machine::Definition;
 
 const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": ""}, "capabilities": []}}"#;
 

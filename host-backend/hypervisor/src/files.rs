@@ -1,9 +1,10 @@
 //! Where a host keeps what belongs to a running VM.
 
 use super::logs::Logs;
-use super::{Definition, Error, Result};
+use super::{Error, Result};
 use std::path::{Path, PathBuf};
 use transhume_base::confine::{User, give};
+use transhume_machine::Definition;
 
 /// What a host gives every VM that it runs.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -2,11 +2,9 @@
 //! descriptor. So QEMU opens nothing that was not checked, whatever has taken a file's name since, and needs no right
 //! to open anything.
 
-use super::backing::{Image, Node};
-use super::definition::{AgentPort, Backend, Disk, Nic};
 use super::files::{LaunchSettings, RunFiles};
-use super::preflight::PATIENCE;
-use super::{Definition, Error, Limits, Result, backing, tap};
+use super::preflight::TIMEOUT;
+use super::{Error, Limits, Result, tap};
 use nix::fcntl::OFlag;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, socket};
 use std::fs::File;
@@ -15,6 +13,9 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use transhume_base::confine::User;
+use transhume_machine::definition::{AgentPort, Backend, Disk, Nic};
+use transhume_machine::image_chain::{Image, Node};
+use transhume_machine::{Definition, image_chain};
 
 /// The files that a definition names, open and checked.
 #[derive(Debug)]
@@ -80,13 +81,13 @@ impl OpenedFiles {
         let open = transhume_base::task::blocking(move || {
             Self::open(&definition, &settings, limits.as_ref())
         });
-        match tokio::time::timeout(PATIENCE, open).await {
+        match tokio::time::timeout(TIMEOUT, open).await {
             Ok(Ok(opened)) => opened,
             Ok(Err(error)) => Err(Error::Protocol(error.to_string())),
             Err(_) => Err(Error::Unfit {
                 cause: format!(
                     "the storage of {host} did not answer within {} s",
-                    PATIENCE.as_secs()
+                    TIMEOUT.as_secs()
                 ),
                 cure: "check its mounts (`findmnt`, `dmesg`)".to_owned(),
             }),
@@ -100,7 +101,7 @@ fn open_boot_file(
     user: Option<&User>,
     admit: impl Fn(&Path, &File) -> io::Result<()>,
 ) -> io::Result<File> {
-    let (file, _) = backing::open(path, OFlag::empty(), true, admit)?;
+    let (file, _) = image_chain::open(path, OFlag::empty(), true, admit)?;
     let found = file.metadata()?;
     if !found.is_file() {
         return Err(io::Error::other("it is no file"));
@@ -138,7 +139,7 @@ pub struct Names {
 pub(super) struct NodeName {
     pub(super) block_device: bool,
     pub(super) filename: String,
-    pub(super) format: super::definition::Format,
+    pub(super) format: transhume_machine::definition::Format,
     pub(super) read_only: bool,
 }
 
@@ -234,19 +235,19 @@ impl Sets {
                 None => named.push_str(&rest[at..at + SET.len() + digits]),
             }
             rest = &after[digits..];
-            if named.len() > MOST_WORDS {
+            if named.len() > MAX_WORDS {
                 break;
             }
         }
         named.push_str(rest);
-        transhume_base::text::lines(&named, MOST_WORDS)
+        transhume_base::text::lines(&named, MAX_WORDS)
     }
 }
 
 /// What the name of a set begins with.
 const SET: &str = "/dev/fdset/";
 /// Bytes of QEMU's words with the names of files in it, at most.
-const MOST_WORDS: usize = 16 << 10;
+const MAX_WORDS: usize = 16 << 10;
 
 fn set_name(number: usize) -> String {
     format!("{SET}{number}")
@@ -405,10 +406,10 @@ mod tests {
         assert_eq!(sets.named("/dev/fdset/1"), like(0));
         let most = transhume_testing::peak(|| {
             let heard = sets.named(&"/dev/fdset/3 ".repeat(1000));
-            assert!(heard.len() < MOST_WORDS + 16, "{} bytes", heard.len());
+            assert!(heard.len() < MAX_WORDS + 16, "{} bytes", heard.len());
         })
         .1;
-        assert!(most < 8 * MOST_WORDS, "{most} bytes");
+        assert!(most < 8 * MAX_WORDS, "{most} bytes");
         assert_eq!(
             sets.named("/dev/fdset/9 /dev/fdset/ /dev/fdset/99999999999999999999"),
             "/dev/fdset/9 /dev/fdset/ /dev/fdset/99999999999999999999"

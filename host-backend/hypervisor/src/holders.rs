@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// Processes that are named, at most.
-const MOST: usize = 4;
+const LIMIT: usize = 4;
 
 /// The processes of this host, but for this one, that have one of the files open, as in `4711 (qemu-system-x86)`.
 pub fn holders<'a>(files: impl IntoIterator<Item = &'a Path>) -> Vec<String> {
@@ -17,7 +17,7 @@ pub fn holders<'a>(files: impl IntoIterator<Item = &'a Path>) -> Vec<String> {
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     pids.filter(|pid| *pid != std::process::id() && holds_one(*pid, &wanted))
-        .take(MOST)
+        .take(LIMIT)
         .map(|pid| {
             let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
             format!("{pid} ({})", name.trim().escape_debug())

@@ -2,13 +2,14 @@
 //! would be given a different machine at its destination, which cannot load its state.
 
 use super::command_line::{self, AGENT_PORT, PciDevice};
-use super::definition::AgentPort;
-use super::{Definition, Error, Qmp, Result};
+use super::{Error, Qmp, Result};
 use serde::Deserialize;
 use serde_json::Value;
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use transhume_machine::Definition;
+use transhume_machine::definition::AgentPort;
 
 /// Where QEMU keeps the devices of its command line, with and without an id.
 const PERIPHERALS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
@@ -80,13 +81,13 @@ async fn check_size(qmp: &Qmp, definition: &Definition) -> Result<()> {
         return Err(differs(
             format!(
                 "{} of its memory were plugged in",
-                super::Size::from_bytes(memory.plugged_memory)
+                transhume_machine::Size::from_bytes(memory.plugged_memory)
             ),
             "definitions have no such memory: unplug it first",
         ));
     }
     if memory.base_memory != definition.memory.bytes() {
-        let runs = super::Size::from_bytes(memory.base_memory);
+        let runs = transhume_machine::Size::from_bytes(memory.base_memory);
         return Err(differs(
             format!(
                 "it has {runs} of memory, and `memory` says {}",
@@ -231,7 +232,7 @@ fn image_file(name: &Path) -> PathBuf {
 
 fn check_disk(
     inserted: &Inserted,
-    disk: &super::definition::Disk,
+    disk: &transhume_machine::definition::Disk,
     path: &Path,
     handed: &HashMap<PathBuf, PathBuf>,
 ) -> Result<()> {

@@ -41,9 +41,6 @@ pub use limits::Limits;
 pub use logs::Logs;
 pub use qmp::Qmp;
 pub use shutdown::Shutdown;
-pub use transhume_base::confine::User;
-pub use transhume_base::process_identity::{Identity, boot_id};
-pub use transhume_machine::{Definition, Size, definition, image_chain as backing};
 pub use vm::{Vm, is_block_device};
 
 /// What this room's functions return.

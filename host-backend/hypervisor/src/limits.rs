@@ -1,15 +1,16 @@
 //! What a VM's definition may use of this host when another host sends it. QEMU runs as root, so a definition
 //! names files, programs and networks with root's rights: nothing but what this host's operator named is used.
 
-use super::definition::{Accelerator, Backend};
-use super::preflight::{PATIENCE, Refusal};
-use super::{Definition, LaunchSettings, backing};
+use super::LaunchSettings;
+use super::preflight::{Refusal, TIMEOUT};
 use std::cell::RefCell;
 use std::fmt::Display;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Component, Path, PathBuf};
+use transhume_machine::definition::{Accelerator, Backend};
+use transhume_machine::{Definition, image_chain};
 
 /// What VMs that arrive from a host may use; nothing else.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -86,7 +87,7 @@ impl Limits {
         let (limits, definition, settings) = (self.clone(), definition.clone(), settings.clone());
         let host = settings.host.clone();
         let check = transhume_base::task::blocking(move || limits.check(&definition, &settings));
-        match tokio::time::timeout(PATIENCE, check).await {
+        match tokio::time::timeout(TIMEOUT, check).await {
             Ok(Ok(refusals)) => refusals,
             Ok(Err(error)) => vec![Refusal::new(
                 format!("looking at the VM's files on {host} failed: {error}"),
@@ -126,7 +127,7 @@ impl Limits {
             let what = format!("disk {} on {}", disk.id, settings.host);
             if let Err(refusal) = self.check_path(&what, path) {
                 refusals.push(refusal);
-            } else if disk.format == super::definition::Format::Qcow2 {
+            } else if disk.format == transhume_machine::definition::Format::Qcow2 {
                 refusals.extend(self.check_backing(&what, path));
             }
         }
@@ -151,7 +152,7 @@ impl Limits {
                 io::ErrorKind::PermissionDenied.into()
             })
         };
-        let below = backing::below(image, admit);
+        let below = image_chain::below(image, admit);
         if let Some(refusal) = refused.into_inner() {
             return Some(refusal);
         }

@@ -16,7 +16,7 @@ use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 const MARK: &str = "[transhume] ";
 /// Bytes and lines of QEMU's last words.
 const WORDS: u64 = 2048;
-const MOST_WORDS: usize = 4096;
+const MAX_WORDS: usize = 4096;
 const LINES: usize = 12;
 
 /// The logs of one VM.
@@ -107,7 +107,7 @@ impl Logs {
         let since = all.iter().rposition(|line| line.starts_with(MARK));
         let said = &all[since.map_or(0, |mark| mark + 1)..];
         let last = said[said.len().saturating_sub(LINES)..].join("\n");
-        let last = transhume_base::text::lines(&last, MOST_WORDS);
+        let last = transhume_base::text::lines(&last, MAX_WORDS);
         (!last.trim().is_empty()).then_some(last)
     }
 }

@@ -9,7 +9,7 @@ use std::fs::File;
 use transhume_base::process_memory::{GuestMemory, Mapping};
 
 /// Blocks smaller than this, in bytes, are left to the stream: firmware, tables, video memory.
-const LEAST: u64 = 16 << 20;
+const MINIMUM: u64 = 16 << 20;
 
 /// Finds the memory of a VM that waits for its stream.
 ///
@@ -51,7 +51,7 @@ pub async fn guest_memory(vm: &Vm) -> Result<GuestMemory> {
             }),
         }
     }
-    mappings.retain(|mapping| mapping.length >= LEAST && covers(&maps, mapping));
+    mappings.retain(|mapping| mapping.length >= MINIMUM && covers(&maps, mapping));
     let memory = GuestMemory::new(pid, process, mappings);
     memory.probe().map_err(|error| {
         wrong(format!(

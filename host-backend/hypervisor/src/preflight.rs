@@ -1,10 +1,9 @@
 //! What a host checks before a VM starts on it or comes to it. Everything that can be known beforehand
 //! is refused beforehand: the guest is not touched yet.
 
-use super::definition::{Accelerator, Backend, Disk, Format};
 use super::files::LaunchSettings;
 use super::qmp::Version;
-use super::{Build, Definition, Error, Result, Size, Vm, binary};
+use super::{Build, Error, Result, Vm, binary};
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -13,10 +12,12 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Duration;
+use transhume_machine::definition::{Accelerator, Backend, Disk, Format};
+use transhume_machine::{Definition, Size};
 use transhume_protocol::link::{Offer, OfferedDisk};
 
 /// How long storage may take to answer.
-pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(20);
 /// What QEMU takes beside the guest's memory, roughly.
 const OVERHEAD: Size = Size::from_bytes(64 << 20);
 const MAX_FLAGS: usize = 1024;
@@ -49,12 +50,12 @@ impl Refusal {
         }
     }
 
-    /// Storage did not answer within [`PATIENCE`].
+    /// Storage did not answer within [`TIMEOUT`].
     pub(super) fn storage(host: &str) -> Self {
         Self::new(
             format!(
                 "the storage of {host} did not answer within {} s",
-                PATIENCE.as_secs()
+                TIMEOUT.as_secs()
             ),
             "check its mounts (`findmnt`, `dmesg`)",
         )
@@ -239,7 +240,7 @@ pub async fn check_here(
     // Storage over a network may not answer, and must not hold the daemon up.
     let files =
         transhume_base::task::blocking(move || check_resources(&definition, &settings, &sizes));
-    match tokio::time::timeout(PATIENCE, files).await {
+    match tokio::time::timeout(TIMEOUT, files).await {
         Ok(Ok(more)) => refusals.extend(more),
         Ok(Err(error)) => refusals.push(Refusal::new(
             format!("checking the disks on {host} failed: {error}"),

@@ -28,7 +28,7 @@ const MAX_EVENT: usize = 16 << 10;
 const REQUESTS: usize = 16;
 /// How long a command may take, unless its caller says so. QEMU's main loop answers in milliseconds
 /// when it is well; it can be busy for seconds while it loads devices on a loaded host.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A connection to a QEMU. Clones share it.
 #[derive(Debug, Clone)]
@@ -270,7 +270,7 @@ impl Qmp {
     /// # Errors
     /// [`Error::Refused`] with QEMU's words, [`Error::Timeout`], [`Error::Lost`].
     pub async fn execute(&self, command: &str, arguments: Value) -> Result<Value> {
-        self.execute_within(command, arguments, PATIENCE).await
+        self.execute_within(command, arguments, TIMEOUT).await
     }
 
     /// [`Qmp::execute`] with a time limit of the caller's.
@@ -293,7 +293,7 @@ impl Qmp {
     /// As [`Qmp::execute`].
     pub async fn give(&self, name: &str, file: OwnedFd) -> Result<()> {
         let arguments = json!({ "fdname": name });
-        self.send("execute", "getfd", arguments, Some(file), PATIENCE)
+        self.send("execute", "getfd", arguments, Some(file), TIMEOUT)
             .await
             .map(drop)
     }
@@ -308,7 +308,7 @@ impl Qmp {
         } else {
             "execute"
         };
-        self.send(kind, command, arguments, None, PATIENCE).await
+        self.send(kind, command, arguments, None, TIMEOUT).await
     }
 
     async fn send(

@@ -1,13 +1,13 @@
 //! The QMP commands that Transhume uses, with types.
 
 use super::Result;
-use super::definition::Accelerator;
 use super::qmp::{Machine, Qmp, Status};
-use super::stream::Door;
+use super::stream::MigrationListener;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use transhume_machine::definition::Accelerator;
 
 /// The name under which QEMU gets the socket of a migration's stream.
 const STREAM: &str = "transhume-stream";
@@ -174,7 +174,7 @@ impl Qmp {
     }
 
     /// The same into sockets that QEMU opens itself: the stream's, and with `multifd` its channels'.
-    pub async fn migrate_to(&self, door: &Door) -> Result<()> {
+    pub async fn migrate_to(&self, door: &MigrationListener) -> Result<()> {
         let uri = format!("unix:{}", door.path().display());
         self.execute("migrate", json!({ "uri": uri }))
             .await

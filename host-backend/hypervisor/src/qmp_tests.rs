@@ -3,7 +3,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::UnixListener;
 
 const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": "Debian"}, "capabilities": ["oob"]}}"#;
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A QEMU that says `greeting`, then answers each request with what `answer` makes of it.
 fn qemu(
@@ -50,7 +50,7 @@ async fn negotiates_and_executes() {
                 .to_string() + "\n",
         })
     });
-    let qmp = Qmp::connect(&path, PATIENCE).await.expect("connected");
+    let qmp = Qmp::connect(&path, TIMEOUT).await.expect("connected");
     assert_eq!(qmp.version().to_string(), "7.2.22");
     assert_eq!(qmp.pid(), Some(std::process::id()));
     assert!(qmp.status().await.expect("a status").running);
@@ -74,7 +74,7 @@ async fn tells_events_with_qemus_time() {
             answer
         })
     });
-    let qmp = Qmp::connect(&path, PATIENCE).await.expect("connected");
+    let qmp = Qmp::connect(&path, TIMEOUT).await.expect("connected");
     let mut events = qmp.events();
     qmp.stop().await.expect("stopped");
     let event = events.recv().await.expect("an event");
@@ -87,7 +87,7 @@ async fn a_lost_connection_fails_what_waits_and_what_comes() {
     let (_folder, path) = qemu(GREETING, |request| {
         (request["execute"] == "qmp_capabilities").then(|| returns(&request, &json!({})))
     });
-    let qmp = Qmp::connect(&path, PATIENCE).await.expect("connected");
+    let qmp = Qmp::connect(&path, TIMEOUT).await.expect("connected");
     let error = qmp.status().await.expect_err("lost");
     assert!(matches!(error, Error::Lost(_)), "{error}");
     assert!(qmp.is_closed());
@@ -105,7 +105,7 @@ async fn gives_up_on_a_silent_qemu() {
             String::new()
         })
     });
-    let qmp = Qmp::connect(&path, PATIENCE).await.expect("connected");
+    let qmp = Qmp::connect(&path, TIMEOUT).await.expect("connected");
     let error = qmp
         .execute_within("stop", Value::Null, Duration::from_millis(20))
         .await
@@ -117,14 +117,14 @@ async fn gives_up_on_a_silent_qemu() {
 #[tokio::test]
 async fn refuses_what_is_not_qmp() {
     let (_folder, path) = qemu("SSH-2.0-OpenSSH_9.2", |_| None);
-    let error = Qmp::connect(&path, PATIENCE).await.expect_err("no QMP");
+    let error = Qmp::connect(&path, TIMEOUT).await.expect_err("no QMP");
     assert!(
         error.to_string().contains("is it the socket of `-qmp`?"),
         "{error}"
     );
 
     let folder = tempfile::tempdir().expect("a folder");
-    let error = Qmp::connect(&folder.path().join("none"), PATIENCE)
+    let error = Qmp::connect(&folder.path().join("none"), TIMEOUT)
         .await
         .expect_err("nobody");
     assert!(matches!(error, Error::Connect { .. }), "{error}");
@@ -146,7 +146,7 @@ async fn ends_on_an_endless_line() {
             "x".repeat(MAX_LINE + 1)
         })
     });
-    let qmp = Qmp::connect(&path, PATIENCE).await.expect("connected");
+    let qmp = Qmp::connect(&path, TIMEOUT).await.expect("connected");
     let error = qmp.status().await.expect_err("too long");
     assert!(error.to_string().contains("longer than"), "{error}");
 }
@@ -177,7 +177,7 @@ async fn remembers_why_qemu_ends() {
             let answer = returns(&request, &json!({}));
             (request["execute"] != "quit").then(|| answer + &said)
         });
-        let qmp = Qmp::connect(&path, PATIENCE).await.expect("connected");
+        let qmp = Qmp::connect(&path, TIMEOUT).await.expect("connected");
         let _ = qmp.quit().await;
         qmp.closed().await;
         assert_eq!(qmp.shutdown(), expected);

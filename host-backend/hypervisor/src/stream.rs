@@ -15,7 +15,7 @@ use tokio::time::timeout;
 /// the relay wake each other for every second write, which took a fifth of the time of both.
 const AHEAD: usize = 2 << 20;
 /// How long QEMU may take to open a socket that it was told of.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 /// The socket's name in the VM's run directory.
 const NAME: &str = "stream.sock";
 
@@ -52,13 +52,13 @@ pub fn widen(socket: &UnixStream) {
 /// Where a QEMU opens a stream and its channels, which it can by an address alone. Only its own process is
 /// let in, and the address is gone when this is dropped.
 #[derive(Debug)]
-pub struct Door {
+pub struct MigrationListener {
     listener: UnixListener,
     path: PathBuf,
     process: u32,
 }
 
-impl Door {
+impl MigrationListener {
     /// A door for the QEMU of that process id in the run directory `folder`. `None` if that QEMU sees another
     /// folder by that name or none, or is of a user who does not get through to it: it could not open the door.
     ///
@@ -109,7 +109,7 @@ impl Door {
                 tracing::warn!(?from, path = %self.path.display(), "not QEMU: shut out");
             }
         };
-        match timeout(PATIENCE, accept).await {
+        match timeout(TIMEOUT, accept).await {
             Ok(socket) => socket,
             Err(_) => Err(io::Error::new(
                 io::ErrorKind::TimedOut,
@@ -119,7 +119,7 @@ impl Door {
     }
 }
 
-impl Drop for Door {
+impl Drop for MigrationListener {
     fn drop(&mut self) {
         // At worst the next migration removes it.
         let _ = std::fs::remove_file(&self.path);
@@ -146,7 +146,7 @@ mod tests {
     #[tokio::test]
     async fn the_door_is_for_one_process_and_leaves_nothing() {
         let folder = tempfile::tempdir().expect("a folder");
-        let door = Door::open(folder.path(), std::process::id()).expect("a socket");
+        let door = MigrationListener::open(folder.path(), std::process::id()).expect("a socket");
         let door = door.expect("we see our own folder");
         let path = door.path().to_owned();
         let mode = std::fs::metadata(&path).expect("it is there").mode();
@@ -169,7 +169,7 @@ mod tests {
             .arg("60")
             .spawn()
             .expect("a process");
-        let door = Door::open(folder.path(), other.id()).expect("a socket");
+        let door = MigrationListener::open(folder.path(), other.id()).expect("a socket");
         let door = door.expect("it sees our folder");
         let mut stranger = UnixStream::connect(door.path()).expect("it listens");
         let left = tokio::select! {
@@ -185,9 +185,9 @@ mod tests {
     #[tokio::test]
     async fn no_door_for_one_who_cannot_see_it() {
         let folder = tempfile::tempdir().expect("a folder");
-        let nobody = Door::open(folder.path(), u32::MAX).expect("nothing was made");
+        let nobody = MigrationListener::open(folder.path(), u32::MAX).expect("nothing was made");
         assert!(nobody.is_none());
-        let nowhere = Door::open(&folder.path().join("none"), std::process::id());
+        let nowhere = MigrationListener::open(&folder.path().join("none"), std::process::id());
         assert!(nowhere.expect("nothing was made").is_none());
     }
 }

@@ -8,10 +8,7 @@ use serde_json::{Value, json};
 use transhume_protocol::link::OfferedVirtio;
 
 /// Queues of a device, at most (`VIRTIO_QUEUE_MAX`).
-const MOST: u16 = 1024;
-/// QEMUs that are asked how long a running VM's queues are, major and minor version: those in which that was tried. 11.1.3
-/// aborts at `x-query-virtio-status`, and no VM is to be lost by a question.
-const ASKED: [(u32, u32); 2] = [(7, 2), (10, 0)];
+const LIMIT: u16 = 1024;
 
 /// A queue that is too long.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,9 +47,8 @@ pub async fn devices(qmp: &Qmp) -> Result<Vec<OfferedVirtio>> {
         #[serde(default)]
         vhost_started: bool,
     }
-    let version = qmp.version();
     let mut devices = Vec::new();
-    if !ASKED.contains(&(version.major, version.minor)) {
+    if !qmp.version().tells_virtqueues() {
         return Ok(devices);
     }
     for Found { path, name: kind } in found(qmp).await? {
@@ -62,7 +58,7 @@ pub async fn devices(qmp: &Qmp) -> Result<Vec<OfferedVirtio>> {
             continue;
         }
         let mut lengths = Vec::new();
-        for number in 0..status.num_vqs.min(MOST) {
+        for number in 0..status.num_vqs.min(LIMIT) {
             lengths.push(queue(qmp, &path, number).await?.vring_num);
         }
         devices.push(OfferedVirtio {
@@ -86,7 +82,7 @@ pub async fn too_long(qmp: &Qmp, devices: &[OfferedVirtio]) -> Result<Option<Too
         let Some(there) = devices.iter().find(|device| device.path == path) else {
             continue;
         };
-        for (number, &length) in (0..MOST).zip(&there.lengths) {
+        for (number, &length) in (0..LIMIT).zip(&there.lengths) {
             let room = queue(qmp, &path, number).await?.vring_num_default;
             if length > room {
                 let kind = there.kind.clone();

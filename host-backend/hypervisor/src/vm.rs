@@ -5,28 +5,29 @@ use super::files::{LaunchSettings, RunFiles};
 use super::handed::{Handed, OpenedFiles, Sets};
 use super::process::Child;
 use super::qmp::Status;
-use super::{Definition, Error, Identity, Qmp, Result, inspect};
+use super::{Error, Qmp, Result, inspect};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use transhume_base::confine::Confinement;
-use transhume_base::process_identity::{Outlives, Process};
+use transhume_base::process_identity::{Identity, Outlives, Process};
+use transhume_machine::Definition;
 
 /// How long a QEMU may take to answer QMP after its start: less than a source waits for it
 /// (60 s), so that it hears why it got none.
-const START_PATIENCE: Duration = Duration::from_secs(45);
+const START_TIMEOUT: Duration = Duration::from_secs(45);
 /// How long a found QEMU may take to greet.
-const GREETING_PATIENCE: Duration = Duration::from_secs(10);
+const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a QEMU that closed its connection may take to end, and to say why.
-const END_PATIENCE: Duration = Duration::from_secs(2);
+const END_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long QEMU may take to end when told so.
-const QUIT_PATIENCE: Duration = Duration::from_secs(10);
+const QUIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a migration that ends is looked at.
 /// How long the destination's QEMU may hold the disks of a VM that did not move, and how often that is
 /// tried.
-const LOCK_PATIENCE: Duration = Duration::from_secs(15);
-const LOCK_GLANCE: Duration = Duration::from_millis(100);
-const MIGRATION_GLANCE: Duration = Duration::from_millis(20);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(15);
+const LOCK_POLL_INTERVAL: Duration = Duration::from_millis(100);
+const MIGRATION_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A VM whose QEMU runs on this host. It goes on when this is dropped.
 #[derive(Debug)]
@@ -53,7 +54,7 @@ impl Vm {
         start: Start,
         opened: &OpenedFiles,
     ) -> Result<Self> {
-        Self::launch_within(START_PATIENCE, definition, settings, start, opened).await
+        Self::launch_within(START_TIMEOUT, definition, settings, start, opened).await
     }
 
     async fn launch_within(
@@ -106,7 +107,7 @@ impl Vm {
                 // What it said is worth more than that it went.
                 let error = match error {
                     Error::Lost(_) => {
-                        match tokio::time::timeout(END_PATIENCE, child.exited()).await {
+                        match tokio::time::timeout(END_TIMEOUT, child.exited()).await {
                             Ok(status) => Error::Exited {
                                 status,
                                 log: logs.tail(),
@@ -117,7 +118,7 @@ impl Vm {
                     error => error,
                 };
                 let error = with_words(error, &files, &sets);
-                child.end(QUIT_PATIENCE).await;
+                child.end(QUIT_TIMEOUT).await;
                 if let Err(error) = files.remove() {
                     tracing::warn!(vm = definition.name, %error, "its run directory stays");
                 }
@@ -141,7 +142,7 @@ impl Vm {
             machine,
             qmp,
             qmp_path,
-            agent: (port != super::definition::AgentPort::None).then(|| files.agent()),
+            agent: (port != transhume_machine::definition::AgentPort::None).then(|| files.agent()),
             files,
             process: Some(process),
         })
@@ -158,7 +159,7 @@ impl Vm {
     ) -> Result<Self> {
         definition.validate()?;
         definition.check_host(&settings.host)?;
-        let qmp = Qmp::connect(qmp_path, GREETING_PATIENCE).await?;
+        let qmp = Qmp::connect(qmp_path, GREETING_TIMEOUT).await?;
         let machine = inspect::check(&qmp, definition, &settings.host).await?;
         let agent = inspect::agent_socket(&qmp, definition.agent.port).await?;
         let process = qmp.pid().and_then(Process::find);
@@ -260,7 +261,7 @@ impl Vm {
     /// # Errors
     /// If its process is not known, or outlives SIGKILL.
     pub async fn kill(&self) -> Result<()> {
-        let asked = tokio::time::timeout(QUIT_PATIENCE, async {
+        let asked = tokio::time::timeout(QUIT_TIMEOUT, async {
             self.qmp.quit().await?;
             self.gone().await;
             Ok::<(), Error>(())
@@ -280,7 +281,7 @@ impl Vm {
             "QEMU does not listen to `quit`: SIGKILL"
         );
         process.kill();
-        match tokio::time::timeout(QUIT_PATIENCE, process.gone()).await {
+        match tokio::time::timeout(QUIT_TIMEOUT, process.gone()).await {
             Ok(()) => Ok(()),
             Err(_) => Err(Outlives { pid: process.id() }.into()),
         }
@@ -318,7 +319,7 @@ impl Vm {
                     ),
                 });
             }
-            tokio::time::sleep(MIGRATION_GLANCE).await;
+            tokio::time::sleep(MIGRATION_POLL_INTERVAL).await;
         }
     }
 
@@ -328,11 +329,11 @@ impl Vm {
     /// (`BDRV_O_INACTIVE`), and aborts at the next write or migration then; `cont` takes them back. It is
     /// refused as long as the destination's QEMU holds their locks: that one is about to end.
     pub async fn run_on(&self) -> Result<()> {
-        let deadline = tokio::time::Instant::now() + LOCK_PATIENCE;
+        let deadline = tokio::time::Instant::now() + LOCK_TIMEOUT;
         loop {
             match self.qmp.cont().await {
                 Err(Error::Refused { .. }) if tokio::time::Instant::now() < deadline => {
-                    tokio::time::sleep(LOCK_GLANCE).await;
+                    tokio::time::sleep(LOCK_POLL_INTERVAL).await;
                 }
                 result => return result,
             }
@@ -363,7 +364,7 @@ impl Vm {
             self.name()
         );
         if self.qmp.is_closed() {
-            return match tokio::time::timeout(QUIT_PATIENCE, self.gone()).await {
+            return match tokio::time::timeout(QUIT_TIMEOUT, self.gone()).await {
                 Ok(()) => Ok(()),
                 Err(_) => Err(Error::Unfit {
                     cause: "QEMU lives, and cannot be asked whether it is in post-copy".to_owned(),
@@ -462,7 +463,7 @@ async fn refuse_running(files: &RunFiles, name: &str) -> Result<()> {
 /// Talks to a QEMU that has just been started, and tells its machine type.
 async fn begin(path: &Path, start: Start) -> Result<(Qmp, String)> {
     let qmp = loop {
-        match Qmp::connect(path, START_PATIENCE).await {
+        match Qmp::connect(path, START_TIMEOUT).await {
             // QEMU has not made its socket yet.
             Err(Error::Connect { .. }) => tokio::time::sleep(Duration::from_millis(10)).await,
             result => break result?,

@@ -6,14 +6,14 @@ use transhume_protocol::link::{Control, LinkError, decode_control};
 use transhume_base::text::line;
 
 /// Reasons that are kept, and bytes of each.
-const MOST_REASONS: usize = 16;
-const MOST_REASON: usize = 2048;
+const MAX_REASONS: usize = 16;
+const MAX_REASON: usize = 2048;
 /// Bytes of a name: of a host, a VM, a disk, a feature of a processor.
-const MOST_NAME: usize = 128;
+const MAX_NAME: usize = 128;
 /// Features of a processor, and disks, that are looked at.
-const MOST_NAMES: usize = 4096;
+const MAX_NAMES: usize = 4096;
 /// Virtual CPUs whose stalls are told.
-const MOST_CPUS: usize = 1024;
+const MAX_CPUS: usize = 1024;
 
 /// Decodes a control message. The definition in an offer is as it was: its own room checks it.
 pub fn decode(payload: &[u8]) -> Result<Control, LinkError> {
@@ -22,9 +22,9 @@ pub fn decode(payload: &[u8]) -> Result<Control, LinkError> {
         Control::Offer(offer) => {
             name(&mut offer.from);
             name(&mut offer.qemu_package);
-            if offer.disks.len() > MOST_NAMES
-                || offer.cpu_flags.len() > MOST_NAMES
-                || offer.virtio.len() > MOST_NAMES
+            if offer.disks.len() > MAX_NAMES
+                || offer.cpu_flags.len() > MAX_NAMES
+                || offer.virtio.len() > MAX_NAMES
             {
                 return Err(LinkError::OutOfBounds("number of names in an offer"));
             }
@@ -36,8 +36,8 @@ pub fn decode(payload: &[u8]) -> Result<Control, LinkError> {
             }
         }
         Control::Refused { reasons } => {
-            let more = reasons.len().saturating_sub(MOST_REASONS);
-            reasons.truncate(MOST_REASONS);
+            let more = reasons.len().saturating_sub(MAX_REASONS);
+            reasons.truncate(MAX_REASONS);
             reasons.iter_mut().for_each(reason);
             if more > 0 {
                 reasons.push(format!("(and {more} more)"));
@@ -52,7 +52,7 @@ pub fn decode(payload: &[u8]) -> Result<Control, LinkError> {
             // QEMU's names are at most 255 bytes long.
             *block = line(block, 255);
         }),
-        Control::Stalled(stalls) => stalls.cpus_ms.truncate(MOST_CPUS),
+        Control::Stalled(stalls) => stalls.cpus_ms.truncate(MAX_CPUS),
         Control::Accepted {
             no_post_copy,
             storage,
@@ -71,10 +71,10 @@ pub fn decode(payload: &[u8]) -> Result<Control, LinkError> {
         | Control::Outcome { .. }
         | Control::Join { .. }
         | Control::Joined { .. }
-        | Control::Endure
+        | Control::KeepWaiting
         | Control::Loaded
         | Control::Held
-        | Control::Whole
+        | Control::AlreadyComplete
         | Control::Located(_)
         | Control::Compare(_)
         | Control::Compared(_)
@@ -87,11 +87,11 @@ pub fn decode(payload: &[u8]) -> Result<Control, LinkError> {
 }
 
 fn reason(text: &mut String) {
-    *text = line(text, MOST_REASON);
+    *text = line(text, MAX_REASON);
 }
 
 fn name(text: &mut String) {
-    *text = line(text, MOST_NAME);
+    *text = line(text, MAX_NAME);
 }
 
 #[cfg(test)]
@@ -121,7 +121,7 @@ mod tests {
         }) else {
             panic!("another message");
         };
-        assert_eq!(reasons.len(), MOST_REASONS + 1);
+        assert_eq!(reasons.len(), MAX_REASONS + 1);
         assert_eq!((&*reasons[0], &*reasons[16]), (clean, "(and 24 more)"));
     }
 
@@ -144,7 +144,7 @@ mod tests {
             panic!("another number of devices");
         };
         assert_eq!(device.path, "/machine/?[2J");
-        assert!(device.kind.starts_with("virtio-?[2J | x") && device.kind.len() < 2 * MOST_NAME);
+        assert!(device.kind.starts_with("virtio-?[2J | x") && device.kind.len() < 2 * MAX_NAME);
     }
 
     #[test]
@@ -153,7 +153,7 @@ mod tests {
         let Control::Abort { reason } = heard(&Control::Abort { reason: long }) else {
             panic!("another message");
         };
-        assert!(reason.len() < 2 * MOST_REASON, "{}", reason.len());
+        assert!(reason.len() < 2 * MAX_REASON, "{}", reason.len());
         let stalls = Stalls {
             // As many as are decoded: each counts as long as it may be.
             cpus_ms: vec![1; 100_000],
@@ -162,7 +162,7 @@ mod tests {
         let Control::Stalled(stalls) = heard(&Control::Stalled(stalls)) else {
             panic!("another message");
         };
-        assert_eq!(stalls.cpus_ms.len(), MOST_CPUS);
+        assert_eq!(stalls.cpus_ms.len(), MAX_CPUS);
     }
 
     /// A stranger's first message, on a connection that nobody has looked at yet.

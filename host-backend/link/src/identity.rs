@@ -20,7 +20,7 @@ use thiserror::Error;
 use transhume_base::bounded;
 
 /// How long a handshake may take, all of it.
-const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// A certificate, a chain or a key is shorter.
 const MAX_FILE: u64 = 256 * 1024;
 
@@ -167,7 +167,7 @@ pub enum HandshakeError {
     )]
     Socket(io::Error),
     /// Too slow.
-    #[error("the TLS handshake took longer than {} s", HANDSHAKE_PATIENCE.as_secs())]
+    #[error("the TLS handshake took longer than {} s", HANDSHAKE_TIMEOUT.as_secs())]
     Slow,
     /// One side does not believe the other.
     #[error("{}", refusal(.0))]
@@ -230,7 +230,7 @@ fn shake_hands(
     mut session: rustls::Connection,
     mut socket: &TcpStream,
 ) -> Result<rustls::Connection, HandshakeError> {
-    let deadline = Instant::now() + HANDSHAKE_PATIENCE;
+    let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
     let patience = socket.read_timeout().map_err(HandshakeError::Socket)?;
     while session.is_handshaking() || session.wants_write() {
         while session.wants_write() {

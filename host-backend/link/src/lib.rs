@@ -10,6 +10,7 @@ mod identity;
 mod payload;
 #[cfg(test)]
 mod security_tests;
+pub mod server;
 pub mod session;
 mod tls_stream;
 pub mod window;
@@ -38,7 +39,7 @@ pub use payload::{Payload, Pool};
 use tls_stream::{Channel, Sealed};
 
 /// How long a peer may be silent.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+pub const TIMEOUT: Duration = Duration::from_secs(10);
 /// A host that refuses connections for so long has no daemon any more.
 pub const REFUSALS: Duration = Duration::from_secs(2);
 /// After how much idle time a side shows that it is alive.
@@ -46,7 +47,7 @@ pub const ALIVE_INTERVAL: Duration = Duration::from_secs(2);
 /// Between two looks of the kernel's whether the peer's is there, in seconds.
 const KEEPALIVE: u32 = 2;
 /// How long the peer may take for a step that starts a process.
-pub const START_PATIENCE: Duration = Duration::from_secs(60);
+pub const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Why the link failed.
 #[derive(Debug, Error)]
@@ -172,7 +173,7 @@ pub struct Connection {
 impl Connection {
     /// Connects to a host at `host:port`, which must prove that it is that host. Blocks.
     pub fn open(address: &str, host: &str, security: &Security) -> Result<Self, Error> {
-        Self::open_within(address, host, security, PATIENCE)
+        Self::open_within(address, host, security, TIMEOUT)
     }
 
     /// The same, and no step of it takes longer than `patience`.
@@ -205,7 +206,7 @@ impl Connection {
 
     /// Takes a connection that another host made. Blocks.
     pub fn accept(socket: TcpStream, security: &Security) -> Result<Self, Error> {
-        set_up(&socket, PATIENCE)?;
+        set_up(&socket, TIMEOUT)?;
         Self::begin(match security.identity()? {
             Some(identity) => Channel::accept(socket, &identity)?,
             None => Channel::plain(socket),
@@ -282,7 +283,7 @@ impl Connection {
         self.receiver
             .channel
             .socket
-            .set_read_timeout(Some(PATIENCE))?;
+            .set_read_timeout(Some(TIMEOUT))?;
         Ok(message)
     }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Length of memory that is kept, in bytes: a full batch of the source, and what else its frame holds.
 const LENGTH: usize = 640 * 1024;
 /// Shorter payloads get memory of their own: a queue is bounded by what payloads hold, not by what they keep.
-const LEAST: usize = LENGTH / 2;
+const MINIMUM: usize = LENGTH / 2;
 /// Free memory that is kept, in pieces.
 const KEPT: usize = 48;
 
@@ -28,7 +28,7 @@ pub struct Payload {
 impl Pool {
     /// So many bytes, whatever they hold.
     pub fn take(self: &Arc<Self>, length: usize) -> Payload {
-        if !(LEAST..=LENGTH).contains(&length) {
+        if !(MINIMUM..=LENGTH).contains(&length) {
             return vec![0; length].into();
         }
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
@@ -90,20 +90,20 @@ mod tests {
     #[test]
     fn memory_comes_back() {
         let pool = Arc::new(Pool::default());
-        let mut payload = pool.take(LEAST);
+        let mut payload = pool.take(MINIMUM);
         payload[0] = 7;
         let at = payload.as_ptr();
         drop(payload);
         let payload = pool.take(LENGTH);
         assert_eq!((payload.as_ptr(), payload[0]), (at, 7));
         assert_eq!(payload.len(), LENGTH);
-        assert_ne!(pool.take(LEAST).as_ptr(), at);
+        assert_ne!(pool.take(MINIMUM).as_ptr(), at);
     }
 
     #[test]
     fn short_and_long_payloads_are_not_kept() {
         let pool = Arc::new(Pool::default());
-        for length in [0, LEAST - 1, LENGTH + 1] {
+        for length in [0, MINIMUM - 1, LENGTH + 1] {
             assert_eq!(*pool.take(length), vec![0; length]);
         }
         assert!(pool.free.lock().expect("whole").is_empty());

@@ -14,7 +14,7 @@ use super::identity::{HandshakeError, Identity, is_for};
 use transhume_base::vectored::{MAX_PIECES, write_all_vectored};
 
 /// What is encrypted at once, at most: some records of 16 KiB.
-const PLAIN_MOST: usize = 256 * 1024;
+const MAX_PLAIN: usize = 256 * 1024;
 /// What is read at once.
 const RAW: usize = 64 * 1024;
 
@@ -96,7 +96,7 @@ impl Channel {
     }
 
     fn sealed(socket: TcpStream, mut session: rustls::Connection) -> Self {
-        // What is handed over at once is bounded by PLAIN_MOST.
+        // What is handed over at once is bounded by MAX_PLAIN.
         session.set_buffer_limit(None);
         Self {
             socket,
@@ -131,7 +131,7 @@ impl Channel {
         let _alone = tls.writing.lock().unwrap_or_else(PoisonError::into_inner);
         while !slices.is_empty() {
             let mut session = tls.session();
-            let most = pieces_within(slices, PLAIN_MOST);
+            let most = pieces_within(slices, MAX_PLAIN);
             let written = session.writer().write_vectored(&slices[..most])?;
             IoSlice::advance_slices(&mut slices, written);
             while session.wants_write() {

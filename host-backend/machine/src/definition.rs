@@ -249,11 +249,11 @@ pub enum Vnc {
 }
 
 /// Bytes of what is said of a wrong definition, which quotes it.
-const MOST_SAID: usize = 4096;
+const MAX_SAID: usize = 4096;
 
 #[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
 fn syntax(error: toml::de::Error) -> Error {
-    Error::Syntax(transhume_base::text::lines(&error.to_string(), MOST_SAID))
+    Error::Syntax(transhume_base::text::lines(&error.to_string(), MAX_SAID))
 }
 
 fn yes() -> bool {

@@ -9,7 +9,7 @@ use polyval::universal_hash::UniversalHash;
 use transhume_protocol::link::{DIGEST_LEN, Digest};
 
 #[cfg(target_arch = "x86_64")]
-use crate::digest_avx2::WidePolyval;
+use crate::digest_avx2::Avx2Polyval;
 use crate::{KEY_LEN, PAGE_SIZE};
 
 /// Takes digests of pages under one key.
@@ -18,7 +18,7 @@ pub struct Digester {
     hash: Polyval,
     /// The same, faster, where the CPU can.
     #[cfg(target_arch = "x86_64")]
-    wide: Option<WidePolyval>,
+    wide: Option<Avx2Polyval>,
 }
 
 impl Digester {
@@ -27,7 +27,7 @@ impl Digester {
         Self {
             hash: Polyval::new(&(*key).into()),
             #[cfg(target_arch = "x86_64")]
-            wide: WidePolyval::new(key),
+            wide: Avx2Polyval::new(key),
         }
     }
 

@@ -21,14 +21,14 @@ const TURNED: i32 = 0b01_00_11_10;
 
 /// The powers of one key.
 #[derive(Clone)]
-pub(super) struct WidePolyval {
+pub(super) struct Avx2Polyval {
     /// H²⁵⁶ to H, two in each.
     powers: Box<[[u8; 2 * BLOCK]; PAIRS]>,
     /// POLYVAL with a key of 1, whose product with a block is the block's reduction.
     one: Polyval,
 }
 
-impl WidePolyval {
+impl Avx2Polyval {
     /// The powers of `key`; `None` on a CPU without the instructions.
     pub(super) fn new(key: &[u8; KEY_LEN]) -> Option<Self> {
         let has_all = is_x86_feature_detected!("vpclmulqdq")

@@ -8,7 +8,7 @@ use transhume_protocol::link::Digest;
 use crate::PageKey;
 
 /// Pages remembered at most: 48 MiB of memory. Of larger guests some pages are forgotten for others.
-const MOST: u64 = 1 << 21;
+const LIMIT: u64 = 1 << 21;
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Entry {
@@ -27,7 +27,7 @@ pub struct LastSent {
 impl LastSent {
     /// Nothing was sent yet, of a guest with so many pages.
     pub fn new(pages: u64) -> Self {
-        let length = pages.clamp(1, MOST).next_power_of_two();
+        let length = pages.clamp(1, LIMIT).next_power_of_two();
         let length = usize::try_from(length).unwrap_or(1);
         Self {
             entries: vec![Entry::default(); length],

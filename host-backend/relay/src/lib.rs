@@ -25,7 +25,7 @@ mod threads;
 
 /// How long the link may be away while neither host's QEMU can run a VM in post-copy: the source's has written
 /// its devices' state and does not go back, and the destination's has not loaded it.
-const IN_BETWEEN: std::time::Duration = std::time::Duration::from_secs(86_400);
+const SWITCHOVER_LINK_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(86_400);
 
 pub use error::{Error, ErrorKind, Stays};
 pub use moved_guest::set_clock_right;

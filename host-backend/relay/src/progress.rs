@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use transhume_api::{Choice, Mode};
 use transhume_protocol::link;
 
-pub use transhume_api::migration::*;
+use transhume_api::migration::{
+    Classes, Expected, Forecast, Phase, Phases, Snapshot, Stalls, Traffic,
+};
 
 /// What the destination tells of it, as it is shown.
 pub(crate) fn stalls(told: link::Stalls) -> Stalls {

@@ -7,7 +7,7 @@ thread_local! {
     /// Bytes that this thread has allocated and not freed, and the most that it had. What one thread allocates and
     /// another one frees counts for both.
     static NOW: Cell<isize> = const { Cell::new(0) };
-    static MOST: Cell<isize> = const { Cell::new(0) };
+    static PEAK: Cell<isize> = const { Cell::new(0) };
 }
 
 struct Counting;
@@ -19,7 +19,7 @@ fn count(bytes: isize) {
     // A thread that ends has no more cells, and nobody who asks.
     let _ = NOW.try_with(|now| {
         now.set(now.get().saturating_add(bytes));
-        MOST.try_with(|most| most.set(most.get().max(now.get())))
+        PEAK.try_with(|most| most.set(most.get().max(now.get())))
     });
 }
 
@@ -55,9 +55,9 @@ unsafe impl GlobalAlloc for Counting {
 /// What `run` returns, and the most bytes that this thread had allocated in it beyond what it had before.
 pub fn peak<T>(run: impl FnOnce() -> T) -> (T, usize) {
     let before = NOW.get();
-    MOST.set(before);
+    PEAK.set(before);
     let returned = run();
-    let most = MOST.get().saturating_sub(before);
+    let most = PEAK.get().saturating_sub(before);
     (returned, usize::try_from(most).unwrap_or(0))
 }
 

@@ -228,10 +228,10 @@ pub enum Control {
     },
     /// Source, before a QEMU that cannot go back from there goes over to post-copy: wait for the link however long
     /// it is away, until the VM runs with you. Destination: so I do.
-    Endure,
+    KeepWaiting,
     /// Source, on a new connection: the VM of that migration was handed over in post-copy, and the rest of its
     /// memory is to follow from here. What there is of an earlier session ends. Answered by
-    /// [`Control::Resumed`], [`Control::Whole`], by [`Control::Outcome`] when the VM is lost, or by
+    /// [`Control::Resumed`], [`Control::AlreadyComplete`], by [`Control::Outcome`] when the VM is lost, or by
     /// [`Control::Refused`] when it cannot be resumed now.
     Resume {
         /// The number of the offer.
@@ -255,7 +255,7 @@ pub enum Control {
         blocks: Vec<(String, u64)>,
     },
     /// Destination: all memory of the VM is here already.
-    Whole,
+    AlreadyComplete,
     /// Destination, when all memory of a VM in post-copy is here: what that cost the guest.
     Stalled(Stalls),
     /// A host that is about to start a VM, on a new connection: do you have it?

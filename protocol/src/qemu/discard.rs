@@ -14,7 +14,7 @@ use crate::memory::{Block, Discard};
 
 const VERSION: u8 = 0;
 /// Ranges in one command, at most: a payload of less than 64 KiB.
-const MOST_RANGES: usize = 1024;
+const MAX_RANGES: usize = 1024;
 const RANGE_LEN: usize = 16;
 
 impl Discard {
@@ -74,7 +74,7 @@ impl Discard {
     /// # Errors
     /// If it names what is not in the table.
     pub fn encode(&self, blocks: &[Block], out: &mut Vec<u8>) -> Result<(), Error> {
-        for ranges in self.ranges.chunks(MOST_RANGES) {
+        for ranges in self.ranges.chunks(MAX_RANGES) {
             let mut payload = vec![VERSION];
             for (n, &(page, count)) in ranges.iter().enumerate() {
                 let offset = page.saturating_mul(PAGE);

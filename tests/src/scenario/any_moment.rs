@@ -307,7 +307,7 @@ fn doubt(pair: &mut Pair<'_>, by_operator: bool) -> Result<()> {
     };
     let mut life = pair.boot(&micro)?;
     let mut watch = Watch::open(pair.host(At::A))?;
-    let command = pair.begin_migration(At::A, &["--link-patience", "5"])?;
+    let command = pair.begin_migration(At::A, &["--link-timeout", "5"])?;
     watch.wait(Moment::Phase("commit"))?;
     pair.hosts.set_link(false)?;
     let answer = command.end()?;

@@ -254,7 +254,7 @@ fn cable(bed: &Bed) -> Result<()> {
     let pulled = |patience: &str| {
         let before = proxy.cuts();
         proxy.plan(Cut::After(Word::Prepare));
-        let command = pair.begin_migration(At::A, &["--link-patience", patience])?;
+        let command = pair.begin_migration(At::A, &["--link-timeout", patience])?;
         pair.wait("the destination to be told to prepare", || {
             Ok(proxy.cuts() > before)
         })?;

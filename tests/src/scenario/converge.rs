@@ -69,7 +69,7 @@ fn converge(bed: &Bed) -> Result<()> {
     let options = [
         "--mode",
         "pre",
-        "--may-throttle",
+        "--allow-throttling",
         "--max-downtime",
         "2000",
         "--deadline",

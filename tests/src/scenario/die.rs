@@ -176,7 +176,7 @@ fn source_qemu(bed: &Bed) -> Result<()> {
 }
 
 fn link(bed: &Bed) -> Result<()> {
-    let scene = Scene::begin_with(bed, &["--link-patience", "3"])?;
+    let scene = Scene::begin_with(bed, &["--link-timeout", "3"])?;
     scene.pair.hosts.break_link()?;
     let (pair, life) = scene.fails(4, &["away for 3 seconds", "runs on at hosta", "again"])?;
     pair.nothing_left(At::B)

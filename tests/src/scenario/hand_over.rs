@@ -118,7 +118,7 @@ fn one(pair: &mut Pair<'_>, victim: At, moment: Moment) -> Result<String> {
         disk.path.clone_from(&devices.paths[0]);
     }
     let mut life = pair.boot(&micro)?;
-    let begin = [POST[0], POST[1], "--link-patience", "3"];
+    let begin = [POST[0], POST[1], "--link-timeout", "3"];
     let command = pair.begin_migration(At::A, &begin)?;
     await_moment(pair, moment)?;
     match victim {

@@ -257,7 +257,7 @@ impl<'a> Scene<'a> {
             Mode::Pre => "pre",
             Mode::Post => "post",
         };
-        let begin = ["--link-patience", "3", "--mode", mode];
+        let begin = ["--link-timeout", "3", "--mode", mode];
         let command = self.pair.begin_migration(from, &begin)?;
         let phase = watch.wait(moment)?;
         std::thread::sleep(Duration::from_millis(later));

@@ -1,5 +1,5 @@
 use super::super::{Action, Session};
-use super::UNUSED_PATIENCE;
+use super::UNUSED_TIMEOUT;
 use crate::cache::{Disk, PageCache, Step};
 use crate::classes::NoClasses;
 use crate::clock::NoClock;
@@ -296,11 +296,11 @@ fn a_gate_that_nobody_sleeps_behind_outlives_no_host() {
             bench.say(HELLO);
             assert_eq!(bench.heard(), ["hello"]);
         }
-        bench.now += UNUSED_PATIENCE / 2;
+        bench.now += UNUSED_TIMEOUT / 2;
         bench.say(HostMessage::GateArrived(FrameRuns::NONE));
         assert_eq!(bench.heard(), [""; 0]);
-        let woken = bench.now + UNUSED_PATIENCE;
-        assert_eq!(bench.rest(), Action::Wait(UNUSED_PATIENCE));
+        let woken = bench.now + UNUSED_TIMEOUT;
+        assert_eq!(bench.rest(), Action::Wait(UNUSED_TIMEOUT));
         bench.now = woken.saturating_sub(Duration::from_millis(1));
         assert_eq!(bench.heard(), [""; 0]);
         assert!(bench.gate.is_open);
@@ -324,7 +324,7 @@ fn a_gate_that_nobody_sleeps_behind_outlives_no_host() {
         if dies {
             bench.session.interrupt(&mut Empty, &mut bench.gate);
         } else {
-            bench.now += UNUSED_PATIENCE;
+            bench.now += UNUSED_TIMEOUT;
             assert_eq!(bench.heard(), [""; 0]);
         }
         assert!(is_closed(&bench));
@@ -350,7 +350,7 @@ fn a_gate_in_use_is_not_closed_for_silence() {
     bench.list(FrameList::Absent, &[(4, 1)]);
     bench.say(HostMessage::GateWalk);
     assert_eq!(bench.heard(), ["hello", "ready"]);
-    bench.now += 10 * UNUSED_PATIENCE;
+    bench.now += 10 * UNUSED_TIMEOUT;
     assert_eq!(bench.heard(), [""; 0]);
     bench.session.interrupt(&mut Empty, &mut bench.gate);
     assert!(bench.gate.is_open && bench.gate.closed == 0);

@@ -7,9 +7,10 @@ use crate::{Error, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use transhume_api::migration::Phase;
 use transhume_api::{JobInfo, JobState, Offered};
-use transhume_hypervisor::Identity;
-use transhume_relay::progress::{Phase, Progress};
+use transhume_base::process_identity::Identity;
+use transhume_relay::progress::Progress;
 
 /// Ended jobs that are kept.
 const KEPT: usize = 100;

@@ -16,9 +16,9 @@ use transhume_base::task;
 /// How long a connection may be silent, the making of one included.
 const SILENCE: Duration = Duration::from_secs(6);
 /// How long a new connection's answer may take.
-const JOIN_PATIENCE: Duration = Duration::from_secs(3);
+const JOIN_TIMEOUT: Duration = Duration::from_secs(3);
 /// Between two attempts to connect.
-const PAUSE: Duration = Duration::from_millis(200);
+const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
 /// What it takes to make another connection of a session.
 pub struct Rejoin {
@@ -158,7 +158,7 @@ impl<R: Send + 'static> Keeper<R> {
                     }
                 }
             }
-            core.pause(PAUSE);
+            core.pause(RETRY_INTERVAL);
         }
         None
     }
@@ -172,14 +172,14 @@ impl<R: Send + 'static> Keeper<R> {
             job,
             token,
         } = rejoin;
-        let mut connection = Connection::open_within(address, host, security, JOIN_PATIENCE)?;
+        let mut connection = Connection::open_within(address, host, security, JOIN_TIMEOUT)?;
         connection.send(&Control::Join {
             job: *job,
             token: *token,
             connection: self.index,
             received: self.core.received(),
         })?;
-        match connection.receive(JOIN_PATIENCE)? {
+        match connection.receive(JOIN_TIMEOUT)? {
             Control::Joined { received } => {
                 self.core.peer_received(received)?;
                 Ok(Some(connection))

@@ -7,7 +7,7 @@ use transhume_protocol::link::{LinkError, MAX_FRAME_PAYLOAD, SESSION_FRAME_ROOM,
 use crate::Frame;
 
 /// What a peer that keeps to its window can have sent at most, in bytes.
-const MOST: u64 = SESSION_WINDOW + MAX_FRAME_PAYLOAD as u64 + SESSION_FRAME_ROOM;
+const LIMIT: u64 = SESSION_WINDOW + MAX_FRAME_PAYLOAD as u64 + SESSION_FRAME_ROOM;
 
 /// See the module.
 pub(super) struct Inbox {
@@ -52,7 +52,7 @@ impl Inbox {
         }
         let room = self.room + room(&frame);
         let ahead = number - self.taken;
-        if room > MOST || ahead > MOST / SESSION_FRAME_ROOM {
+        if room > LIMIT || ahead > LIMIT / SESSION_FRAME_ROOM {
             return Err(LinkError::OutOfBounds("frames ahead of the window"));
         }
         self.room = room;

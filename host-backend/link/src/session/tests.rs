@@ -15,7 +15,7 @@ use super::inbox::Inbox;
 use super::outbox::{Outbox, Piece, Prepared, Room, Task};
 use super::{Ready, Rejoin, Session};
 use crate::window::Window;
-use crate::{Connection, Error, Frame, PATIENCE, Security};
+use crate::{Connection, Error, Frame, Security, TIMEOUT};
 
 const TOKEN: [u8; 16] = [9; 16];
 
@@ -354,7 +354,7 @@ fn sessions(connections: u8, patience: Duration) -> Both {
                 connection: index,
                 received,
                 ..
-            }) = connection.receive(PATIENCE)
+            }) = connection.receive(TIMEOUT)
             {
                 let _ = joined.join(index, connection, received);
             }

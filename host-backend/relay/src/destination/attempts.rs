@@ -8,8 +8,8 @@ use transhume_protocol::link::Offer;
 
 /// How long what was begun for an earlier offer may take to end, a QEMU that starts included; less than the
 /// source waits for its answer.
-const ENDING_PATIENCE: Duration = Duration::from_secs(20);
-const ENDING_GLANCE: Duration = Duration::from_millis(20);
+const ENDING_TIMEOUT: Duration = Duration::from_secs(20);
+const ENDING_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// How to end what is done for an offer.
 type End = Box<dyn Fn() + Send>;
@@ -87,7 +87,7 @@ impl Attempts {
         end: impl Fn() + Send + 'static,
     ) -> Result<Entry, String> {
         let entry = self.add(offer, Box::new(end))?;
-        let deadline = Instant::now() + ENDING_PATIENCE;
+        let deadline = Instant::now() + ENDING_TIMEOUT;
         while self.earlier(offer) {
             if Instant::now() > deadline {
                 return Err(
@@ -95,7 +95,7 @@ impl Attempts {
                         .to_owned(),
                 );
             }
-            tokio::time::sleep(ENDING_GLANCE).await;
+            tokio::time::sleep(ENDING_POLL_INTERVAL).await;
         }
         Ok(entry)
     }

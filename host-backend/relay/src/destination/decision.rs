@@ -6,17 +6,19 @@ use tokio::sync::watch;
 
 use super::host::Host;
 use super::journal::Stage;
+use super::outcomes::Outcomes;
 use transhume_hypervisor::Vm;
-use transhume_hypervisor::definition::Definition;
+use transhume_machine::Definition;
+use transhume_protocol::link::Offer;
 
 /// Keeps a name until the VM has arrived.
-pub(crate) struct Reservation {
+pub(crate) struct NameReservation {
     pub(crate) host: Arc<dyn Host>,
     pub(crate) vm: String,
     pub(crate) kept: bool,
 }
 
-impl Reservation {
+impl NameReservation {
     pub(crate) fn make(host: &Arc<dyn Host>, vm: &Definition) -> Result<Self, String> {
         host.reserve(vm)?;
         Ok(Self {
@@ -27,7 +29,7 @@ impl Reservation {
     }
 }
 
-impl Drop for Reservation {
+impl Drop for NameReservation {
     fn drop(&mut self) {
         if !self.kept {
             self.host.release(&self.vm);
@@ -44,6 +46,21 @@ pub(crate) struct Decision {
 }
 
 impl Decision {
+    /// That on a migration which begins.
+    pub(crate) fn begin(
+        host: &Arc<dyn Host>,
+        offer: &Offer,
+        vm: &str,
+        outcomes: &Outcomes,
+    ) -> Self {
+        Self {
+            host: Arc::clone(host),
+            job: offer.job,
+            vm: vm.to_owned(),
+            outcome: outcomes.begin(offer.job, &offer.from),
+        }
+    }
+
     pub(crate) fn note(&self, stage: Stage) -> Result<(), String> {
         let noted = self.host.arrivals().note(self.job, &self.vm, stage);
         noted.map_err(|error| {

@@ -20,7 +20,7 @@ use crate::receive::frames::Intake;
 use crate::receive::output::Output;
 use crate::receive::placement::Placement;
 use crate::receive::replies::{self, Replies, Reply};
-use crate::receive::resume_state::Forgotten;
+use crate::receive::resume_state::ResumeState;
 use crate::storage::shown::{Comparer, Questions};
 use crate::threads;
 use transhume_base::process_memory::GuestMemory;
@@ -32,15 +32,15 @@ use transhume_pages::digest::Digester;
 use transhume_volume as volume;
 
 /// Connections of a session, at most: one takes a CPU.
-pub(crate) const MOST_CONNECTIONS: u8 = 8;
+pub(crate) const MAX_CONNECTIONS: u8 = 8;
 /// How long the last words to the source may take.
 pub(crate) const FAREWELL: Duration = Duration::from_millis(500);
 /// Bytes read from QEMU's return path at once.
 const RETURN_PATH_LEN: usize = 4096;
 /// Bytes of it that go on at once.
-const RETURN_PATH_MOST: usize = 64 << 10;
+const MAX_RETURN_PATH: usize = 64 << 10;
 /// How often the end of the link is looked at.
-const GLANCE: Duration = Duration::from_millis(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 #[derive(Default)]
 struct State {
@@ -79,7 +79,7 @@ pub(crate) enum Way {
         loads_first: bool,
     },
     /// It does, and its stream broke.
-    Resumed(Forgotten),
+    Resumed(ResumeState),
 }
 
 /// The running threads.
@@ -224,7 +224,7 @@ impl Engine {
         let deadline = Instant::now() + patience;
         let _ = self.replies.send(Reply::Last(patience));
         while !self.session.is_over() && Instant::now() < deadline {
-            tokio::time::sleep(GLANCE).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
         self.stop(RelayError::Stopped);
     }
@@ -257,8 +257,8 @@ impl Engine {
     }
 
     /// What must be known of a VM in post-copy to resume it; once.
-    pub(crate) fn take_forgotten(&self) -> Option<Forgotten> {
-        self.placement.take_forgotten()
+    pub(crate) fn take_resume_state(&self) -> Option<ResumeState> {
+        self.placement.take_resume_state()
     }
 
     /// From now on the link may be away for so long.
@@ -309,7 +309,7 @@ impl Engine {
                 self.lock().loaded = true;
                 self.changed.notify_waiters();
             }
-            for piece in passed.chunks(RETURN_PATH_MOST) {
+            for piece in passed.chunks(MAX_RETURN_PATH) {
                 if !pass(replies, piece.to_vec())? {
                     return Ok(false);
                 }

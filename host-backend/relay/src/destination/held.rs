@@ -14,11 +14,11 @@ use super::host::Host;
 use super::journal::{Arrival, Stage};
 use super::outcomes::Outcomes;
 use super::recovery;
-use crate::receive::resume_state::Forgotten;
-use transhume_link::{Connection, PATIENCE};
+use crate::receive::resume_state::ResumeState;
+use transhume_link::{Connection, TIMEOUT};
 
 /// How long what is left of the session may take to end.
-const ENDING_PATIENCE: Duration = Duration::from_secs(5);
+const ENDING_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Asks the source of a VM that is held what becomes of it, and does that. Answers with [`Control::Outcome`].
 pub(crate) async fn serve(
@@ -30,14 +30,14 @@ pub(crate) async fn serve(
     let Some(_alone) = outcomes.sessions.claim(arrival.job) else {
         return Err("another connection settles the same".to_owned());
     };
-    outcomes.sessions.end(arrival.job, ENDING_PATIENCE).await?;
+    outcomes.sessions.end(arrival.job, ENDING_TIMEOUT).await?;
     // Whoever asked before may have settled it.
     let now = host.arrivals().of(arrival.job).map(|now| now.stage);
     if now != Some(Stage::Loaded) {
         return Err("it was settled meanwhile".to_owned());
     }
     let folder = host.launch_settings().files(&arrival.vm);
-    if let Ok((_, from)) = Forgotten::read(folder.folder(), arrival.job)
+    if let Ok((_, from)) = ResumeState::read(folder.folder(), arrival.job)
         && !connection.peer_is(&from)
     {
         return Err(format!("{} came from another host, {from}", arrival.vm));
@@ -45,7 +45,7 @@ pub(crate) async fn serve(
     let asked = transhume_base::task::blocking(move || {
         let word = connection
             .send(&Control::Held)
-            .and_then(|()| connection.receive(PATIENCE));
+            .and_then(|()| connection.receive(TIMEOUT));
         (connection, word)
     });
     let (mut connection, word) = asked.await.map_err(|error| error.to_string())?;
@@ -99,7 +99,7 @@ pub(crate) async fn end_earlier(vm: &str, from: &str, host: &Arc<dyn Host>) {
     for arrival in host.arrivals().unfinished() {
         let is_held = arrival.vm == vm && arrival.stage == Stage::Loaded;
         let is_from =
-            Forgotten::read(folder.folder(), arrival.job).is_ok_and(|(_, host)| host == from);
+            ResumeState::read(folder.folder(), arrival.job).is_ok_and(|(_, host)| host == from);
         if is_held
             && is_from
             && let Err(error) = settle(&arrival, false, host).await

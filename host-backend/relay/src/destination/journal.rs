@@ -18,7 +18,7 @@ use transhume_protocol::link::GuestEnd;
 /// The version of the notes that are written.
 const VERSION: u32 = 1;
 /// Between two tries to write a note.
-const AGAIN: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 2000 });
+const RETRY_INTERVAL: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 2000 });
 /// Ended migrations that are remembered.
 const KEPT: usize = 256;
 /// A file's length, at most.
@@ -194,7 +194,7 @@ impl Arrivals {
         let (arrivals, vm) = (self.clone(), vm.to_owned());
         transhume_base::task::spawn(async move {
             loop {
-                tokio::time::sleep(AGAIN).await;
+                tokio::time::sleep(RETRY_INTERVAL).await;
                 let noted = arrivals.of(job);
                 if noted.is_some_and(|noted| noted.stage.is_final()) {
                     return;
@@ -364,10 +364,10 @@ mod tests {
         let twin = arrivals.path(1).with_extension("new");
         fs::create_dir(&twin).unwrap();
         arrivals.note_surely(1, "web1", Stage::PostCopy);
-        tokio::time::sleep(3 * AGAIN).await;
+        tokio::time::sleep(3 * RETRY_INTERVAL).await;
         assert_eq!(arrivals.of(1), None);
         fs::remove_dir(&twin).unwrap();
-        tokio::time::sleep(2 * AGAIN).await;
+        tokio::time::sleep(2 * RETRY_INTERVAL).await;
         assert_eq!(arrivals.of(1).unwrap().stage, Stage::PostCopy);
 
         let twin = arrivals.path(3).with_extension("new");
@@ -375,7 +375,7 @@ mod tests {
         arrivals.note_surely(3, "web3", Stage::PostCopy);
         fs::remove_dir(&twin).unwrap();
         arrivals.note(3, "web3", Stage::Taken).unwrap();
-        tokio::time::sleep(2 * AGAIN).await;
+        tokio::time::sleep(2 * RETRY_INTERVAL).await;
         // What came later stays.
         assert_eq!(arrivals.of(3).unwrap().stage, Stage::Taken);
     }

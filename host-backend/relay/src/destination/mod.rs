@@ -21,8 +21,6 @@ mod recovery;
 mod resume;
 mod run_directory;
 mod service;
-mod sessions;
-mod waiting;
 
 pub use host::Host;
 pub use journal::Arrivals;

@@ -3,10 +3,11 @@
 use transhume_protocol::link::Offer;
 
 use transhume_hypervisor::qmp::Version;
-use transhume_hypervisor::{Build, Definition, LaunchSettings, preflight};
+use transhume_hypervisor::{Build, LaunchSettings, preflight};
+use transhume_machine::Definition;
 
 /// What was found to fit.
-pub(crate) struct Fit {
+pub(crate) struct AcceptedOffer {
     /// The definition, its machine type spelled out as the source runs it.
     pub(crate) definition: Definition,
     /// QEMU's version here.
@@ -17,11 +18,11 @@ pub(crate) struct Fit {
     pub(crate) no_post_copy: Option<String>,
 }
 
-/// QEMU has `switchover-ack` from this version on.
-const SWITCHOVER_ACK_SINCE: (u32, u32) = (8, 1);
-
 /// Looks whether the VM could run here; every reason against it is named.
-pub(crate) async fn at(offer: &Offer, settings: &LaunchSettings) -> Result<Fit, Vec<String>> {
+pub(crate) async fn check(
+    offer: &Offer,
+    settings: &LaunchSettings,
+) -> Result<AcceptedOffer, Vec<String>> {
     let there = Build {
         version: Version::from(offer.qemu),
         package: offer.qemu_package.clone(),
@@ -36,10 +37,10 @@ pub(crate) async fn at(offer: &Offer, settings: &LaunchSettings) -> Result<Fit, 
         )]);
     };
     let version = here.version;
-    Ok(Fit {
+    Ok(AcceptedOffer {
         no_post_copy: there.no_post_copy_to(&here, &settings.host),
         definition,
         qemu: version.into(),
-        switchover_ack: (version.major, version.minor) >= SWITCHOVER_ACK_SINCE,
+        switchover_ack: version.has_switchover_ack(),
     })
 }

@@ -4,21 +4,19 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
 use super::attempts::Attempts;
-use super::sessions::Sessions;
+use transhume_link::server::Sessions;
 
-/// Offers and queries served at once.
-pub(crate) const SERVED: usize = 32;
 /// Migrations whose end is remembered.
 const REMEMBERED: usize = 256;
 /// How long a query waits for a migration that is being decided.
-const DECISION_PATIENCE: Duration = Duration::from_secs(8);
+const DECISION_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// What became of the last migrations, for a source that asks.
+#[derive(Default)]
 pub(crate) struct Outcomes {
-    pub(crate) served: Semaphore,
     pub(crate) attempts: Attempts,
     pub(crate) sessions: Sessions,
     known: Mutex<VecDeque<Migration>>,
@@ -66,22 +64,11 @@ impl Outcomes {
         };
         let mut receiver = receiver?;
         let decided =
-            tokio::time::timeout(DECISION_PATIENCE, receiver.wait_for(Option::is_some)).await;
+            tokio::time::timeout(DECISION_TIMEOUT, receiver.wait_for(Option::is_some)).await;
         match decided {
             Ok(Ok(outcome)) => *outcome,
             // It cannot be decided, or not yet.
             Ok(Err(_)) | Err(_) => None,
-        }
-    }
-}
-
-impl Default for Outcomes {
-    fn default() -> Self {
-        Self {
-            served: Semaphore::new(SERVED),
-            attempts: Attempts::default(),
-            sessions: Sessions::default(),
-            known: Mutex::default(),
         }
     }
 }

@@ -18,16 +18,6 @@ pub(crate) struct Peer {
     address: String,
 }
 
-/// Notes a connection that is not served.
-pub(crate) fn unserved(address: &str, reason: &str) {
-    let who = Who::Peer {
-        name: None,
-        proven: false,
-        address,
-    };
-    audit::note(who, "connection", None, Err(reason));
-}
-
 impl Peer {
     /// Who connected, which is noted.
     pub(crate) fn greet(connection: &Connection, address: &str, host: &dyn Host) -> Self {

@@ -4,11 +4,13 @@
 //! that the source still has; from then on each of them goes to QEMU exactly once, by its stream: QEMU puts it
 //! into place by userfaultfd, and ends if it is there already (`EEXIST`).
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::broadcast;
 use transhume_protocol::link::{Control, GuestEnd, Stalls, Waits};
 
+use super::endings;
 use super::engine::Engine;
 use super::journal::{Arrivals, Stage};
 use crate::error::{CutOff, RelayError};
@@ -17,7 +19,7 @@ use transhume_hypervisor::Event;
 use transhume_hypervisor::{Qmp, Vm};
 
 /// How often QEMU is asked whether all memory is there.
-const GLANCE: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// How long QEMU may take to say so after the source has ended the link.
 const LAST_WORD: Duration = Duration::from_secs(2);
 /// How long the guest's agent may take to say what its gate counted.
@@ -31,8 +33,32 @@ pub(crate) fn unsupported(host: &str, error: &transhume_hypervisor::Error) -> St
     )
 }
 
+/// Waits until all memory of a VM that runs here is here, and notes how that ended.
+pub(crate) async fn follow(
+    engine: &Engine,
+    arrivals: &Arrivals,
+    vm: &Arc<Vm>,
+    job: u64,
+    events: broadcast::Receiver<Event>,
+    gate: Option<Gate>,
+) {
+    match complete(engine, vm, events).await {
+        Ok(()) => {
+            endings::whole(arrivals, vm, job);
+            let stalls = stalls(vm.qmp(), gate).await;
+            engine.send(Control::Stalled(stalls));
+        }
+        Err(CutOff::GuestEnded(how)) => guest_ended(engine, arrivals, vm, job, how).await,
+        Err(CutOff::Broken(cause)) => tracing::warn!(
+            vm = vm.name(),
+            cause,
+            "post-copy is cut off: the VM stands still where it needs memory that has not come, until the source sends it"
+        ),
+    }
+}
+
 /// Waits until all memory of a VM that runs here is here.
-pub(crate) async fn complete(
+async fn complete(
     engine: &Engine,
     vm: &Vm,
     mut events: broadcast::Receiver<Event>,
@@ -45,7 +71,7 @@ pub(crate) async fn complete(
             event = events.recv() => if matches!(event, Err(broadcast::error::RecvError::Closed)) {
                 return Err(qemu_ended(vm).await);
             },
-            () = tokio::time::sleep(GLANCE) => {}
+            () = tokio::time::sleep(POLL_INTERVAL) => {}
         }
         if let Some(how) = vm.qmp().guest_end() {
             return Err(CutOff::GuestEnded(how));
@@ -73,7 +99,7 @@ async fn last_word(vm: &Vm, error: &RelayError) -> Result<(), CutOff> {
         if Instant::now() > deadline {
             return Err(CutOff::Broken(error.to_string()));
         }
-        tokio::time::sleep(GLANCE).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 
@@ -90,13 +116,7 @@ async fn qemu_ended(vm: &Vm) -> CutOff {
 
 /// Has QEMU end whose guest has, and tells the source, which needs to keep nothing then. It ends by itself, unless it waits
 /// for memory in doing so.
-pub(crate) async fn guest_ended(
-    engine: &Engine,
-    arrivals: &Arrivals,
-    vm: &Vm,
-    job: u64,
-    how: GuestEnd,
-) {
+async fn guest_ended(engine: &Engine, arrivals: &Arrivals, vm: &Vm, job: u64, how: GuestEnd) {
     let name = vm.name();
     if !vm.ends_within(LAST_WORD).await
         && let Err(error) = vm.kill().await
@@ -113,7 +133,7 @@ pub(crate) async fn guest_ended(
 }
 
 /// What it cost the guest. Takes a moment if the guest's agent does.
-pub(crate) async fn stalls(qmp: &Qmp, gate: Option<Gate>) -> Stalls {
+async fn stalls(qmp: &Qmp, gate: Option<Gate>) -> Stalls {
     let counts = match gate {
         Some(gate) => gate.end(LAST_COUNTS).await,
         None => None,

@@ -8,7 +8,7 @@ use transhume_protocol::link::{Control, Offer, PostCopy};
 use super::decision::Decision;
 use super::engine::{Target, Way};
 use super::journal::Stage;
-use super::offer_check::Fit;
+use super::offer_check::AcceptedOffer;
 use super::{post_copy, run_directory};
 use crate::storage::shown::Comparer;
 use transhume_base::process_memory::GuestMemory;
@@ -28,7 +28,7 @@ pub(crate) struct Prepared {
 impl Prepared {
     pub(crate) async fn new(
         decision: &Decision,
-        fit: &Fit,
+        fit: &AcceptedOffer,
         settings: &LaunchSettings,
         offer: &Offer,
         switchover_ack: bool,
@@ -121,7 +121,7 @@ async fn reach_memory(vm: &Vm) -> Option<GuestMemory> {
 
 /// Opens the disks for reading, away from the event loop.
 async fn open_volumes(
-    fit: &Fit,
+    fit: &AcceptedOffer,
     settings: &LaunchSettings,
     files: Arc<OpenedFiles>,
 ) -> Result<Vec<Box<dyn volume::Reader>>, String> {
@@ -142,7 +142,7 @@ async fn open_volumes(
 
 /// The disks as they were opened: what was looked at before may have been another file.
 fn check_sizes(
-    fit: &Fit,
+    fit: &AcceptedOffer,
     offer: &Offer,
     volumes: Vec<Box<dyn volume::Reader>>,
 ) -> Result<Vec<Box<dyn volume::Reader>>, String> {
@@ -225,7 +225,7 @@ async fn check_queues(vm: &Vm, offer: &Offer, host: &str) -> Result<(), String> 
 /// VM cannot come.
 pub(crate) async fn rehearse(
     decision: &Decision,
-    fit: &Fit,
+    fit: &AcceptedOffer,
     settings: &LaunchSettings,
     offer: &Offer,
     mut accepted: Control,

@@ -7,18 +7,19 @@ use super::journal::{Arrival, Arrivals, Stage};
 use super::run_directory::{ARRIVAL, DEFINITION};
 use super::{endings, run_directory};
 use transhume_base::durable;
-use transhume_hypervisor::{Definition, Error, LaunchSettings, Vm};
+use transhume_hypervisor::{Error, LaunchSettings, Vm};
+use transhume_machine::Definition;
 
 /// How often, and after which time each, a QEMU that answers wrongly is looked at again.
 const ENDING_LOOKS: u32 = 20;
-const ENDING_GLANCE: Duration = Duration::from_millis(100);
+const ENDING_POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Between two tries of what could not be done when this process began.
-const AGAIN: Duration = Duration::from_secs(2);
+const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// How long a QEMU may take to answer before others are looked at, and the hosts served that ask for them.
-const PATIENCE: Duration = Duration::from_secs(12);
+const TIMEOUT: Duration = Duration::from_secs(12);
 /// How long a QEMU in post-copy may take to answer.
-const WAITING_PATIENCE: Duration = Duration::from_secs(5);
+const WAITING_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What became of the migrations that an earlier daemon of this host was in.
 #[derive(Debug)]
@@ -68,7 +69,7 @@ impl Left {
     /// Tries until it is known what becomes of it: the VM, if it belongs to this host and its QEMU is there.
     pub async fn recover(self, settings: &LaunchSettings, arrivals: &Arrivals) -> Option<Arc<Vm>> {
         loop {
-            tokio::time::sleep(AGAIN).await;
+            tokio::time::sleep(RETRY_INTERVAL).await;
             match finish(settings, arrivals, &self.0).await {
                 Ok(found) => return found,
                 Err(error) => tracing::debug!(vm = self.0.vm, %error, "not recovered yet"),
@@ -101,7 +102,7 @@ fn run_later(arrivals: &Arrivals, vm: &Arc<Vm>, job: u64) {
     transhume_base::task::spawn(async move {
         let mut told = String::new();
         while !vm.qmp().is_closed() {
-            tokio::time::sleep(AGAIN).await;
+            tokio::time::sleep(RETRY_INTERVAL).await;
             match run(&vm).await {
                 Ok(()) => break,
                 Err(error) => {
@@ -224,8 +225,8 @@ async fn adopt_in_time(
     stage: Stage,
 ) -> Result<Option<Vm>, Error> {
     let patience = match stage {
-        Stage::PostCopy => WAITING_PATIENCE,
-        _ => PATIENCE,
+        Stage::PostCopy => WAITING_TIMEOUT,
+        _ => TIMEOUT,
     };
     match tokio::time::timeout(patience, adopt(definition, settings)).await {
         Ok(adopted) => adopted,
@@ -248,7 +249,7 @@ async fn adopt(definition: &Definition, settings: &LaunchSettings) -> Result<Opt
             Err(error) => return Err(error),
         }
         looks += 1;
-        tokio::time::sleep(ENDING_GLANCE).await;
+        tokio::time::sleep(ENDING_POLL_INTERVAL).await;
     }
 }
 

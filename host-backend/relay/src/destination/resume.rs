@@ -12,30 +12,29 @@ use nix::sys::socket::{getsockopt, sockopt};
 use tokio::time::timeout;
 use transhume_protocol::link::{Control, GuestEnd};
 
-use super::answer::send;
+use super::answer::{refuse, send};
 use super::engine::{Engine, Target, Way};
-use super::engine::{FAREWELL, MOST_CONNECTIONS};
+use super::engine::{FAREWELL, MAX_CONNECTIONS};
 use super::host::Host;
 use super::journal::{Arrival, Stage};
 use super::outcomes::Outcomes;
-use super::sessions::Open;
 use super::{endings, post_copy, recovery, run_directory};
-use crate::error::CutOff;
-use crate::receive::resume_state::Forgotten;
+use crate::receive::resume_state::ResumeState;
 use transhume_hypervisor::{Error, Vm, stream};
 use transhume_link::Connection;
+use transhume_link::server::Open;
 use transhume_link::session::{Ready, Session};
 use transhume_pages::digest::Digester;
 
 /// The name of QEMU's socket in the VM's run directory.
 const SOCKET: &str = "resume.sock";
 /// How long QEMU may take to notice that its stream broke, and how often it is tried.
-const PAUSE_PATIENCE: Duration = Duration::from_secs(8);
-const PAUSE_GLANCE: Duration = Duration::from_millis(100);
+const PAUSE_TIMEOUT: Duration = Duration::from_secs(8);
+const PAUSE_POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// How long a QEMU is asked how far it is whose main loop may wait for a page itself.
 const QUESTION: Duration = Duration::from_secs(2);
 /// How long what is left of the earlier session may take to end.
-const ENDING_PATIENCE: Duration = Duration::from_secs(5);
+const ENDING_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What a source asks for.
 pub(crate) struct Asked {
@@ -46,20 +45,20 @@ pub(crate) struct Asked {
 }
 
 /// Why it does not go on.
-enum Not {
+enum ResumeRefusal {
     /// All memory is here.
-    Needed,
+    AlreadyComplete,
     /// The VM's QEMU has ended.
-    Possible,
+    VmGone,
     /// Its guest has, by itself.
-    Wanted(GuestEnd),
+    GuestEnded(GuestEnd),
     /// For this reason; later it may.
-    Now(String),
+    Retry(String),
 }
 
-impl From<String> for Not {
+impl From<String> for ResumeRefusal {
     fn from(reason: String) -> Self {
-        Self::Now(reason)
+        Self::Retry(reason)
     }
 }
 
@@ -72,16 +71,16 @@ pub(crate) async fn serve(
 ) -> Result<(), String> {
     let Some(alone) = outcomes.sessions.claim(asked.job) else {
         let reasons = vec!["another connection is about to do the same".to_owned()];
-        return send(&mut connection, &Control::Refused { reasons });
+        return refuse(&mut connection, reasons);
     };
     let begun = match begin(&connection, &asked, &host, outcomes).await {
         Ok(begun) => begun,
         Err(not) => {
             let answer = match not {
-                Not::Needed => Control::Whole,
-                Not::Possible => Control::Outcome { taken: false },
-                Not::Wanted(how) => Control::GuestEnded(how),
-                Not::Now(reason) => Control::Refused {
+                ResumeRefusal::AlreadyComplete => Control::AlreadyComplete,
+                ResumeRefusal::VmGone => Control::Outcome { taken: false },
+                ResumeRefusal::GuestEnded(how) => Control::GuestEnded(how),
+                ResumeRefusal::Retry(reason) => Control::Refused {
                     reasons: vec![reason],
                 },
             };
@@ -102,7 +101,7 @@ pub(crate) async fn serve(
     let text = |error: &dyn std::fmt::Display| error.to_string();
     let mut token = [0; 16];
     getrandom::fill(&mut token).map_err(|error| text(&error))?;
-    let connections = asked.connections.clamp(1, MOST_CONNECTIONS);
+    let connections = asked.connections.clamp(1, MAX_CONNECTIONS);
     let blocks = forgotten.blocks.iter();
     let resumed = Control::Resumed {
         token,
@@ -138,19 +137,7 @@ pub(crate) async fn serve(
     let engine = Engine::start(session, target, &digester).map_err(|error| text(&error))?;
     // Where there was one before, it has let everybody go.
     let gate = engine.gate(&vm);
-    match post_copy::complete(&engine, &vm, events).await {
-        Ok(()) => {
-            endings::whole(host.arrivals(), &vm, asked.job);
-            let stalls = post_copy::stalls(vm.qmp(), Some(gate)).await;
-            engine.send(Control::Stalled(stalls));
-        }
-        Err(CutOff::GuestEnded(how)) => {
-            post_copy::guest_ended(&engine, host.arrivals(), &vm, asked.job, how).await;
-        }
-        Err(CutOff::Broken(cause)) => {
-            tracing::warn!(vm = name, cause, "post-copy is cut off again");
-        }
-    }
+    post_copy::follow(&engine, host.arrivals(), &vm, asked.job, events, Some(gate)).await;
     engine.finish(FAREWELL).await;
     Ok(())
 }
@@ -158,7 +145,7 @@ pub(crate) async fn serve(
 /// A QEMU that waits for the stream that resumes.
 struct Begun {
     vm: Arc<Vm>,
-    forgotten: Forgotten,
+    forgotten: ResumeState,
     from: String,
     socket: UnixStream,
 }
@@ -168,7 +155,7 @@ async fn begin(
     asked: &Asked,
     host: &Arc<dyn Host>,
     outcomes: &Outcomes,
-) -> Result<Begun, Not> {
+) -> Result<Begun, ResumeRefusal> {
     let (job, name) = (asked.job, &asked.vm);
     let here = host.name();
     let arrival = host.arrivals().of(job).filter(|one| one.vm == *name);
@@ -179,19 +166,19 @@ async fn begin(
         Stage::PostCopy => {}
         // Its note could not be written: it was told to run, and QEMU knows the rest.
         Stage::Committed { .. } if host.vm(name).is_some() => {}
-        Stage::Taken => return Err(Not::Needed),
-        Stage::Lost => return Err(Not::Possible),
-        Stage::Ended(how) => return Err(Not::Wanted(how)),
+        Stage::Taken => return Err(ResumeRefusal::AlreadyComplete),
+        Stage::Lost => return Err(ResumeRefusal::VmGone),
+        Stage::Ended(how) => return Err(ResumeRefusal::GuestEnded(how)),
         _ => return Err(format!("{here} does not run {name} yet").into()),
     }
-    outcomes.sessions.end(job, ENDING_PATIENCE).await?;
+    outcomes.sessions.end(job, ENDING_TIMEOUT).await?;
     let vm = find(&arrival, host).await?;
     if is_whole(&vm).await {
         endings::whole(host.arrivals(), &vm, job);
-        return Err(Not::Needed);
+        return Err(ResumeRefusal::AlreadyComplete);
     }
     let folder = vm.files().folder();
-    let (forgotten, from) = Forgotten::read(folder, job).map_err(|error| {
+    let (forgotten, from) = ResumeState::read(folder, job).map_err(|error| {
         format!(
             "{} at {here} cannot be read: {error}",
             folder.join("post-copy").display()
@@ -210,7 +197,7 @@ async fn begin(
 }
 
 /// The VM. A QEMU that did not answer when this daemon was started may do so now.
-async fn find(arrival: &Arrival, host: &Arc<dyn Host>) -> Result<Arc<Vm>, Not> {
+async fn find(arrival: &Arrival, host: &Arc<dyn Host>) -> Result<Arc<Vm>, ResumeRefusal> {
     if let Some(vm) = host.vm(&arrival.vm) {
         return Ok(vm);
     }
@@ -221,7 +208,7 @@ async fn find(arrival: &Arrival, host: &Arc<dyn Host>) -> Result<Arc<Vm>, Not> {
             host.arrived(Arc::clone(&vm), false);
             Ok(vm)
         }
-        Ok(None) => Err(Not::Possible),
+        Ok(None) => Err(ResumeRefusal::VmGone),
         Err(error) => Err(format!("the QEMU at {} does not answer: {error}", host.name()).into()),
     }
 }
@@ -233,7 +220,7 @@ async fn is_whole(vm: &Vm) -> bool {
 }
 
 /// Gives QEMU a new stream.
-async fn new_stream(vm: &Vm, host: &str) -> Result<UnixStream, Not> {
+async fn new_stream(vm: &Vm, host: &str) -> Result<UnixStream, ResumeRefusal> {
     // QEMU makes this socket. One that an earlier version started has no folder of its own, and may do it beside.
     let own = vm.files().qemu_folder();
     let folder = if own.is_dir() {
@@ -242,12 +229,12 @@ async fn new_stream(vm: &Vm, host: &str) -> Result<UnixStream, Not> {
         vm.files().folder().to_owned()
     };
     let path = folder.join(SOCKET);
-    let deadline = Instant::now() + PAUSE_PATIENCE;
+    let deadline = Instant::now() + PAUSE_TIMEOUT;
     loop {
         remove(&path);
         let socket = match vm.qmp().migrate_recover(&path).await {
             Ok(()) => connect(&path, vm.pid()),
-            Err(Error::Lost(_)) => return Err(Not::Possible),
+            Err(Error::Lost(_)) => return Err(ResumeRefusal::VmGone),
             Err(error) => Err(error.to_string()),
         };
         remove(&path);
@@ -261,7 +248,7 @@ async fn new_stream(vm: &Vm, host: &str) -> Result<UnixStream, Not> {
                     format!("the QEMU at {host} does not wait for a new stream: {error}").into(),
                 );
             }
-            Err(_) => tokio::time::sleep(PAUSE_GLANCE).await,
+            Err(_) => tokio::time::sleep(PAUSE_POLL_INTERVAL).await,
         }
     }
 }

@@ -11,7 +11,7 @@ pub(crate) const DEFINITION: &str = "definition.toml";
 pub(crate) const ARRIVAL: &str = "arrival";
 /// The version of the note in a run directory, and its bytes at most.
 const VERSION: u32 = 1;
-const MOST_TEXT: u64 = 256;
+const MAX_TEXT: u64 = 256;
 
 /// Says, in the run directory of a VM that is about to arrive, by which migration it does, and what it is.
 /// The journal says before that it waits. The directory is made. `label`: the migration for people.
@@ -24,7 +24,7 @@ pub(crate) fn begin(folder: &Path, definition: &str, job: u64, label: &str) -> s
 
 /// The migration by which a VM arrives that has that run directory, for people.
 pub fn arriving_job(folder: &Path) -> Option<String> {
-    let text = bounded::read_text(&folder.join(ARRIVAL), MOST_TEXT).ok()?;
+    let text = bounded::read_text(&folder.join(ARRIVAL), MAX_TEXT).ok()?;
     text.splitn(3, ' ').nth(2).map(str::to_owned)
 }
 
@@ -40,7 +40,7 @@ pub(crate) fn settle(folder: &Path) -> std::io::Result<()> {
 /// If what it says cannot be read.
 pub(crate) fn is_by(folder: &Path, job: u64) -> Result<bool, Error> {
     let path = folder.join(ARRIVAL);
-    let text = match bounded::read_text(&path, MOST_TEXT) {
+    let text = match bounded::read_text(&path, MAX_TEXT) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(Error::file("read", path, error)),

@@ -14,7 +14,7 @@ use transhume_api::{Goal, Mode};
 /// guest that writes much gets nearer to what a stock migration allows.
 const USUAL_MS: [(u64, f64); 2] = [(4, 80.0), (8, 150.0)];
 /// The longest of them.
-const LONGEST_MS: f64 = 300.0;
+const MAX_MS: f64 = 300.0;
 /// Of the pause, what does not depend on memory: devices, the hand-over, in milliseconds.
 pub(crate) const FIXED_MS: f64 = 30.0;
 /// A forecast is given up beyond this, in milliseconds.
@@ -63,7 +63,7 @@ impl Aim for Goal {
     fn missed(&self, downtime_ms: f64) -> Option<String> {
         let (most, whose) = match self.max_downtime_ms {
             Some(most) => (most.into(), "--max-downtime is"),
-            None => (LONGEST_MS, "by default it is to be at most"),
+            None => (MAX_MS, "by default it is to be at most"),
         };
         (downtime_ms > most)
             .then(|| format!("the downtime was {downtime_ms:.0} ms; {whose} {most:.0} ms"))
@@ -73,7 +73,7 @@ impl Aim for Goal {
         let usual = USUAL_MS
             .iter()
             .find(|(most, _)| seen.scans < *most)
-            .map_or(LONGEST_MS, |(_, pause)| *pause);
+            .map_or(MAX_MS, |(_, pause)| *pause);
         let Some(most) = self.max_downtime_ms.map(f64::from) else {
             return usual;
         };
@@ -97,7 +97,7 @@ impl Aim for Goal {
         if seen.scans == 0 || !seen.measured {
             return None;
         }
-        let pause = self.max_downtime_ms.map_or(LONGEST_MS, f64::from);
+        let pause = self.max_downtime_ms.map_or(MAX_MS, f64::from);
         let now = 1e3 * seen.remaining / seen.link + FIXED_MS;
         let shrinks = seen.written / seen.link;
         // Each scan is shorter than the one before by this ratio, until one fits into the pause.
@@ -138,7 +138,7 @@ fn advice(goal: &Goal, seen: &Seen, comes: bool) -> String {
         ways.push("--mode auto, which goes over to post-copy".to_owned());
     }
     if !goal.may_throttle {
-        ways.push("--may-throttle, which slows the guest down".to_owned());
+        ways.push("--allow-throttling, which slows the guest down".to_owned());
     }
     ways.push("a quieter hour".to_owned());
     let what = if comes {
@@ -231,7 +231,7 @@ pub(crate) mod tests {
             "200 MB/s",
             "100 MB/s",
             "--max-downtime 2100",
-            "--may-throttle",
+            "--allow-throttling",
         ] {
             assert!(advice.contains(words), "{advice}");
         }

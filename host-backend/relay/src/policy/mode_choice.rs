@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 use transhume_protocol::link::PostCopy;
 
 use super::goal::{Aim, FIXED_MS, Seen, ms};
-use crate::progress::{Expected, Forecast, Progress};
-use transhume_api::Goal;
-use transhume_api::{Choice as Chosen, Mode};
+use crate::progress::Progress;
+use transhume_api::migration::{Expected, Forecast};
+use transhume_api::{Choice as Chosen, Goal, Mode};
 
 /// How often as long as the first pass over memory the rest of pre-copy may take, and how long in any case: after
 /// that forecasts of its end are no longer believed.
-const MOST_PASSES: u32 = 2;
-const LEAST_REST: Duration = Duration::from_secs(10);
+const MAX_PASSES: u32 = 2;
+const MIN_REST: Duration = Duration::from_secs(10);
 /// After the first doubt the guest's agent gets ready for post-copy; so long at most, which a link that is slow for a
 /// moment is not, or until memory was scanned once more.
 const DOUBT: Duration = Duration::from_secs(6);
@@ -118,7 +118,7 @@ impl Choice {
         let urgent = self.is_last_moment(seen);
         let patience = self
             .passed
-            .map(|passed| passed + (MOST_PASSES * passed).max(LEAST_REST));
+            .map(|passed| passed + (MAX_PASSES * passed).max(MIN_REST));
         let endless = patience.is_some_and(|patience| seen.elapsed > patience);
         let Some(why) = against_pre_copy(seen, urgent, endless, forecast) else {
             self.doubt = None;

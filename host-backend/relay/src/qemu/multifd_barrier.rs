@@ -3,7 +3,7 @@
 //! QEMU orders what it sends on several sockets by points that all of them pass: what one socket holds before
 //! its n-th point is older than what another holds behind its own. So each reader passes on all that it has and
 //! waits; the stream's reader goes on when all have come, and lets the others go when it has done what
-//! belongs between. The threads' interleavings are modelled in `rendezvous_models.rs`, which compiles this
+//! belongs between. The threads' interleavings are modelled in `multifd_barrier_models.rs`, which compiles this
 //! file with loom's primitives in the place of std's.
 
 use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -32,13 +32,13 @@ struct State {
 
 /// See the module.
 #[derive(Debug)]
-pub(crate) struct Rendezvous {
+pub(crate) struct MultifdBarrier {
     state: Mutex<State>,
     changed: Condvar,
     channels: usize,
 }
 
-impl Rendezvous {
+impl MultifdBarrier {
     /// Of so many channels' readers, and of the stream's.
     pub(crate) fn new(channels: usize) -> Self {
         Self {

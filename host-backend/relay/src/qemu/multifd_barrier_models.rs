@@ -1,10 +1,10 @@
-//! Every interleaving of a few readers at a [`rendezvous::Rendezvous`], tried by loom. A wait that nobody ends
+//! Every interleaving of a few readers at a [`multifd_barrier::MultifdBarrier`], tried by loom. A wait that nobody ends
 //! is a deadlock, which loom reports.
 
 use loom::sync::Arc;
 use loom::thread;
 
-/// What `rendezvous.rs` finds in the place of std's.
+/// What `multifd_barrier.rs` finds in the place of std's.
 mod sync {
     pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard};
     pub(crate) use std::sync::PoisonError;
@@ -14,13 +14,13 @@ mod sync {
 #[expect(clippy::duplicate_mod, reason = "once with each kind of primitives")]
 mod multifd_barrier;
 
-use multifd_barrier::{Missed, Rendezvous};
+use multifd_barrier::{Missed, MultifdBarrier};
 
 /// What was passed on, by the round of each. Not loom's lock: no thread is moved aside while it holds it, and what is
 /// tried is the rendezvous alone.
 type Passed = Arc<std::sync::Mutex<Vec<u32>>>;
 
-fn channel(rendezvous: &Rendezvous, passed: &Passed) -> Result<(), Missed> {
+fn channel(rendezvous: &MultifdBarrier, passed: &Passed) -> Result<(), Missed> {
     // The set-up's point, and one more.
     rendezvous.arrive()?;
     rendezvous.begin_pages()?;
@@ -28,7 +28,7 @@ fn channel(rendezvous: &Rendezvous, passed: &Passed) -> Result<(), Missed> {
     rendezvous.arrive()
 }
 
-fn stream(rendezvous: &Rendezvous, passed: &Passed) -> Result<(), Missed> {
+fn stream(rendezvous: &MultifdBarrier, passed: &Passed) -> Result<(), Missed> {
     passed.lock().unwrap().push(0);
     rendezvous.gather()?;
     passed.lock().unwrap().push(0);
@@ -47,7 +47,7 @@ fn nothing_overtakes_a_point() {
     // All interleavings of three threads would take hours.
     model.preemption_bound = Some(2);
     model.check(|| {
-        let rendezvous = Arc::new(Rendezvous::new(2));
+        let rendezvous = Arc::new(MultifdBarrier::new(2));
         let passed = Passed::default();
         let channels = [0, 1].map(|_| {
             let (rendezvous, passed) = (rendezvous.clone(), passed.clone());
@@ -66,7 +66,7 @@ fn nothing_overtakes_a_point() {
 #[test]
 fn pages_behind_the_last_point_are_found_on_one_side_or_the_other() {
     loom::model(|| {
-        let rendezvous = Arc::new(Rendezvous::new(1));
+        let rendezvous = Arc::new(MultifdBarrier::new(1));
         let late = {
             let rendezvous = rendezvous.clone();
             thread::spawn(move || {
@@ -84,7 +84,7 @@ fn pages_behind_the_last_point_are_found_on_one_side_or_the_other() {
 #[test]
 fn nobody_waits_for_one_who_failed() {
     loom::model(|| {
-        let rendezvous = Arc::new(Rendezvous::new(2));
+        let rendezvous = Arc::new(MultifdBarrier::new(2));
         let waits = {
             let rendezvous = rendezvous.clone();
             thread::spawn(move || rendezvous.arrive())

@@ -11,7 +11,7 @@ use transhume_protocol::qemu;
 use transhume_protocol::qemu::multifd::{GREETING_LEN, Greeting, PACKET_LEN, Packet};
 
 use super::key;
-use super::multifd_barrier::{Missed, Rendezvous};
+use super::multifd_barrier::{Missed, MultifdBarrier};
 use crate::error::RelayError;
 use crate::progress::Counter;
 use crate::send::batches::Collector;
@@ -20,7 +20,7 @@ use crate::send::sent_pages::Noted;
 use transhume_pages::{PAGE_SIZE, PageKey};
 
 /// Packets in a batch, at most: zero pages alone fill no buffer.
-const MOST_PACKETS: usize = 32;
+const MAX_PACKETS: usize = 32;
 
 const _: () = assert!(qemu::multifd::MAX_PACKET_PAGES * PAGE_SIZE <= BUFFER_LEN);
 
@@ -28,7 +28,7 @@ const _: () = assert!(qemu::multifd::MAX_PACKET_PAGES * PAGE_SIZE <= BUFFER_LEN)
 pub(crate) struct ChannelReader {
     socket: UnixStream,
     collector: Collector,
-    rendezvous: Arc<Rendezvous>,
+    rendezvous: Arc<MultifdBarrier>,
     blocks: Arc<[Block]>,
     buffer: Buffer,
     /// Bytes of the buffer that the batch has taken.
@@ -42,7 +42,7 @@ impl ChannelReader {
     pub(crate) fn new(
         socket: UnixStream,
         collector: Collector,
-        rendezvous: Arc<Rendezvous>,
+        rendezvous: Arc<MultifdBarrier>,
     ) -> Self {
         Self {
             socket,
@@ -126,7 +126,7 @@ impl ChannelReader {
             }
             return Ok(());
         }
-        let full = self.used == BUFFER_LEN || self.packets == MOST_PACKETS;
+        let full = self.used == BUFFER_LEN || self.packets == MAX_PACKETS;
         if full || !self.collector.more_comes(&self.socket, self.begun) {
             self.send_batch()?;
         }

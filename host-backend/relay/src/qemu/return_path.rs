@@ -31,7 +31,7 @@ pub(crate) fn package_loaded() -> Vec<u8> {
 }
 
 /// Longest request, in pages: its length in bytes has 32 bits.
-const LONGEST_REQUEST: u64 = 1 << 18;
+const MAX_REQUEST: u64 = 1 << 18;
 
 /// What asks the source's QEMU for pages.
 pub(crate) fn page_requests(requests: &[PageRequest]) -> Vec<u8> {
@@ -39,7 +39,7 @@ pub(crate) fn page_requests(requests: &[PageRequest]) -> Vec<u8> {
     for PageRequest { block, page, count } in requests {
         let mut done = 0;
         while done < *count {
-            let pages = (count - done).min(LONGEST_REQUEST);
+            let pages = (count - done).min(MAX_REQUEST);
             Message::RequestPagesOf {
                 block,
                 offset: (page + done) * PAGE_SIZE as u64,
@@ -62,7 +62,7 @@ pub(crate) struct KeptBack {
 }
 
 /// Takes the answer to our own ping, and that to the package's, out of what QEMU says, has each request for pages name its block, since
-/// between two of QEMU's there may be one of ours (see `gate`), and has the source told what is here.
+/// between two of QEMU's there may be one of ours (see `receive::fault_gate`), and has the source told what is here.
 #[derive(Default)]
 pub(crate) struct Filter {
     partial: Vec<u8>,
@@ -193,7 +193,7 @@ mod tests {
         let request = PageRequest {
             block: "pc.ram".to_owned(),
             page: 5,
-            count: LONGEST_REQUEST + 1,
+            count: MAX_REQUEST + 1,
         };
         let bytes = page_requests(&[request]);
         let (mut rest, mut found) = (&bytes[..], Vec::new());
@@ -210,7 +210,7 @@ mod tests {
             rest = &rest[length..];
         }
         assert!(rest.is_empty());
-        assert_eq!(found, [(5, LONGEST_REQUEST), (5 + LONGEST_REQUEST, 1)]);
+        assert_eq!(found, [(5, MAX_REQUEST), (5 + MAX_REQUEST, 1)]);
     }
 
     #[test]

@@ -42,7 +42,7 @@ impl StreamReader {
         if self.collector.switch.has_begun() {
             return Ok(());
         }
-        if !self.collector.shared().is_hand_open() {
+        if !self.collector.shared().is_armed() {
             return Err(RelayError::Unasked);
         }
         self.collector.dispatch_copy(buffer)?;

@@ -10,23 +10,23 @@ use transhume_protocol::memory::Block;
 use transhume_protocol::qemu::{Decoder, Encoder, Kind};
 
 use super::key;
-use super::multifd_barrier::Rendezvous;
+use super::multifd_barrier::MultifdBarrier;
 use crate::error::RelayError;
 use crate::progress::Counter;
 use crate::send::batches::Collector;
 use crate::send::buffers::{BUFFER_LEN, Buffer};
-use crate::send::sent_pages::Order;
+use crate::send::sent_pages::ChannelOrdering;
 use crate::send::shared::Shared;
 use crate::send::switch::Switch;
 use transhume_pages::{PAGE_SIZE, PageKey};
 
 /// With less room than this at its end, a buffer is full.
-const READ_LEAST: usize = 64 * 1024;
+const MIN_READ: usize = 64 * 1024;
 /// Opaque bytes go on in pieces of this length.
-const RAW_MOST: usize = 64 * 1024;
+const MAX_RAW: usize = 64 * 1024;
 
 const _: () = assert!(BUFFER_LEN <= MAX_BATCH_DATA);
-const _: () = assert!(BUFFER_LEN - READ_LEAST > transhume_protocol::qemu::MAX_ITEM_LEN);
+const _: () = assert!(BUFFER_LEN - MIN_READ > transhume_protocol::qemu::MAX_ITEM_LEN);
 
 /// The reader of one stream.
 pub(crate) struct StreamReader {
@@ -34,7 +34,7 @@ pub(crate) struct StreamReader {
     pub(crate) collector: Collector,
     pub(crate) decoder: Decoder,
     /// With the readers of its channels, if it has some.
-    rendezvous: Option<Arc<Rendezvous>>,
+    rendezvous: Option<Arc<MultifdBarrier>>,
     /// QEMU tells the points of order; else each end of a RAM section is one.
     flushes: bool,
     /// The table of blocks has gone to the destination.
@@ -46,7 +46,7 @@ impl StreamReader {
     pub(crate) fn new(
         socket: UnixStream,
         collector: Collector,
-        rendezvous: Option<Arc<Rendezvous>>,
+        rendezvous: Option<Arc<MultifdBarrier>>,
     ) -> Self {
         let decoder = match rendezvous {
             Some(_) => Decoder::with_channels(),
@@ -73,7 +73,7 @@ impl StreamReader {
         collector.switch = Switch::Done;
         {
             let mut ledger = collector.reading.ledger();
-            ledger.set_blocks(&blocks, Order::Stream);
+            ledger.set_blocks(&blocks, ChannelOrdering::Stream);
             ledger.leave_pre_copy();
         }
         Self {
@@ -103,7 +103,7 @@ impl StreamReader {
             let progress = &self.collector.shared().progress;
             progress.add(Counter::StreamBytes, more as u64);
             used = self.decode(&buffer, used, read)?;
-            let full = BUFFER_LEN - read < READ_LEAST;
+            let full = BUFFER_LEN - read < MIN_READ;
             if !full && self.collector.more_comes(&self.socket, begun) {
                 continue;
             }
@@ -220,7 +220,7 @@ impl StreamReader {
     }
 
     fn raw(&mut self, bytes: &[u8]) {
-        for piece in bytes.chunks(RAW_MOST) {
+        for piece in bytes.chunks(MAX_RAW) {
             self.collector.records().raw(piece);
         }
     }
@@ -263,9 +263,9 @@ impl StreamReader {
         let blocks = self.decoder.blocks();
         let reading = Arc::clone(&self.collector.reading);
         let order = match (&self.rendezvous, self.flushes) {
-            (None, _) => Order::Stream,
-            (Some(_), false) => Order::Sections,
-            (Some(_), true) => Order::Scans,
+            (None, _) => ChannelOrdering::Stream,
+            (Some(_), false) => ChannelOrdering::Sections,
+            (Some(_), true) => ChannelOrdering::Scans,
         };
         reading.ledger().set_blocks(blocks, order);
         let section = self.decoder.ram_section().unwrap_or_default();

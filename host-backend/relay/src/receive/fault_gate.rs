@@ -26,7 +26,7 @@ mod absent_frames;
 
 /// How long the agent may take to answer, from before the VM runs, until it is asked anew. It runs on memory that is partly
 /// absent itself.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 /// Arrivals that somebody waits for are told this late at most, about.
 const TICK: Duration = Duration::from_millis(3);
 /// The agent lets everybody go when it hears nothing for a second.
@@ -34,7 +34,7 @@ const ALIVE: Duration = Duration::from_millis(200);
 /// How long the last word of the agent is waited for.
 const LAST_WORD: Duration = Duration::from_secs(3);
 /// How often one gate is opened, at most, where it is over because the agent stood still.
-const MOST_OPENED: u32 = 8;
+const MAX_OPENED: u32 = 8;
 
 /// What a gate and its thread tell one another.
 #[derive(Default)]
@@ -99,7 +99,7 @@ pub(crate) fn start(
         counts,
     };
     transhume_base::task::spawn(async move {
-        let layout = tokio::time::timeout(PATIENCE, layout).await;
+        let layout = tokio::time::timeout(TIMEOUT, layout).await;
         let Ok(Some(regions)) = layout else {
             let vm = &setting.guest.vm;
             tracing::info!(vm, "its memory's layout is not known: no gate");
@@ -134,9 +134,9 @@ fn attend(
         was_set: &was_set,
     };
     let once = || run(socket, regions, setting, flags, &mut clock);
-    match insist(vm, flags, PATIENCE, once) {
+    match open_with_retry(vm, flags, TIMEOUT, once) {
         Ok(Some(told)) => {
-            tell(vm, &told);
+            log_counts(vm, &told);
             let _ = counts.send(told);
         }
         Ok(None) => {
@@ -173,7 +173,7 @@ impl GuestClock<'_> {
     }
 }
 
-fn tell(vm: &str, counts: &GateCounts) {
+fn log_counts(vm: &str, counts: &GateCounts) {
     tracing::info!(
         vm,
         gated_pages = counts.gated,
@@ -190,7 +190,7 @@ fn tell(vm: &str, counts: &GateCounts) {
 
 /// Tries until there is a gate, or the agent refuses, which it does at once. One that is silent for `patience` may wait for
 /// memory that is absent itself.
-fn insist<T>(
+fn open_with_retry<T>(
     vm: &str,
     flags: &Flags,
     patience: Duration,
@@ -235,7 +235,7 @@ fn run(
         if let Some(blocks) = placement.watch() {
             break blocks;
         }
-        if flags.stops() || began.elapsed() > PATIENCE {
+        if flags.stops() || began.elapsed() > TIMEOUT {
             return Err("what is absent was not known in time".to_owned());
         }
         std::thread::sleep(TICK);
@@ -252,12 +252,12 @@ fn run(
             }])));
         }
     };
-    keep(socket, regions, blocks, flags, clock, arrived, ask)
+    serve_gate(socket, regions, blocks, flags, clock, arrived, ask)
 }
 
 /// Keeps the agent's gate until nothing is absent, and returns what came of it. `arrived`: what has come since it was
 /// called last; `ask` asks for pages of a block.
-fn keep(
+fn serve_gate(
     socket: &Path,
     regions: &[Region],
     blocks: Vec<AbsentBlock>,
@@ -270,16 +270,16 @@ fn keep(
     let mut session = [0; 8];
     getrandom::fill(&mut session).map_err(|error| error.to_string())?;
     // The agent can be asleep: its VM may not run yet.
-    let opening = guest::open(socket, u64::from_ne_bytes(session), PATIENCE)?;
+    let opening = guest::open(socket, u64::from_ne_bytes(session), TIMEOUT)?;
     let map = Map::new(regions, &blocks);
     let mut told = Told::new(&map, Absent { blocks });
     let frames = main_memory_end(regions, PAGE_SIZE as u64);
     opening
         .gate(frames, &told.absent.runs(&map))
         .map_err(unusable)?;
-    let (mut agent, _) = opening.agreed(Vec::new(), PATIENCE)?;
+    let (mut agent, _) = opening.agreed(Vec::new(), TIMEOUT)?;
     agent.set_tick(TICK).map_err(unusable)?;
-    agent.gate_opened(PATIENCE)?;
+    agent.gate_opened(TIMEOUT)?;
     clock.begin(&mut agent);
     flags.is_open.store(true, Ordering::Relaxed);
     let after_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -296,7 +296,7 @@ fn keep(
         let over = over.map_err(unusable)?;
         all = sum(all, over);
         let expired = over.is_some_and(|over| over.expired);
-        if !expired || times == MOST_OPENED || told.left == 0 || flags.stops() {
+        if !expired || times == MAX_OPENED || told.left == 0 || flags.stops() {
             break;
         }
         tracing::info!(
@@ -305,7 +305,7 @@ fn keep(
         );
         let opened = agent.gate(frames, &told.absent.runs(&map));
         let opened = opened.map_err(unusable);
-        let opened = opened.and_then(|()| agent.gate_opened(PATIENCE));
+        let opened = opened.and_then(|()| agent.gate_opened(TIMEOUT));
         clock.took(agent.take_clock_set());
         if let Err(reason) = opened {
             tracing::info!(reason, "its processes do not sleep any more");

@@ -12,7 +12,7 @@ use zstd::bulk::Decompressor;
 use super::output::Contents;
 use super::placement::{Placement, ZERO_PAGES};
 use super::replies::{Replies, Reply};
-use crate::IN_BETWEEN;
+use crate::SWITCHOVER_LINK_TIMEOUT;
 use crate::error::RelayError;
 use crate::ram_blocks;
 use crate::storage::shown::Questions;
@@ -108,9 +108,9 @@ impl Intake {
                         let _ = self.replies.send(Reply::Control(answer));
                     }
                     Control::Compare(comparison) => self.questions.ask(comparison)?,
-                    Control::Endure => {
-                        self.session.set_patience(IN_BETWEEN);
-                        let _ = self.replies.send(Reply::Control(Control::Endure));
+                    Control::KeepWaiting => {
+                        self.session.set_patience(SWITCHOVER_LINK_TIMEOUT);
+                        let _ = self.replies.send(Reply::Control(Control::KeepWaiting));
                     }
                     _ => return Err(RelayError::Misplaced("control message")),
                 },

@@ -18,7 +18,7 @@ use transhume_pages::PageKey;
 const QUEUE_LIMIT: usize = 24 << 20;
 
 /// Ranges that QEMU is to forget, joined at most.
-const MOST_RANGES: usize = 4096;
+const MAX_RANGES: usize = 4096;
 
 /// Memory that holds pages: a received batch, or what was read from a disk.
 pub(crate) type Contents = Arc<dyn AsRef<[u8]> + Send + Sync>;
@@ -188,7 +188,7 @@ impl Output {
         if let (Some(Piece::Discard(last)), Piece::Discard(next)) =
             (queue.pieces.back_mut(), &piece)
             && last.block == next.block
-            && last.ranges.len() < MOST_RANGES
+            && last.ranges.len() < MAX_RANGES
         {
             // Many ranges make one command.
             last.ranges.extend_from_slice(&next.ranges);

@@ -24,7 +24,7 @@ use transhume_protocol::memory::{Block, Discard};
 use super::output::{Contents, Output, Piece};
 use super::read_plan::{Plan, Read, join};
 use super::replies::{Replies, Reply};
-use super::resume_state::Forgotten;
+use super::resume_state::ResumeState;
 use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::error::RelayError;
 use crate::receive::missing_pages::Missing;
@@ -40,10 +40,10 @@ mod post_copy;
 
 /// Pages read ahead whose digests the source has not given yet, at most: 2 GiB of the guest's memory, and
 /// some 25 MiB of ours.
-const AHEAD_MOST: usize = 512 * 1024;
+const MAX_AHEAD: usize = 512 * 1024;
 /// References that are open, at most: a source keeps 64 MiB of buffers for them, and its readers may go a little beyond.
 /// Some 8 MiB of ours, with the reads for them.
-const AWAITED_MOST: usize = 64 * 1024;
+const MAX_AWAITED: usize = 64 * 1024;
 /// Zero pages written out at once, and pages of another byte, which QEMU gets whole.
 pub(crate) const ZERO_PAGES: u32 = 4096;
 const FILLED_PAGES: u32 = 256;
@@ -94,7 +94,7 @@ struct State {
     /// The package of devices has come, or had before this resumed.
     packaged: bool,
     /// What QEMU forgot at the switch, for a time after this process.
-    forgotten: Option<Forgotten>,
+    forgotten: Option<ResumeState>,
     /// Blocks whose received pages QEMU has told, when this was resumed.
     told: Vec<bool>,
 }
@@ -107,7 +107,7 @@ pub(crate) struct Placement {
     replies: Arc<Replies>,
     disks: usize,
     memory: Option<GuestMemory>,
-    /// [`AHEAD_MOST`].
+    /// [`MAX_AHEAD`].
     ahead_most: usize,
     /// The VM may come in post-copy.
     post_copy: bool,
@@ -213,7 +213,7 @@ impl Placement {
             replies,
             disks,
             memory,
-            ahead_most: AHEAD_MOST,
+            ahead_most: MAX_AHEAD,
             post_copy,
             ping,
         }

@@ -24,7 +24,7 @@ pub(crate) enum Reply {
 const JOINED: usize = 256;
 /// Bytes of replies that wait, at most. Whoever is about to cause some waits for room before; so it may be more by what
 /// one batch is answered with.
-const MOST: usize = 4 << 20;
+const LIMIT: usize = 4 << 20;
 
 impl Reply {
     /// Bytes of memory that it takes, about.
@@ -72,7 +72,7 @@ impl Replies {
 
     /// Whether there is room for more.
     pub(crate) fn has_room(&self) -> bool {
-        self.lock().size < MOST
+        self.lock().size < LIMIT
     }
 
     /// Waits until there is.
@@ -81,7 +81,7 @@ impl Replies {
     /// If nobody takes replies any more.
     pub(crate) fn wait_for_room(&self) -> Result<(), RelayError> {
         let mut queue = self.lock();
-        while queue.size >= MOST && !queue.is_over {
+        while queue.size >= LIMIT && !queue.is_over {
             queue = self.wait(queue);
         }
         if queue.is_over {

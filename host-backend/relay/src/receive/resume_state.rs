@@ -27,7 +27,7 @@ const LENGTH: u64 = (2 << 30) + (1 << 20);
 
 /// See the module.
 #[derive(Debug, Clone)]
-pub(crate) struct Forgotten {
+pub(crate) struct ResumeState {
     /// Number of QEMU's RAM section.
     pub(crate) section: u32,
     pub(crate) blocks: Vec<Block>,
@@ -54,7 +54,7 @@ pub(crate) fn remove(folder: &Path) -> io::Result<()> {
     durable::remove(&path(folder))
 }
 
-impl Forgotten {
+impl ResumeState {
     /// Writes the file for a migration from the host `from`. It is on disk when this returns.
     pub(crate) fn write(&self, folder: &Path, job: u64, from: &str) -> io::Result<()> {
         let head = Head {
@@ -130,24 +130,24 @@ mod tests {
             pages[0].insert(page);
         }
         pages[1].insert(2);
-        let forgotten = Forgotten {
+        let forgotten = ResumeState {
             section: 4,
             blocks: vec![block("pc.ram", 130), block("vga", 3)],
             pages,
         };
         forgotten.write(folder.path(), 7, "hosta").unwrap();
-        let (read, from) = Forgotten::read(folder.path(), 7).unwrap();
+        let (read, from) = ResumeState::read(folder.path(), 7).unwrap();
         assert_eq!((from.as_str(), read.section), ("hosta", 4));
         assert_eq!(read.blocks, forgotten.blocks);
         for (one, other) in read.pages.iter().zip(&forgotten.pages) {
             assert!((0..200).all(|page| one.contains(page) == other.contains(page)));
         }
-        assert!(Forgotten::read(folder.path(), 8).is_err());
+        assert!(ResumeState::read(folder.path(), 8).is_err());
 
         let file = path(folder.path());
         let whole = std::fs::read(&file).unwrap();
         for cut in 0..whole.len() {
-            assert!(Forgotten::decode(&whole[..cut], 7).is_none(), "{cut}");
+            assert!(ResumeState::decode(&whole[..cut], 7).is_none(), "{cut}");
         }
         remove(folder.path()).unwrap();
         remove(folder.path()).unwrap();

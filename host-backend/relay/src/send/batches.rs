@@ -11,7 +11,7 @@ use transhume_protocol::memory::PageRequest;
 use super::buffers::{Buffer, Pool};
 use super::link_rate::ASSUMED_RATE;
 use super::queue::{Content, Outgoing};
-use super::sent_pages::{Ledger, Noted};
+use super::sent_pages::{Noted, SentPages};
 use super::shared::Shared;
 use super::switch::Switch;
 use crate::error::RelayError;
@@ -30,15 +30,15 @@ const NEAR: Duration = Duration::from_millis(40);
 /// The same while a guest waits for pages behind what is on its way.
 const NEAR_POST_COPY: Duration = Duration::from_millis(12);
 /// Of the way to the destination and back no more counts.
-const ROUND_TRIP_MOST: Duration = Duration::from_millis(300);
-const NEAR_LEAST: f64 = 512.0 * 1024.0;
-const NEAR_MOST: f64 = 8.0 * 1024.0 * 1024.0;
+const MAX_ROUND_TRIP: Duration = Duration::from_millis(300);
+const MIN_NEAR: f64 = 512.0 * 1024.0;
+const MAX_NEAR: f64 = 8.0 * 1024.0 * 1024.0;
 
 /// What the readers of a stream and of its channels share.
 pub(crate) struct Reading {
     pub(crate) shared: Arc<Shared>,
     pub(crate) pool: Arc<Pool>,
-    ledger: Mutex<Ledger>,
+    ledger: Mutex<SentPages>,
     batches: AtomicU64,
     /// The VM is paused: whatever is sent now must be there at once.
     final_section: AtomicBool,
@@ -55,7 +55,7 @@ impl Reading {
         }
     }
 
-    pub(crate) fn ledger(&self) -> MutexGuard<'_, Ledger> {
+    pub(crate) fn ledger(&self) -> MutexGuard<'_, SentPages> {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -94,18 +94,18 @@ impl Reading {
         };
         let rate = self.shared.rate().unwrap_or(ASSUMED_RATE);
         let (time, least) = if switch.has_begun() {
-            (NEAR_POST_COPY, NEAR_LEAST / 4.0)
+            (NEAR_POST_COPY, MIN_NEAR / 4.0)
         } else {
-            (NEAR, NEAR_LEAST)
+            (NEAR, MIN_NEAR)
         };
         // What is on its way, or acknowledged on the way back, keeps nothing waiting.
-        let time = time + self.shared.flow.round_trip().min(ROUND_TRIP_MOST);
+        let time = time + self.shared.flow.round_trip().min(MAX_ROUND_TRIP);
         #[expect(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,
             reason = "clamped"
         )]
-        let near = (rate * time.as_secs_f64()).clamp(least, NEAR_MOST) as u64;
+        let near = (rate * time.as_secs_f64()).clamp(least, MAX_NEAR) as u64;
         let most = if self.shared.stays_near() {
             near
         } else {

@@ -11,7 +11,7 @@ use transhume_link::{self as link, Connection};
 
 /// Questions to the destination: an idle link's ways there and back are equally long in some.
 const QUESTIONS: u32 = 5;
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 /// The session loses no answer.
 const NEVER_NS: u64 = u64::MAX;
 /// How often it is asked while memory moves: queues make each answer worse, and time makes the first ones worse.
@@ -53,7 +53,7 @@ impl Clocks {
         for _ in 0..QUESTIONS {
             self.lock().destination.ask(monotonic_ns());
             connection.send(&Control::ClockWanted)?;
-            let Control::Clock { monotonic_ns } = connection.receive(PATIENCE)? else {
+            let Control::Clock { monotonic_ns } = connection.receive(TIMEOUT)? else {
                 return Err(link::Error::Unexpected("no answer about its clock"));
             };
             self.answered(monotonic_ns);

@@ -8,19 +8,19 @@ use std::time::{Duration, Instant};
 use transhume_protocol::link::{Compared, Comparison, Control, encode_control};
 
 use super::hints::Hints;
-use super::queue::Flow;
+use super::queue::SendQueue;
 use crate::error::RelayError;
-use crate::storage::agreed::{Agreed, READ_PATIENCE};
+use crate::storage::agreed::{Agreed, READ_TIMEOUT};
 use transhume_pages::PageKey;
 use transhume_volume::same;
 
 /// So many pages must differ, and such a part of those that were read (one of so many). Sound disks of guests that
 /// write their page cache all the time show a twentieth; below that nothing is lost by not looking.
-const LEAST: u64 = 256;
+const MINIMUM: u64 = 256;
 const PART: u64 = 8;
 /// Looked again when so many times as many differ, and so often at most.
-const AGAIN: u64 = 4;
-const MOST: u32 = 4;
+const RETRY_INTERVAL: u64 = 4;
+const LIMIT: u32 = 4;
 /// Pages whose places are compared, at most.
 const PAGES: usize = 512;
 /// How long a hand-over waits for an answer that is due.
@@ -49,7 +49,7 @@ pub(crate) struct Doubt {
 
 impl State {
     fn is_due(&self) -> bool {
-        self.looks < MOST
+        self.looks < LIMIT
             && self.differing >= self.due
             && self.differing.saturating_mul(PART) >= self.read
     }
@@ -73,7 +73,7 @@ impl Doubt {
                 read: 0,
                 differing: 0,
                 pages: Vec::new(),
-                due: LEAST,
+                due: MINIMUM,
                 looks: 0,
                 looking: false,
                 answer: None,
@@ -129,7 +129,7 @@ impl Doubt {
     }
 
     /// Looks when it is due, until it is stopped.
-    pub(crate) fn run(&self, hints: &Hints, flow: &Flow) -> Result<(), RelayError> {
+    pub(crate) fn run(&self, hints: &Hints, flow: &SendQueue) -> Result<(), RelayError> {
         while let Some(pages) = self.due() {
             let table = hints.current().0;
             let places: Vec<_> = pages
@@ -169,16 +169,16 @@ impl Doubt {
         }
         state.looking = true;
         state.looks += 1;
-        state.due = state.differing.saturating_mul(AGAIN);
+        state.due = state.differing.saturating_mul(RETRY_INTERVAL);
         Some(std::mem::take(&mut state.pages))
     }
 
-    fn ask(&self, flow: &Flow, comparison: Comparison) -> Result<Compared, Unanswered> {
+    fn ask(&self, flow: &SendQueue, comparison: Comparison) -> Result<Compared, Unanswered> {
         let number = comparison.number;
         let asked = encode_control(&Control::Compare(comparison)).map_err(|_| Unanswered)?;
         self.lock().answer = None;
         flow.push_control(asked);
-        let deadline = Instant::now() + READ_PATIENCE;
+        let deadline = Instant::now() + READ_TIMEOUT;
         let mut state = self.lock();
         loop {
             match state.answer.take() {

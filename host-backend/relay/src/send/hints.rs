@@ -7,7 +7,7 @@ use transhume_protocol::link::HintRun;
 use transhume_protocol::memory::Block;
 
 use super::frame_map::Frames;
-use super::queue::Flow;
+use super::queue::SendQueue;
 use transhume_guest::GuestRange;
 use transhume_pages::SECTORS_PER_PAGE;
 use transhume_pages::hint_table::{HintTable, MAX_RUNS};
@@ -24,12 +24,12 @@ struct State {
 /// The reports of one migration.
 pub(crate) struct Hints {
     frames: Arc<Frames>,
-    flow: Arc<Flow>,
+    flow: Arc<SendQueue>,
     state: Mutex<State>,
 }
 
 impl Hints {
-    pub(crate) fn new(frames: Arc<Frames>, flow: Arc<Flow>) -> Self {
+    pub(crate) fn new(frames: Arc<Frames>, flow: Arc<SendQueue>) -> Self {
         Self {
             frames,
             flow,
@@ -150,7 +150,7 @@ mod tests {
             offset,
         };
         let layout = vec![region(0, 2 * GIB, 0), region(4 * GIB, 3 * GIB, 2 * GIB)];
-        let hints = Hints::new(Arc::new(Frames::new(layout)), Arc::new(Flow::new()));
+        let hints = Hints::new(Arc::new(Frames::new(layout)), Arc::new(SendQueue::new()));
         let block = |name: &str, length| Block {
             name: name.to_owned(),
             length,
@@ -204,7 +204,7 @@ mod tests {
             block: "pc.ram".to_owned(),
             offset: 0,
         };
-        let flow = Arc::new(Flow::new());
+        let flow = Arc::new(SendQueue::new());
         let hints = Hints::new(Arc::new(Frames::new(vec![region])), Arc::clone(&flow));
         hints.set_blocks(&[Block {
             name: "pc.ram".to_owned(),
@@ -224,7 +224,7 @@ mod tests {
     }
 
     /// All runs that go out now.
-    fn sent(flow: &Flow) -> Vec<HintRun> {
+    fn sent(flow: &SendQueue) -> Vec<HintRun> {
         let mut runs = Vec::new();
         while let Next::Hints(payload) = flow.next(Duration::ZERO).expect("it goes on") {
             runs.extend(decode_hints(&payload).map(|run| run.expect("a run")));
@@ -241,7 +241,7 @@ mod tests {
             block: "pc.ram".to_owned(),
             offset: 0,
         };
-        let flow = Arc::new(Flow::new());
+        let flow = Arc::new(SendQueue::new());
         let hints = Hints::new(Arc::new(Frames::new(vec![region])), Arc::clone(&flow));
         hints.set_blocks(&[Block {
             name: "pc.ram".to_owned(),

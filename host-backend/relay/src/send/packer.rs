@@ -21,7 +21,7 @@ const LEVEL: i32 = 1;
 /// Compression that saves less than a sixteenth is not worth the destination's time.
 const WORTH: usize = 16;
 /// Fewer bytes are copied rather than a whole buffer kept for them until the destination has them.
-const SHARED_LEAST: usize = 64 * 1024;
+const MIN_SHARED: usize = 64 * 1024;
 
 /// A frame before it is compressed.
 pub(crate) enum Raw {
@@ -118,7 +118,7 @@ impl Prepare for Packer {
         let (bytes, contents) = if let Some(compressed) = compressed {
             header.encoding = BatchEncoding::Zstd;
             (compressed.len(), Piece::Bytes(compressed))
-        } else if header.data_len < SHARED_LEAST {
+        } else if header.data_len < MIN_SHARED {
             let copied: Vec<&[u8]> = ranges.iter().map(|range| &buffer[range.clone()]).collect();
             (header.data_len, Piece::Bytes(copied.concat()))
         } else {

@@ -8,7 +8,7 @@ use foldhash::fast::RandomState;
 use transhume_pages::PageKey;
 
 /// So many are kept at most: each CPU and each process waits for one at a time.
-const MOST: usize = 4096;
+const LIMIT: usize = 4096;
 
 #[derive(Default)]
 pub(crate) struct Requests(Mutex<HashSet<PageKey, RandomState>>);
@@ -17,8 +17,8 @@ impl Requests {
     /// Pages were asked for.
     pub(crate) fn note(&self, first: PageKey, count: u64) {
         let mut pages = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for n in 0..count.min(MOST as u64) {
-            if pages.len() >= MOST {
+        for n in 0..count.min(LIMIT as u64) {
+            if pages.len() >= LIMIT {
                 // Whoever asks for so many gets them anyhow.
                 return;
             }
@@ -47,6 +47,6 @@ mod tests {
         assert!(requests.take(key(7)) && !requests.take(key(7)) && requests.take(key(8)));
         requests.note(key(u64::MAX), u64::MAX);
         requests.note(key(0), u64::MAX);
-        assert!(requests.take(key(0)) && !requests.take(key(MOST as u64)));
+        assert!(requests.take(key(0)) && !requests.take(key(LIMIT as u64)));
     }
 }

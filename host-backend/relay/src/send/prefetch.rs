@@ -2,7 +2,7 @@
 //!
 //! Near the end of the first scan the guest is asked. What it names as its kernel's and has written meanwhile is
 //! requested from QEMU before the VM goes over, as a destination in post-copy requests pages (see
-//! [`steer`](super::steer)). Afterwards the relay knows by what the destination is to forget which pages QEMU
+//! [`scan_steering`](super::scan_steering)). Afterwards the relay knows by what the destination is to forget which pages QEMU
 //! owes, and requests of them what is named: near the pages that the guest waits for, then by class. QEMU serves
 //! requests in the order in which they come, so few are under way at a time: the guest's own must not stand behind
 //! them.
@@ -17,8 +17,8 @@ use transhume_protocol::agent::MemoryClass;
 use transhume_protocol::memory::{Block, PageRequest};
 
 use super::frame_map::Frames;
-use crate::progress::Classes;
-use pending_pages::{Owed, Run};
+use pending_pages::{PendingPages, Run};
+use transhume_api::migration::Classes;
 use transhume_guest::MemoryOrder;
 use transhume_pages::bitmap::Bitmap;
 use transhume_pages::{PAGE_SIZE, PageKey};
@@ -28,24 +28,24 @@ mod pending_pages;
 /// The guest looks at what is touched from so long before the end of the first scan on.
 const WATCH_BEFORE: Duration = Duration::from_secs(1);
 /// And for so long at least.
-const WATCH_LEAST: Duration = Duration::from_millis(300);
+const MIN_WATCH: Duration = Duration::from_millis(300);
 /// How long it may take to answer.
-const ANSWER_PATIENCE: Duration = Duration::from_secs(1);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long the kernel's pages may take. The guest runs on meanwhile.
-const KERNEL_PATIENCE: Duration = Duration::from_secs(2);
+const KERNEL_TIMEOUT: Duration = Duration::from_secs(2);
 /// So many bytes may be between QEMU and us: its socket's buffer, and its own. What comes behind them was chosen by a
 /// QEMU that knew of our requests.
 const ON_THE_WAY: u64 = 5 << 20;
 /// Requests of the kernel's pages, at most; QEMU keeps each of them.
-const MOST_REQUESTS: usize = 8192;
+const MAX_REQUESTS: usize = 8192;
 /// The kernel's runs with fewer pages between them are requested as one.
 const GAP: u64 = 16;
 /// How often each page may be named, on average: beyond that nothing counts.
-const MOST_NAMED: u64 = 4;
+const MAX_NAMED: u64 = 4;
 /// What is under way after the switch: this time of the link, and what QEMU's narrowed socket holds, in pages.
 const AHEAD: Duration = Duration::from_millis(2);
 const IN_SOCKET: u64 = 24;
-const MOST_AHEAD: u64 = 256;
+const MAX_AHEAD: u64 = 256;
 
 /// What the listener is to ask the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,12 +79,12 @@ struct State {
     answer: Option<MemoryOrder>,
     /// The kernel's pages, a bitmap a block, until the VM goes over.
     kernel: Vec<Bitmap>,
-    owed: Owed,
+    owed: PendingPages,
 }
 
 /// See the module.
 #[derive(Default)]
-pub(crate) struct Order {
+pub(crate) struct Prefetch {
     frames: Arc<Frames>,
     /// No page frame number reaches this. `None` if the VM will not go over to post-copy.
     end: Option<u64>,
@@ -93,7 +93,7 @@ pub(crate) struct Order {
     state: Mutex<State>,
 }
 
-impl Order {
+impl Prefetch {
     pub(crate) fn new(frames: Arc<Frames>, end: Option<u64>) -> Self {
         Self {
             frames,
@@ -136,7 +136,7 @@ impl Order {
     pub(crate) fn set_blocks(&self, blocks: &[Block]) {
         let mut state = self.lock();
         state.blocks = blocks.to_vec();
-        state.owed = Owed::new(blocks, Vec::new());
+        state.owed = PendingPages::new(blocks, Vec::new());
     }
 
     /// Goes on with what is to be done before the VM goes over. `left`: how long the first scan still takes, nothing
@@ -153,7 +153,7 @@ impl Order {
                 state.question = Some(Question::Watch);
                 state.stage = Stage::Watching(now);
             }
-            Stage::Watching(since) if left.is_zero() && now - since >= WATCH_LEAST => {
+            Stage::Watching(since) if left.is_zero() && now - since >= MIN_WATCH => {
                 state.question = Some(Question::Order);
                 state.stage = Stage::Asked(now);
             }
@@ -164,11 +164,11 @@ impl Order {
                     state.stage = Stage::Kernel { since: now, behind };
                     self.looks_at_pages.store(true, Ordering::Relaxed);
                     said = Some(requests);
-                } else if now - since >= ANSWER_PATIENCE {
+                } else if now - since >= ANSWER_TIMEOUT {
                     state.stage = Stage::Ready;
                 }
             }
-            Stage::Kernel { since, .. } if now - since >= KERNEL_PATIENCE => {
+            Stage::Kernel { since, .. } if now - since >= KERNEL_TIMEOUT => {
                 state.stage = Stage::Ready;
             }
             _ => {}
@@ -186,7 +186,7 @@ impl Order {
         let mut list = Vec::with_capacity(answer.runs.len());
         let mut kernel = Vec::new();
         let pages = |block: &Block| block.length / PAGE_SIZE as u64;
-        let mut room = MOST_NAMED * state.blocks.iter().map(pages).sum::<u64>();
+        let mut room = MAX_NAMED * state.blocks.iter().map(pages).sum::<u64>();
         for &(class, run) in &answer.runs {
             let pieces = self.frames.pieces(run, &state.blocks).map(|piece| Run {
                 block: piece.block,
@@ -205,7 +205,7 @@ impl Order {
                 kernel.extend_from_slice(&list[before..]);
             }
         }
-        state.owed = Owed::new(&state.blocks, list);
+        state.owed = PendingPages::new(&state.blocks, list);
         let kernel = joined(kernel);
         let bitmap = |block: &Block| Bitmap::new(block.length / PAGE_SIZE as u64);
         state.kernel = state.blocks.iter().map(bitmap).collect();
@@ -268,7 +268,7 @@ impl Order {
             reason = "clamped"
         )]
         let ahead =
-            (rate * AHEAD.as_secs_f64() / PAGE_SIZE as f64).clamp(1.0, MOST_AHEAD as f64) as u64;
+            (rate * AHEAD.as_secs_f64() / PAGE_SIZE as f64).clamp(1.0, MAX_AHEAD as f64) as u64;
         let mut state = self.lock();
         let runs = state.owed.next(ahead + IN_SOCKET);
         (!runs.is_empty()).then(|| requests(&runs, &state.blocks))
@@ -287,7 +287,7 @@ fn joined(mut runs: Vec<Run>) -> Vec<Run> {
             _ => joined.push(run),
         }
     }
-    joined.truncate(MOST_REQUESTS);
+    joined.truncate(MAX_REQUESTS);
     joined
 }
 
@@ -330,14 +330,14 @@ mod tests {
 
     const PAGES: u64 = 1000;
 
-    fn order() -> Order {
+    fn order() -> Prefetch {
         let region = Region {
             start: 0,
             length: PAGES * PAGE_SIZE as u64,
             block: "pc.ram".to_owned(),
             offset: 0,
         };
-        let order = Order::new(Arc::new(Frames::new(vec![region])), Some(PAGES));
+        let order = Prefetch::new(Arc::new(Frames::new(vec![region])), Some(PAGES));
         order.set_blocks(&[Block {
             name: "pc.ram".to_owned(),
             length: PAGES * PAGE_SIZE as u64,
@@ -359,7 +359,7 @@ mod tests {
         let mut state = order.lock();
         let requests = order.take_order(&mut state, &answer);
         assert_eq!(decoded(&requests), [(0, PAGES)]);
-        assert_eq!(state.owed.listed_pages(), MOST_NAMED * PAGES);
+        assert_eq!(state.owed.listed_pages(), MAX_NAMED * PAGES);
     }
 
     fn key(page: u64) -> PageKey {
@@ -403,7 +403,7 @@ mod tests {
         assert_eq!(order.prepare(WATCH_BEFORE, 0), (false, None));
         assert_eq!(order.take_question(), Some(Question::Watch));
         order.answer(answer(&[(MemoryClass::Kernel, 0, 9)]));
-        order.lock().stage = Stage::Watching(ago(WATCH_LEAST));
+        order.lock().stage = Stage::Watching(ago(MIN_WATCH));
         assert_eq!(order.prepare(Duration::ZERO, 0), (false, None));
         assert_eq!(order.take_question(), Some(Question::Order));
         assert_eq!(order.take_question(), None);
@@ -440,9 +440,9 @@ mod tests {
     fn nobody_waits_for_long() {
         let order = order();
         order.attend(true);
-        order.lock().stage = Stage::Asked(ago(ANSWER_PATIENCE));
+        order.lock().stage = Stage::Asked(ago(ANSWER_TIMEOUT));
         assert_eq!(order.prepare(Duration::ZERO, 0), (true, None));
-        let since = ago(KERNEL_PATIENCE);
+        let since = ago(KERNEL_TIMEOUT);
         order.lock().stage = Stage::Kernel { since, behind: 9 };
         assert_eq!(order.prepare(Duration::ZERO, 0), (true, None));
     }
@@ -463,11 +463,11 @@ mod tests {
 
     #[test]
     fn of_too_many_runs_some_are_left_out() {
-        let many = (0..MOST_REQUESTS as u64 * 2).map(|n| Run {
+        let many = (0..MAX_REQUESTS as u64 * 2).map(|n| Run {
             block: 0,
             page: n * 100,
             pages: 1,
         });
-        assert_eq!(joined(many.collect()).len(), MOST_REQUESTS);
+        assert_eq!(joined(many.collect()).len(), MAX_REQUESTS);
     }
 }

@@ -2,7 +2,7 @@
 //! referred to a disk for, kept until it has them.
 //!
 //! The balance between disk and link is made here, by two bounds. A page that a disk should hold is
-//! referred to while fewer than [`Flow::reference_room`] such pages are unsettled; else it goes over
+//! referred to while fewer than [`SendQueue::reference_room`] such pages are unsettled; else it goes over
 //! the link like any other. So a slow disk leaves its pages to the link, and a slow link holds up
 //! nothing but the pages that need it. Only when both are full does the reader wait, and with it
 //! QEMU, and then for whichever frees room first.
@@ -17,7 +17,7 @@ use std::time::Duration;
 use transhume_protocol::link::{BATCH_HEADER_LEN, BatchHeader, PAGE_LEN, Verdict, encode_hint};
 
 use super::buffers::{BUFFER_LEN, Buffer};
-use super::scan_steering::Demand;
+use super::scan_steering::LinkDemand;
 use super::sync::{Condvar, Instant, Mutex, MutexGuard, PoisonError};
 use super::window::Window;
 use crate::error::RelayError;
@@ -33,7 +33,7 @@ const QUEUE_ENOUGH: usize = 512 << 10;
 /// Batches that wait, at most: each keeps a whole buffer, however little of it is to be sent.
 const QUEUE_BATCHES: usize = 32;
 /// The same of those without page data, as of zero pages, or of pages that a disk should hold.
-const QUEUE_BATCHES_MOST: usize = 128;
+const MAX_QUEUE_BATCHES: usize = 128;
 /// Bytes of the guest's report that go out whatever else does, and what share of the rest it has: one part in so many.
 const HINTS_START: u64 = 1 << 20;
 const HINTS_SHARE: u64 = 10;
@@ -42,8 +42,8 @@ const RUNS_A_FRAME: usize = 2048;
 /// Bytes of batches on their way: sent, but not yet worked off by the destination.
 const WINDOW: u64 = 32 << 20;
 /// Bytes of buffers kept for unsettled references, at most and at least.
-const RETAINED_MOST: usize = 64 << 20;
-const RETAINED_LEAST: usize = 4 << 20;
+const MAX_RETAINED: usize = 64 << 20;
+const MIN_RETAINED: usize = 4 << 20;
 /// References should be settled within this time: the bound on what is retained follows the rate at
 /// which they are.
 const SETTLE_TIME: Duration = Duration::from_millis(200);
@@ -165,7 +165,7 @@ struct State {
     /// The shortest time from a batch to its acknowledgement so far.
     round_trip: Option<Duration>,
     retained: HashMap<u64, Retained>,
-    /// See [`Flow::late`].
+    /// See [`SendQueue::late`].
     late: u64,
     limit: usize,
     /// Buffers' bytes settled since the bound was looked at, and whether the bound was met.
@@ -177,7 +177,7 @@ struct State {
 
 /// The shared state; see the module.
 #[derive(Debug)]
-pub(crate) struct Flow {
+pub(crate) struct SendQueue {
     state: Mutex<State>,
     window: Window,
     changed: Condvar,
@@ -203,7 +203,7 @@ impl State {
 
     /// Whether a batch with so many bytes of page data must wait.
     fn is_full_for(&self, data: usize) -> bool {
-        (data > 0 && self.queue_is_full()) || self.queue.len() >= QUEUE_BATCHES_MOST
+        (data > 0 && self.queue_is_full()) || self.queue.len() >= MAX_QUEUE_BATCHES
     }
 
     fn adapt(&mut self) {
@@ -220,7 +220,7 @@ impl State {
                 clippy::cast_sign_loss,
                 reason = "clamped"
             )]
-            let limit = limit.clamp(RETAINED_LEAST as f64, RETAINED_MOST as f64) as usize;
+            let limit = limit.clamp(MIN_RETAINED as f64, MAX_RETAINED as f64) as usize;
             self.limit = limit;
         }
         self.settled = 0;
@@ -229,7 +229,7 @@ impl State {
     }
 }
 
-impl Flow {
+impl SendQueue {
     pub(crate) fn new() -> Self {
         Self {
             state: Mutex::new(State {
@@ -244,7 +244,7 @@ impl Flow {
                 round_trip: None,
                 retained: HashMap::new(),
                 late: 0,
-                limit: RETAINED_MOST / 2,
+                limit: MAX_RETAINED / 2,
                 settled: 0,
                 limited: false,
                 looked: Instant::now(),
@@ -293,14 +293,14 @@ impl Flow {
     }
 
     /// What the link needs, and whether there is room for references.
-    pub(crate) fn demand(&self) -> (Demand, bool) {
+    pub(crate) fn demand(&self) -> (LinkDemand, bool) {
         let state = self.lock();
         let demand = if state.queued_data == 0 {
-            Demand::Pages
+            LinkDemand::Starved
         } else if state.queued_data > QUEUE_LIMIT / 4 * 3 {
-            Demand::Rest
+            LinkDemand::Saturated
         } else {
-            Demand::Nothing
+            LinkDemand::Balanced
         };
         (demand, state.retained_bytes() + BUFFER_LEN <= state.limit)
     }

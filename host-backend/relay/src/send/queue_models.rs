@@ -22,7 +22,7 @@ mod window;
 #[expect(clippy::duplicate_mod, reason = "once with each kind of primitives")]
 mod queue;
 
-use self::queue::{Content, Flow, Next, Outgoing};
+use self::queue::{Content, Next, Outgoing, SendQueue};
 
 impl From<window::WindowError> for RelayError {
     fn from(_: window::WindowError) -> Self {
@@ -35,7 +35,7 @@ const LONG: Duration = Duration::from_secs(3600);
 /// As many batches wait at most, and as many are referred to.
 const BATCHES: u64 = 64;
 
-fn spawn(flow: &Arc<Flow>, run: impl FnOnce(&Flow) + 'static) -> JoinHandle<()> {
+fn spawn(flow: &Arc<SendQueue>, run: impl FnOnce(&SendQueue) + 'static) -> JoinHandle<()> {
     let flow = flow.clone();
     thread::spawn(move || run(&flow))
 }
@@ -55,7 +55,7 @@ fn batch(number: u64, data: usize) -> Outgoing {
 }
 
 /// Batches with one reference each.
-fn refer(flow: &Flow, batches: u64) {
+fn refer(flow: &SendQueue, batches: u64) {
     let pool = Held::new(buffers::Pool::default());
     let buffer = Held::new(pool.take());
     for number in 0..batches {
@@ -74,7 +74,7 @@ fn refer(flow: &Flow, batches: u64) {
     }
 }
 
-fn numbers(flow: &Flow, expected: &[u64]) {
+fn numbers(flow: &SendQueue, expected: &[u64]) {
     for number in expected {
         match flow.next(LONG) {
             Ok(Next::Batch(outgoing)) => assert_eq!(outgoing.header.number, *number),
@@ -86,7 +86,7 @@ fn numbers(flow: &Flow, expected: &[u64]) {
 #[test]
 fn a_full_queue_has_room_when_a_batch_was_taken() {
     model(|| {
-        let flow = Arc::new(Flow::new());
+        let flow = Arc::new(SendQueue::new());
         let link = spawn(&flow, |flow| numbers(flow, &[1, 2]));
         // Each of them fills it.
         for number in [1, 2] {
@@ -101,7 +101,7 @@ fn a_full_queue_has_room_when_a_batch_was_taken() {
 fn a_full_window_opens_when_the_peer_has_worked_off() {
     const LARGE: usize = 32 << 20;
     model(|| {
-        let flow = Arc::new(Flow::new());
+        let flow = Arc::new(SendQueue::new());
         flow.push(batch(1, LARGE), Vec::new()).unwrap();
         let link = spawn(&flow, |flow| numbers(flow, &[1, 2]));
         let answers = spawn(&flow, |flow| {
@@ -117,7 +117,7 @@ fn a_full_window_opens_when_the_peer_has_worked_off() {
 #[test]
 fn what_is_urgent_is_sent_first_and_waited_for() {
     model(|| {
-        let flow = Arc::new(Flow::new());
+        let flow = Arc::new(SendQueue::new());
         let link = spawn(&flow, |flow| {
             assert!(matches!(flow.next(LONG), Ok(Next::Control(_))));
             numbers(flow, &[1]);
@@ -132,7 +132,7 @@ fn what_is_urgent_is_sent_first_and_waited_for() {
 #[test]
 fn the_peer_is_waited_for_until_a_verdict() {
     model(|| {
-        let flow = Arc::new(Flow::new());
+        let flow = Arc::new(SendQueue::new());
         refer(&flow, 1);
         numbers(&flow, &[0]);
         let answers = spawn(&flow, |flow| {
@@ -152,7 +152,7 @@ fn the_peer_is_waited_for_until_a_verdict() {
 #[test]
 fn the_peer_is_waited_for_until_an_idle_link_took_the_pages() {
     model(|| {
-        let flow = Arc::new(Flow::new());
+        let flow = Arc::new(SendQueue::new());
         refer(&flow, 1);
         numbers(&flow, &[0]);
         flow.acknowledge(BATCH_HEADER_LEN as u64).unwrap();
@@ -167,7 +167,7 @@ fn the_peer_is_waited_for_until_an_idle_link_took_the_pages() {
 #[test]
 fn references_have_room_when_others_are_filled() {
     model(|| {
-        let flow = Arc::new(Flow::new());
+        let flow = Arc::new(SendQueue::new());
         refer(&flow, BATCHES);
         let answers = spawn(&flow, |flow| {
             flow.fill_all();
@@ -181,7 +181,7 @@ fn references_have_room_when_others_are_filled() {
 #[test]
 fn the_end_ends_every_wait() {
     model(|| {
-        let flow = Arc::new(Flow::new());
+        let flow = Arc::new(SendQueue::new());
         flow.push(batch(1, 4 << 20), Vec::new()).unwrap();
         let reader = spawn(&flow, |flow| {
             assert!(flow.push(batch(2, 1), Vec::new()).is_err());

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::buffers::Pool;
-use super::queue::{Content, Flow, Next, Outgoing};
+use super::queue::{Content, Next, Outgoing, SendQueue};
 use transhume_pages::PageKey;
 
 /// A batch with one reference.
-fn refer(flow: &Flow, number: u64) {
+fn refer(flow: &SendQueue, number: u64) {
     let buffer = Arc::new(Arc::new(Pool::default()).take());
     let outgoing = Outgoing {
         header: BatchHeader {
@@ -33,7 +33,7 @@ fn refer(flow: &Flow, number: u64) {
 
 #[test]
 fn a_verdict_on_what_was_not_sent_is_refused() {
-    let flow = Flow::new();
+    let flow = SendQueue::new();
     refer(&flow, 0);
     refer(&flow, 1);
     let settled = |batch| Verdict {

@@ -66,7 +66,7 @@ impl Answers {
                         }
                         // In post-copy the guest goes on asking for pages.
                     }
-                    Control::Endure => self.shared.set_endures(),
+                    Control::KeepWaiting => self.shared.set_keeps_waiting(),
                     Control::Loaded if self.shared.keeps_until_loaded() => self.shared.set_loaded(),
                     Control::Stalled(stalls) => self.shared.set_stalls(stalls),
                     Control::Clock { monotonic_ns } => self.shared.clocks.answered(monotonic_ns),

@@ -18,24 +18,24 @@ use transhume_pages::{PAGE_SIZE, PageKey};
 /// Pages that are of one kind, by the majority.
 const CHUNK: u64 = 256;
 /// Smaller blocks, in bytes, are not worth it.
-const LEAST: u64 = 64 << 20;
+const MINIMUM: u64 = 64 << 20;
 /// Pause between two moves: QEMU follows in some milliseconds.
-const PAUSE: Duration = Duration::from_millis(10);
+const MOVE_INTERVAL: Duration = Duration::from_millis(10);
 
 /// What the link needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Demand {
+pub(crate) enum LinkDemand {
     /// Nothing waits to be sent.
-    Pages,
+    Starved,
     /// Neither too little waits nor too much.
-    Nothing,
+    Balanced,
     /// Enough waits: it could only wait longer.
-    Rest,
+    Saturated,
 }
 
 /// Where QEMU's scan should go.
 #[derive(Debug)]
-pub(crate) struct Steer {
+pub(crate) struct ScanSteering {
     block: u16,
     name: String,
     /// Whether disks hold most of a chunk.
@@ -47,14 +47,14 @@ pub(crate) struct Steer {
     moved: Instant,
 }
 
-impl Steer {
+impl ScanSteering {
     /// For the largest of QEMU's RAM blocks, if it is worth it.
     pub(crate) fn new(blocks: &[Block]) -> Option<Self> {
         let (number, block) = blocks
             .iter()
             .enumerate()
             .max_by_key(|(_, block)| block.length)?;
-        if block.length < LEAST {
+        if block.length < MINIMUM {
             return None;
         }
         let chunks = (block.length / PAGE_SIZE as u64).div_ceil(CHUNK);
@@ -100,7 +100,7 @@ impl Steer {
         &mut self,
         sent: &Bitmap,
         at: PageKey,
-        demand: Demand,
+        demand: LinkDemand,
         room: bool,
     ) -> Option<u64> {
         let chunk = usize::try_from(at.page / CHUNK).ok();
@@ -110,12 +110,12 @@ impl Steer {
         let to_disk = match (here, demand) {
             (false, _) if !self.whole && room => true,
             (_, _) if !self.whole => return None,
-            (true, Demand::Pages) => false,
-            (true, Demand::Nothing) if !room => false,
-            (false, Demand::Rest) if room => true,
+            (true, LinkDemand::Starved) => false,
+            (true, LinkDemand::Balanced) if !room => false,
+            (false, LinkDemand::Saturated) if room => true,
             _ => return None,
         };
-        if self.moved.elapsed() < PAUSE {
+        if self.moved.elapsed() < MOVE_INTERVAL {
             return None;
         }
         let page = self.find(sent, to_disk)?;
@@ -146,15 +146,15 @@ mod tests {
     use super::*;
     use transhume_protocol::link::HintRun;
 
-    const PAGES: u64 = LEAST / PAGE_SIZE as u64;
+    const PAGES: u64 = MINIMUM / PAGE_SIZE as u64;
 
-    fn steer() -> Steer {
+    fn steer() -> ScanSteering {
         let block = |name: &str, length| Block {
             name: name.to_owned(),
             length,
         };
-        let mut steer =
-            Steer::new(&[block("bios", 4096), block("pc.ram", LEAST)]).expect("large enough");
+        let mut steer = ScanSteering::new(&[block("bios", 4096), block("pc.ram", MINIMUM)])
+            .expect("large enough");
         assert_eq!(steer.block(), (1, "pc.ram"));
         // Chunks 2 and 3, and a little of 5.
         let run = |page, pages| HintRun {
@@ -172,7 +172,7 @@ mod tests {
             ]),
             true,
         );
-        steer.moved = Instant::now().checked_sub(PAUSE).expect("a clock");
+        steer.moved = Instant::now().checked_sub(MOVE_INTERVAL).expect("a clock");
         steer
     }
 
@@ -187,25 +187,40 @@ mod tests {
             sent.insert(page);
         });
         let mut steer = steer();
-        assert_eq!(steer.target(&sent, at(600), Demand::Nothing, true), None);
-        assert_eq!(steer.target(&sent, at(600), Demand::Pages, true), Some(300));
+        assert_eq!(
+            steer.target(&sent, at(600), LinkDemand::Balanced, true),
+            None
+        );
+        assert_eq!(
+            steer.target(&sent, at(600), LinkDemand::Starved, true),
+            Some(300)
+        );
         // It has just moved.
-        assert_eq!(steer.target(&sent, at(600), Demand::Pages, true), None);
+        assert_eq!(
+            steer.target(&sent, at(600), LinkDemand::Starved, true),
+            None
+        );
     }
 
     #[test]
     fn a_full_link_rests_while_disks_have_room() {
         let sent = Bitmap::new(PAGES);
-        assert_eq!(steer().target(&sent, at(0), Demand::Rest, false), None);
         assert_eq!(
-            steer().target(&sent, at(0), Demand::Rest, true),
+            steer().target(&sent, at(0), LinkDemand::Saturated, false),
+            None
+        );
+        assert_eq!(
+            steer().target(&sent, at(0), LinkDemand::Saturated, true),
             Some(2 * CHUNK)
         );
         let mut sent = Bitmap::new(PAGES);
         (2 * CHUNK..4 * CHUNK).for_each(|page| {
             sent.insert(page);
         });
-        assert_eq!(steer().target(&sent, at(0), Demand::Rest, true), None);
+        assert_eq!(
+            steer().target(&sent, at(0), LinkDemand::Saturated, true),
+            None
+        );
     }
 
     #[test]
@@ -214,18 +229,27 @@ mod tests {
         let mut steer = steer();
         steer.whole = false;
         let known = 2 * CHUNK;
-        assert_eq!(steer.target(&sent, at(known), Demand::Pages, true), None);
-        assert_eq!(steer.target(&sent, at(0), Demand::Pages, true), Some(known));
+        assert_eq!(
+            steer.target(&sent, at(known), LinkDemand::Starved, true),
+            None
+        );
+        assert_eq!(
+            steer.target(&sent, at(0), LinkDemand::Starved, true),
+            Some(known)
+        );
     }
 
     #[test]
     fn disks_without_room_leave_the_scan_to_the_link() {
         let sent = Bitmap::new(PAGES);
         assert_eq!(
-            steer().target(&sent, at(3 * CHUNK), Demand::Nothing, false),
+            steer().target(&sent, at(3 * CHUNK), LinkDemand::Balanced, false),
             Some(0)
         );
         let elsewhere = PageKey { block: 0, page: 0 };
-        assert_eq!(steer().target(&sent, elsewhere, Demand::Rest, true), None);
+        assert_eq!(
+            steer().target(&sent, elsewhere, LinkDemand::Saturated, true),
+            None
+        );
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use transhume_protocol::link::Digest;
 use transhume_protocol::memory::Block;
 
-use super::scan_steering::Steer;
+use super::scan_steering::ScanSteering;
 use crate::error::RelayError;
 use transhume_pages::bitmap::Bitmap;
 use transhume_pages::last_sent::LastSent;
@@ -13,7 +13,7 @@ use transhume_pages::{PAGE_SIZE, PageKey};
 
 /// What orders the pages that QEMU sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Order {
+pub(crate) enum ChannelOrdering {
     /// They come in one stream.
     Stream,
     /// They come in channels, with a point of order behind each RAM section. QEMU looks which pages the guest wrote
@@ -36,7 +36,7 @@ struct Recent {
 
 /// See the module.
 #[derive(Debug, Default)]
-pub(crate) struct Ledger {
+pub(crate) struct SentPages {
     blocks: Arc<[Block]>,
     /// Pages that QEMU sent at least once, a bitmap a block.
     sent: Vec<Bitmap>,
@@ -45,7 +45,7 @@ pub(crate) struct Ledger {
     last_sent: LastSent,
     /// The page that QEMU sent last.
     at: Option<PageKey>,
-    pub(crate) steer: Option<Steer>,
+    pub(crate) steer: Option<ScanSteering>,
     /// Where there are channels: what came since the last point of order.
     recent: Option<Vec<Recent>>,
     strict: bool,
@@ -60,11 +60,11 @@ pub(crate) struct Noted {
     pub(crate) unchanged: bool,
 }
 
-impl Ledger {
+impl SentPages {
     /// Takes QEMU's table of RAM blocks.
-    pub(crate) fn set_blocks(&mut self, blocks: &[Block], order: Order) {
-        let channels = order != Order::Stream;
-        self.strict = order == Order::Scans;
+    pub(crate) fn set_blocks(&mut self, blocks: &[Block], order: ChannelOrdering) {
+        let channels = order != ChannelOrdering::Stream;
+        self.strict = order == ChannelOrdering::Scans;
         let pages = |block: &Block| block.length / PAGE_SIZE as u64;
         self.blocks = blocks.into();
         self.sent = blocks
@@ -74,7 +74,7 @@ impl Ledger {
         self.unsent = blocks.iter().map(pages).fold(0, u64::saturating_add);
         self.last_sent = LastSent::new(self.unsent);
         // A scan that is moved comes to pages again that it had before it was, with no point of order between.
-        self.steer = (!channels).then(|| Steer::new(blocks)).flatten();
+        self.steer = (!channels).then(|| ScanSteering::new(blocks)).flatten();
         self.recent = channels.then(|| {
             let recent = |block| Recent {
                 pages: Bitmap::new(pages(block)),
@@ -107,7 +107,7 @@ impl Ledger {
     }
 
     /// The sent pages of a block, and the page sent last.
-    pub(crate) fn scan(&mut self, block: u16) -> Option<(&mut Steer, &Bitmap, PageKey)> {
+    pub(crate) fn scan(&mut self, block: u16) -> Option<(&mut ScanSteering, &Bitmap, PageKey)> {
         let sent = self.sent.get(usize::from(block))?;
         Some((self.steer.as_mut()?, sent, self.at?))
     }
@@ -170,8 +170,8 @@ mod tests {
         PageKey { block: 0, page }
     }
 
-    fn ledger(order: Order) -> Ledger {
-        let mut ledger = Ledger::default();
+    fn ledger(order: ChannelOrdering) -> SentPages {
+        let mut ledger = SentPages::default();
         let block = Block {
             name: "pc.ram".to_owned(),
             length: 1000 * PAGE_SIZE as u64,
@@ -182,7 +182,7 @@ mod tests {
 
     #[test]
     fn a_page_that_comes_twice_without_order_between_ends_the_relay() {
-        let mut ledger = ledger(Order::Scans);
+        let mut ledger = ledger(ChannelOrdering::Scans);
         let noted = ledger.page(key(70), [1; 16]).expect("it is new");
         assert_eq!((noted.first, noted.unchanged), (true, false));
         ledger.filled(key(300)).expect("it is new");
@@ -201,7 +201,7 @@ mod tests {
 
     #[test]
     fn what_came_twice_in_a_section_is_sent_again_when_it_comes_again() {
-        let mut ledger = ledger(Order::Sections);
+        let mut ledger = ledger(ChannelOrdering::Sections);
         let mut unchanged = |page: u64, digest: u8| {
             let noted = ledger.page(key(page), [digest; 16]);
             noted.expect("it may come twice").unchanged
@@ -222,7 +222,7 @@ mod tests {
 
     #[test]
     fn one_stream_is_in_order_by_itself() {
-        let mut ledger = ledger(Order::Stream);
+        let mut ledger = ledger(ChannelOrdering::Stream);
         for unchanged in [false, true, true] {
             let noted = ledger.page(key(9), [1; 16]).expect("one stream");
             assert_eq!(noted.unchanged, unchanged);

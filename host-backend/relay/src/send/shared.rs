@@ -17,38 +17,39 @@ use super::hints::Hints;
 use super::link_rate::LinkRate;
 use super::packer::Packer;
 use super::page_requests::Requests;
-use super::prefetch::Order;
-use super::queue::Flow;
-use crate::IN_BETWEEN;
+use super::prefetch::Prefetch;
+use super::queue::SendQueue;
+use crate::SWITCHOVER_LINK_TIMEOUT;
 use crate::error::RelayError;
-use crate::progress::{Counter, Progress, Traffic};
+use crate::progress::{Counter, Progress};
+use transhume_api::migration::Traffic;
 use transhume_link::session::Session;
 
 /// Who has the VM, as far as it is decided by the stream: post-copy hands it over in the middle.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-enum Hand {
+enum HandOver {
     /// It stays here whatever the stream says.
     #[default]
-    Here,
+    Local,
     /// The stream may hand it over.
-    Open,
+    Armed,
     /// QEMU was told that the devices are loaded at the destination: whether it can still run the VM, it says.
     Told,
     /// It was handed over.
-    Over(Instant),
+    Committed(Instant),
     /// It stays here, for good.
-    Withdrawn,
+    Aborted,
 }
 
 #[derive(Default)]
 struct State {
-    hand: Hand,
+    hand: HandOver,
     /// The stream could hand it over at one time.
     opened: bool,
     /// The destination has loaded the devices.
     loaded: bool,
     /// The destination waits for the link however long it is away.
-    endures: bool,
+    keeps_waiting: bool,
     /// The VM goes over to post-copy as soon as it can.
     near: bool,
     /// QEMU's end of its socket, until the stream may hand the VM over.
@@ -78,9 +79,9 @@ pub(crate) struct Sockets {
 
 /// See the module.
 pub(crate) struct Shared {
-    pub(crate) flow: Arc<Flow>,
+    pub(crate) flow: Arc<SendQueue>,
     pub(crate) hints: Arc<Hints>,
-    pub(crate) order: Arc<Order>,
+    pub(crate) order: Arc<Prefetch>,
     pub(crate) progress: Arc<Progress>,
     /// What had moved before: more than nothing where post-copy goes on after a break.
     before: Traffic,
@@ -105,9 +106,9 @@ pub(crate) struct Shared {
 impl Shared {
     #[expect(clippy::too_many_arguments, reason = "they are its fields")]
     pub(crate) fn new(
-        flow: Arc<Flow>,
+        flow: Arc<SendQueue>,
         hints: Arc<Hints>,
-        order: Arc<Order>,
+        order: Arc<Prefetch>,
         progress: Arc<Progress>,
         qemu: Sockets,
         session: Session<Packer>,
@@ -165,7 +166,7 @@ impl Shared {
 
     /// The VM was handed over before this relay began.
     pub(crate) fn set_over(&self) {
-        self.lock().hand = Hand::Over(Instant::now());
+        self.lock().hand = HandOver::Committed(Instant::now());
     }
 
     /// Waits until doubts about storage are looked into: before a hand-over. The relay fails where it is not the same.
@@ -199,7 +200,7 @@ impl Shared {
         // QEMU may have to be told something before it can take the VM back: see `take_back`.
         let waits = {
             let state = self.lock();
-            let told = matches!(state.hand, Hand::Told | Hand::Over(_));
+            let told = matches!(state.hand, HandOver::Told | HandOver::Committed(_));
             self.keeps_until_loaded && state.opened && !told
         };
         self.shut(if waits {
@@ -230,7 +231,7 @@ impl Shared {
     /// Whether the destination may hold the VM, loaded, and the VM may still stay here.
     pub(crate) fn may_be_held(&self) -> bool {
         let state = self.lock();
-        self.keeps_until_loaded && state.opened && !matches!(state.hand, Hand::Over(_))
+        self.keeps_until_loaded && state.opened && !matches!(state.hand, HandOver::Committed(_))
     }
 
     pub(crate) fn set_loaded(&self) {
@@ -253,10 +254,10 @@ impl Shared {
     /// the VM. The journal says so.
     pub(crate) fn tell_loaded(&self, message: &[u8]) -> Result<(), RelayError> {
         let mut state = self.lock();
-        if state.hand != Hand::Open {
+        if state.hand != HandOver::Armed {
             return Err(RelayError::Stopped);
         }
-        state.hand = Hand::Told;
+        state.hand = HandOver::Told;
         drop(state);
         self.tell_hypervisor(message)
     }
@@ -309,18 +310,18 @@ impl Shared {
         self.lock().memory_sent.get_or_insert_with(Instant::now);
     }
 
-    /// Keeps QEMU's end of its socket for [`Shared::open_hand`].
+    /// Keeps QEMU's end of its socket for [`Shared::arm`].
     pub(crate) fn keep(&self, theirs: OwnedFd) {
         self.lock().theirs = Some(theirs);
     }
 
     /// From here on the stream may hand the VM over, and QEMU does not go back. The journal says so. Returns QEMU's end of
     /// its socket, if it was kept.
-    pub(crate) fn open_hand(&self) -> Option<OwnedFd> {
+    pub(crate) fn arm(&self) -> Option<OwnedFd> {
         let mut state = self.lock();
-        state.hand = Hand::Open;
+        state.hand = HandOver::Armed;
         state.opened = true;
-        self.session.set_patience(IN_BETWEEN);
+        self.session.set_patience(SWITCHOVER_LINK_TIMEOUT);
         state.theirs.take()
     }
 
@@ -365,33 +366,33 @@ impl Shared {
     }
 
     /// The destination has agreed to wait for the link however long it is away.
-    pub(crate) fn set_endures(&self) {
-        self.lock().endures = true;
+    pub(crate) fn set_keeps_waiting(&self) {
+        self.lock().keeps_waiting = true;
     }
 
     /// Whether it has.
-    pub(crate) fn endures(&self) -> bool {
-        self.lock().endures
+    pub(crate) fn keeps_waiting(&self) -> bool {
+        self.lock().keeps_waiting
     }
 
     /// Whether the stream may hand the VM over.
-    pub(crate) fn is_hand_open(&self) -> bool {
-        self.lock().hand == Hand::Open
+    pub(crate) fn is_armed(&self) -> bool {
+        self.lock().hand == HandOver::Armed
     }
 
     /// Hands the VM over, unless it was decided that it stays, and tells the destination.
     pub(crate) fn hand_over(&self) -> Result<(), RelayError> {
         let mut state = self.lock();
         let ready = match state.hand {
-            Hand::Open => !self.keeps_until_loaded,
-            Hand::Told => true,
+            HandOver::Armed => !self.keeps_until_loaded,
+            HandOver::Told => true,
             _ => false,
         };
         if !ready {
             return Err(RelayError::Stopped);
         }
         let commit = encode_control(&Control::Commit)?;
-        state.hand = Hand::Over(Instant::now());
+        state.hand = HandOver::Committed(Instant::now());
         drop(state);
         self.push_commit(commit);
         self.changed.notify_waiters();
@@ -419,10 +420,10 @@ impl Shared {
     /// Keeps the VM here. Returns when it was handed over, if it is too late.
     pub(crate) fn withdraw(&self) -> Option<Instant> {
         let mut state = self.lock();
-        if let Hand::Over(at) = state.hand {
+        if let HandOver::Committed(at) = state.hand {
             return Some(at);
         }
-        state.hand = Hand::Withdrawn;
+        state.hand = HandOver::Aborted;
         None
     }
 
@@ -430,7 +431,7 @@ impl Shared {
     pub(crate) async fn handed_over(&self) -> Instant {
         loop {
             let changed = self.changed.notified();
-            if let Hand::Over(at) = self.lock().hand {
+            if let HandOver::Committed(at) = self.lock().hand {
                 return at;
             }
             changed.await;
@@ -439,7 +440,7 @@ impl Shared {
 
     /// Whether the stream has handed the VM over.
     pub(crate) fn is_over(&self) -> bool {
-        matches!(self.lock().hand, Hand::Over(_))
+        matches!(self.lock().hand, HandOver::Committed(_))
     }
 
     pub(crate) fn memory_sent(&self) -> Option<Instant> {

@@ -11,30 +11,30 @@ use transhume_protocol::agent::ReportSource;
 use crate::progress::{Counter, Progress};
 use crate::send::clocks::Clocks;
 use crate::send::hints::Hints;
-use crate::send::prefetch::{Order, Question};
+use crate::send::prefetch::{Prefetch, Question};
 use transhume_guest::{self as guest, Agent, DiskName, Greeting, GuestRange, Questions, Reported};
 
 /// How long an agent may take to answer, until it is asked anew; the migration begins without it when it was silent once.
-const HELLO_PATIENCE: Duration = Duration::from_secs(2);
+const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between two tries to reach an agent that is silent: its guest may have other work.
-const AGAIN: Duration = Duration::from_secs(3);
+const RETRY_INTERVAL: Duration = Duration::from_secs(3);
 /// How often it is looked whether the migration is over meanwhile.
-const STOP_POLL: Duration = Duration::from_millis(100);
+const STOP_POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// Pause between two reports, and the share of one CPU of the guest that they may take.
 const INTERVAL: Duration = Duration::from_secs(10);
 const CPU_PERMILLE: u16 = 500;
 /// Reports that come faster than this are dropped, or so soon that they would take more of a CPU than one part in so many:
 /// sorting one costs the host more than the guest.
-const LEAST_INTERVAL: Duration = Duration::from_millis(250);
+const MIN_INTERVAL: Duration = Duration::from_millis(250);
 const CPU_SHARE: u32 = 10;
 
 /// The first report is used in parts of so many pages, so that memory moves while the guest still looks
 /// through its page cache; and in so many parts at most.
 const PART_PAGES: u64 = 8192;
-const MOST_PARTS: u32 = 256;
+const MAX_PARTS: u32 = 256;
 
 /// The thread that listens to the agent.
-pub(crate) struct Reports {
+pub(crate) struct AgentListener {
     stop: Arc<AtomicBool>,
     remarks: Arc<Mutex<Vec<String>>>,
     /// Why the agent has not been reached yet.
@@ -52,7 +52,7 @@ enum First {
     There,
 }
 
-impl Reports {
+impl AgentListener {
     /// Starts to listen to an agent by its socket, or tells why there is none. If the VM may move by post-copy the
     /// guest is asked in which order its memory is wanted, when that is near.
     pub(crate) fn start(
@@ -61,7 +61,7 @@ impl Reports {
         session: u64,
         hints: Arc<Hints>,
         progress: Arc<Progress>,
-        order: Arc<Order>,
+        order: Arc<Prefetch>,
         clocks: Arc<Clocks>,
     ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
@@ -126,7 +126,7 @@ impl Reports {
     }
 }
 
-impl Drop for Reports {
+impl Drop for AgentListener {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
     }
@@ -137,11 +137,11 @@ fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Most remarks that an agent can cause.
-const MOST_REMARKS: usize = 8;
+const MAX_REMARKS: usize = 8;
 
 fn remark(remarks: &Mutex<Vec<String>>, text: String) {
     let mut remarks = lock(remarks);
-    if remarks.len() < MOST_REMARKS && !remarks.contains(&text) {
+    if remarks.len() < MAX_REMARKS && !remarks.contains(&text) {
         tracing::info!("{text}");
         remarks.push(text);
     }
@@ -154,7 +154,7 @@ struct Listener {
     ready: watch::Sender<First>,
     hints: Arc<Hints>,
     progress: Arc<Progress>,
-    order: Arc<Order>,
+    order: Arc<Prefetch>,
     clocks: Arc<Clocks>,
     gate: Arc<AtomicBool>,
 }
@@ -231,7 +231,7 @@ impl Listener {
                     } else {
                         self.hints.replace(report.ranges);
                     }
-                    let pause = LEAST_INTERVAL.max(began.elapsed() * CPU_SHARE);
+                    let pause = MIN_INTERVAL.max(began.elapsed() * CPU_SHARE);
                     last = Some((Instant::now(), pause));
                     self.tell();
                 },
@@ -274,7 +274,7 @@ impl Listener {
         session: u64,
     ) -> Option<(Agent, Greeting)> {
         loop {
-            let reason = match guest::connect(socket, disks.to_vec(), session, HELLO_PATIENCE) {
+            let reason = match guest::connect(socket, disks.to_vec(), session, HELLO_TIMEOUT) {
                 Ok(connected) => {
                     *lock(&self.unreached) = None;
                     return Some(connected);
@@ -286,11 +286,11 @@ impl Listener {
             }
             let _ = self.ready.send(First::NotSoon);
             let silent = Instant::now();
-            while silent.elapsed() < AGAIN {
+            while silent.elapsed() < RETRY_INTERVAL {
                 if self.stop.load(Ordering::Relaxed) {
                     return None;
                 }
-                std::thread::sleep(STOP_POLL);
+                std::thread::sleep(STOP_POLL_INTERVAL);
             }
         }
     }
@@ -307,7 +307,7 @@ struct FirstReport {
 impl FirstReport {
     /// What is new in a report, when it is enough.
     fn part<'a>(&mut self, ranges: &'a [GuestRange]) -> Option<&'a [GuestRange]> {
-        if self.parts >= MOST_PARTS {
+        if self.parts >= MAX_PARTS {
             return None;
         }
         let new = self.rest(ranges);
@@ -349,7 +349,7 @@ mod tests {
         assert_eq!(got, all);
         // The agent began anew.
         assert_eq!(first.part(&all[..4]), Some(&all[..4]));
-        first.parts = MOST_PARTS;
+        first.parts = MAX_PARTS;
         assert_eq!(first.part(&all), None);
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use transhume_protocol::memory::Block;
 
 use crate::error::RelayError;
-use crate::qemu::multifd_barrier::Rendezvous;
+use crate::qemu::multifd_barrier::MultifdBarrier;
 use crate::qemu::multifd_reader::ChannelReader;
 use crate::qemu::return_path::Passing;
 use crate::qemu::stream_reader::StreamReader;
@@ -38,7 +38,7 @@ pub(crate) fn resume(
 pub(crate) fn start(shared: &Arc<Shared>, digester: &Digester) -> Result<(), RelayError> {
     let reading = Arc::new(Reading::new(Arc::clone(shared)));
     let channels = &shared.sockets().channels;
-    let barrier = (!channels.is_empty()).then(|| Arc::new(Rendezvous::new(channels.len())));
+    let barrier = (!channels.is_empty()).then(|| Arc::new(MultifdBarrier::new(channels.len())));
     let collector = || {
         let reading = Arc::clone(&reading);
         Collector::new(reading, digester.clone(), barrier.is_some())

@@ -11,25 +11,25 @@ use super::request::{Keeper, Request, ask};
 use super::stop::Stop;
 use crate::error::RelayError;
 use crate::policy::goal::Aim;
-use crate::progress::{Downtime, Phase, Summary};
 use crate::qemu::return_path;
 use crate::send::shared::Shared;
-use crate::{Error, IN_BETWEEN, Stays, moved_guest};
+use crate::{Error, SWITCHOVER_LINK_TIMEOUT, Stays, moved_guest};
+use transhume_api::migration::{Downtime, Phase, Summary};
 use transhume_api::{Choice, Mode};
 use transhume_hypervisor::qmp_commands::keeps_vm;
 use transhume_hypervisor::{self as hypervisor, Shutdown, Vm};
-use transhume_link::PATIENCE;
+use transhume_link::TIMEOUT;
 
 /// How long QEMU may take to run a VM again after a failure.
-const QEMU_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 15 });
+const QEMU_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 15 });
 
 /// How long a QEMU that cannot be asked any more, or said that it ends, may take to end.
-const END_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
+const END_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
 
-const TAKE_BACK_GLANCE: Duration = Duration::from_millis(50);
+const TAKE_BACK_POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// How long a silent destination is asked what became of the VM.
-const QUERY_PATIENCE: Duration = Duration::from_secs(30);
+const QUERY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a destination that can be reached may take to hear that the migration has ended.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -63,7 +63,7 @@ impl Migration {
             Err(error) => return Err(self.undo(Stop::Failed(error.to_string())).await),
         };
         copied.shared.push_commit(commit);
-        let answered = timeout(PATIENCE, copied.shared.answered()).await;
+        let answered = timeout(TIMEOUT, copied.shared.answered()).await;
         let taken = match answered {
             Ok(Some(Ok(()))) => Ok(()),
             Ok(Some(Err(reason))) => Err(reason),
@@ -168,7 +168,7 @@ impl Migration {
             vm.name(),
             self.facts.offer.job,
             &keeper,
-            QUERY_PATIENCE,
+            QUERY_TIMEOUT,
         )
         .await
     }
@@ -235,7 +235,7 @@ impl Migration {
         }
         if let Some(session) = &self.session {
             if held.is_some() {
-                self.withdraw(IN_BETWEEN);
+                self.withdraw(SWITCHOVER_LINK_TIMEOUT);
             } else if session.away().is_some() {
                 self.withdraw(self.request.link_patience);
             }
@@ -307,7 +307,7 @@ impl Migration {
     async fn ended_here(&self, stop: &Stop) -> Option<Error> {
         let Request { vm, from, .. } = &self.request;
         let (name, host) = (vm.name().to_owned(), from.clone());
-        let ended = vm.ends_within(END_PATIENCE).await;
+        let ended = vm.ends_within(END_TIMEOUT).await;
         let said = vm.qmp().shutdown();
         if let Some(how) = said.as_ref().and_then(Shutdown::guest) {
             self.progress.enter(Phase::Ended);
@@ -359,7 +359,7 @@ impl Migration {
         let vm = &self.request.vm;
         let run_again = async {
             // Not before QEMU has done with it: another migration may begin at once.
-            vm.migration_over(QEMU_PATIENCE).await?;
+            vm.migration_over(QEMU_TIMEOUT).await?;
             if self.facts.running {
                 vm.run_on().await?;
             }
@@ -377,7 +377,7 @@ impl Migration {
 /// for the word that they are (QEMU 11.1), whatever becomes of its socket. Said on a stream that has broken, it makes the
 /// migration fail, as it should.
 async fn stays_here(vm: &Vm, wake: impl Fn()) -> bool {
-    let deadline = Instant::now() + QEMU_PATIENCE;
+    let deadline = Instant::now() + QEMU_TIMEOUT;
     let mut woken = false;
     while Instant::now() < deadline {
         let Ok(said) = vm.qmp().query_migrate().await else {
@@ -392,9 +392,9 @@ async fn stays_here(vm: &Vm, wake: impl Fn()) -> bool {
             tracing::warn!("QEMU waits for a destination that has gone: it is woken");
             wake();
         }
-        tokio::time::sleep(TAKE_BACK_GLANCE).await;
+        tokio::time::sleep(TAKE_BACK_POLL_INTERVAL).await;
     }
-    timeout(END_PATIENCE, vm.gone()).await.is_ok()
+    timeout(END_TIMEOUT, vm.gone()).await.is_ok()
 }
 
 #[cfg(test)]

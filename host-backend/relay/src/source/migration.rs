@@ -1,40 +1,37 @@
 //! Drives one migration through its phases.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
-use tokio::sync::{broadcast, watch};
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::sync::watch;
+use tokio::time::timeout;
 use transhume_protocol::link::PostCopy;
 
-use super::agent_listener::Reports;
+use super::agent_listener::AgentListener;
 use super::cancel::cancelled;
 use super::engine;
 use super::negotiation::{Accepted, Agreement};
-use super::plan::Plan;
-use super::post_copy_start::Start;
+use super::plan::DryRunPlan;
 use super::request::{Journal, Outcome, Request};
-use super::stop::{PAUSED_PATIENCE, Stop, link_away_while_paused};
-use super::survey::{self, Facts};
+use super::stop::Stop;
+use super::survey::{self, SourceVm};
 use crate::error::RelayError;
-use crate::policy::goal::Aim;
-use crate::policy::mode_choice::{self, Choice};
-use crate::progress::{Counter, Phase, Progress};
+use crate::policy::mode_choice::{self};
+use crate::progress::Progress;
 use crate::qemu::migration_settings::{self, Before};
 use crate::qemu::return_path;
-use crate::qemu::switchover::Switchover;
 use crate::send::clocks::Clocks;
 use crate::send::doubt::Doubt;
 use crate::send::frame_map::Frames;
 use crate::send::hints::Hints;
 use crate::send::link_rate::LinkRate;
 use crate::send::packer::Packer;
-use crate::send::prefetch::Order;
-use crate::send::queue::Flow;
+use crate::send::prefetch::Prefetch;
+use crate::send::queue::SendQueue;
 use crate::send::shared::Shared;
 use crate::{Error, moved_guest};
+use transhume_api::migration::Phase;
 use transhume_api::{Choice as Chosen, Mode};
-use transhume_hypervisor::Event;
 use transhume_hypervisor::qmp::Version;
 use transhume_link::session::Session;
 use transhume_machine::memory_layout::main_memory_end;
@@ -42,10 +39,7 @@ use transhume_pages::PAGE_SIZE;
 use transhume_pages::digest::Digester;
 
 /// How long the first report of the page cache is waited for, once the destination is ready.
-const REPORT_PATIENCE: Duration = Duration::from_secs(3);
-
-/// How often QEMU is asked how far it is.
-const POLL: Duration = Duration::from_millis(25);
+const REPORT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Moves a VM, or looks whether it would work. `cancel` turning true ends it, as long as the hand-over
 /// has not begun.
@@ -83,9 +77,9 @@ pub async fn migrate(
     Ok(Outcome::Migrated(Box::new(summary)))
 }
 
-fn plan(request: &Request, facts: &Facts, accepted: &Accepted) -> Plan {
+fn plan(request: &Request, facts: &SourceVm, accepted: &Accepted) -> DryRunPlan {
     let version = |version: [u32; 3]| Version::from(version).to_string();
-    Plan {
+    DryRunPlan {
         vm: request.vm.name().to_owned(),
         from: request.from.clone(),
         to: request.destination.host.clone(),
@@ -110,12 +104,12 @@ pub(crate) struct Copied {
 
 pub(crate) struct Migration {
     pub(crate) request: Request,
-    pub(crate) facts: Facts,
+    pub(crate) facts: SourceVm,
     pub(crate) progress: Arc<Progress>,
     pub(crate) journal: Arc<dyn Journal>,
     pub(crate) clocks: Arc<Clocks>,
     pub(crate) shared: Option<Arc<Shared>>,
-    pub(crate) reports: Option<Reports>,
+    pub(crate) reports: Option<AgentListener>,
     pub(crate) before: Option<Before>,
     /// The link, from when the destination is ready.
     pub(crate) session: Option<Session<Packer>>,
@@ -130,7 +124,7 @@ pub(crate) struct Migration {
 impl Migration {
     fn new(
         request: Request,
-        facts: Facts,
+        facts: SourceVm,
         progress: Arc<Progress>,
         journal: Arc<dyn Journal>,
         no_post_copy: Option<&str>,
@@ -169,13 +163,13 @@ impl Migration {
         cancel: &mut watch::Receiver<bool>,
     ) -> Result<Copied, Stop> {
         self.enter(Phase::Prepare)?;
-        let flow = Arc::new(Flow::new());
+        let flow = Arc::new(SendQueue::new());
         let layout = std::mem::take(&mut self.facts.layout);
         let frames = main_memory_end(&layout, PAGE_SIZE as u64);
         let layout = Arc::new(Frames::new(layout));
         let hints = Arc::new(Hints::new(Arc::clone(&layout), Arc::clone(&flow)));
         let frames = self.may_go_over().then_some(frames);
-        let order = Arc::new(Order::new(layout, frames));
+        let order = Arc::new(Prefetch::new(layout, frames));
         let mut reports = self.listen_to_agent(&hints, &order);
         let ready = self
             .prepare_destination(accepted, agreement, cancel)
@@ -204,7 +198,7 @@ impl Migration {
         .await?;
         self.before = Some(before);
         tokio::select! {
-            () = reports.first(REPORT_PATIENCE) => {}
+            () = reports.first(REPORT_TIMEOUT) => {}
             () = cancelled(cancel) => return Err(Stop::Cancelled),
         }
         self.reports = Some(reports);
@@ -257,126 +251,6 @@ impl Migration {
         })
     }
 
-    /// Watches until QEMU says that it is done, or the VM was handed over.
-    async fn watch(
-        &self,
-        shared: &Arc<Shared>,
-        mut events: broadcast::Receiver<Event>,
-        cancel: &mut watch::Receiver<bool>,
-    ) -> Result<Copied, Stop> {
-        let qmp = self.request.vm.qmp();
-        let mut switchover = Switchover::new(self.request.goal);
-        let mut choice = Choice::new(
-            self.request.goal,
-            self.post_copy,
-            Arc::clone(&self.progress),
-        );
-        let mut start = Start::default();
-        let (mut seen, mut continued) = (None, false);
-        let done = |paused: Option<Instant>| {
-            let completed = Instant::now();
-            Copied {
-                shared: Arc::clone(shared),
-                paused: paused.unwrap_or(completed),
-                completed,
-                post_copy: false,
-            }
-        };
-        let mut poll = interval(POLL);
-        poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut paused = None;
-        loop {
-            tokio::select! {
-                biased;
-                // A QEMU that is about to go over to post-copy can take a cancel half, and hang.
-                () = cancelled(cancel), if !(start.has_begun() && paused.is_some()) => {
-                    return Err(Stop::Cancelled);
-                }
-                event = events.recv() => match event {
-                    Ok(event) => {
-                        if event.name == "STOP" {
-                            if self.facts.running {
-                                moved_guest::of(&self.request.vm).note_clock(self.clocks.guest());
-                            }
-                            self.enter(Phase::Switchover)?;
-                            paused = Some(instant(event.at));
-                        }
-                        let status = event.data.get("status").and_then(|status| status.as_str());
-                        if event.name == "MIGRATION" && status == Some("completed") {
-                            return Ok(done(paused));
-                        }
-                        if event.name == "MIGRATION" && status == Some("pre-switchover") {
-                            if !start.has_begun() {
-                                if !std::mem::replace(&mut continued, true) {
-                                    qmp.migrate_continue().await?;
-                                }
-                            } else if shared.link_away().is_none() {
-                                return self.let_go(shared, events, paused.unwrap_or_else(Instant::now)).await;
-                            }
-                        }
-                        if event.name == "MIGRATION" && status == Some("failed") {
-                            return Err(self.why_failed(shared).await);
-                        }
-                    }
-                    Err(broadcast::error::RecvError::Lagged(_)) => {}
-                    Err(broadcast::error::RecvError::Closed) => {
-                        return Err(Stop::Failed(qmp.closed().await));
-                    }
-                },
-                () = qmp.shuts_down() => return Err(Stop::Ended),
-                () = shared.failure() => return Err(self.why_failed(shared).await),
-                _ = poll.tick() => {
-                    let away = shared.link_away();
-                    let away_ms = away.map_or(0, |away| away.as_millis());
-                    self.progress.set(Counter::LinkAwayMs, u64::try_from(away_ms).unwrap_or(u64::MAX));
-                    if let (Some(away), Some(_)) = (away, paused) && away > PAUSED_PATIENCE {
-                        return Err(link_away_while_paused());
-                    }
-                    if paused.is_none() && self.request.goal.is_over(self.progress.elapsed()) {
-                        return Err(self.too_late());
-                    }
-                    let migration = qmp.query_migrate().await?;
-                    match migration.status.as_deref() {
-                        Some("completed") => return Ok(done(paused)),
-                        // Its event was missed.
-                        Some("pre-switchover") if !start.has_begun() && !continued => {
-                            continued = true;
-                            qmp.migrate_continue().await?;
-                        }
-                        // Its event came while the link was away.
-                        Some("pre-switchover") if away.is_none() && start.has_begun() => {
-                            return self.let_go(shared, events, paused.unwrap_or_else(Instant::now)).await;
-                        }
-                        Some("failed" | "cancelled") => {
-                            return Err(self.why_failed(shared).await);
-                        }
-                        _ => {
-                            if let Some(now) = switchover.follow(&migration, shared, qmp).await? {
-                                choice.consider(&now);
-                                seen = Some(now);
-                            }
-                            if choice.is_likely() && let Some(reports) = &self.reports {
-                                reports.prepare_gate();
-                            }
-                            if let Some(seen) = seen.as_ref().filter(|_| paused.is_none()) {
-                                start.follow(seen, &choice, shared, qmp).await?;
-                            }
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    fn too_late(&self) -> Stop {
-        let advice = self
-            .progress
-            .forecast()
-            .and_then(|forecast| forecast.advice);
-        let advice = advice.unwrap_or_else(|| "a later --deadline would do".to_owned());
-        Stop::Failed(format!("the deadline has passed; {advice}"))
-    }
-
     /// The cause that a person should read: the relay's own, else QEMU's.
     pub(crate) async fn why_failed(&self, shared: &Arc<Shared>) -> Stop {
         // The relay's threads notice a moment after QEMU does, or before.
@@ -403,13 +277,4 @@ impl Migration {
             }
         }
     }
-}
-
-/// The moment at which QEMU's clock showed `at`.
-fn instant(at: Duration) -> Instant {
-    let now = SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap_or_default();
-    let ago = now.saturating_sub(at).min(Duration::from_secs(60));
-    Instant::now().checked_sub(ago).unwrap_or_else(Instant::now)
 }

@@ -18,9 +18,10 @@ mod request;
 mod resume;
 mod stop;
 mod survey;
+mod watch;
 
 pub use crate::storage::agreed::{SharedBy, SharedDisk};
 pub use migration::migrate;
-pub use plan::Plan;
+pub use plan::DryRunPlan;
 pub use request::{Destination, Journal, Keeper, Outcome, Presence, Request, ask, locate};
 pub use resume::Rest;

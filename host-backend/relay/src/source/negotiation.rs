@@ -11,20 +11,20 @@ use transhume_protocol::link::{Control, Offer};
 use super::cancel::cancelled;
 use super::request::{Destination, Request};
 use super::stop::Stop;
-use super::survey::Facts;
+use super::survey::SourceVm;
 use crate::storage::agreed::{Agreed, NotAgreed, Ours};
 use crate::{Error, Stays};
 use transhume_hypervisor::Vm;
-use transhume_link::{self as link, Connection, PATIENCE, REFUSALS};
+use transhume_link::{self as link, Connection, REFUSALS, TIMEOUT};
 
 /// How long the destination may look at its disks and its QEMU, and before that end an earlier attempt.
-const LOOK_PATIENCE: Duration = Duration::from_secs(30);
+const LOOK_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a connection may take that replaces a broken one.
-const RECONNECT_PATIENCE: Duration = Duration::from_secs(3);
+const RECONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Between two attempts.
-const PAUSE: Duration = Duration::from_millis(300);
+const RETRY_INTERVAL: Duration = Duration::from_millis(300);
 /// Connections that are made before the session, at most. Whoever takes so many and keeps none is no destination.
-const MOST_CONNECTIONS: u32 = 8;
+const MAX_CONNECTIONS: u32 = 8;
 
 /// What the destination accepted.
 pub(crate) struct Accepted {
@@ -110,7 +110,7 @@ impl Patience {
         } else {
             self.refused = None;
         }
-        if self.connections >= MOST_CONNECTIONS {
+        if self.connections >= MAX_CONNECTIONS {
             return Err(error);
         }
         if away >= self.patience {
@@ -165,7 +165,7 @@ impl Agreement {
     /// Offers the VM until the destination answers.
     pub(crate) async fn reach(
         &mut self,
-        facts: &mut Facts,
+        facts: &mut SourceVm,
         cancel: &mut watch::Receiver<bool>,
     ) -> Result<Accepted, Disagreement> {
         loop {
@@ -176,8 +176,8 @@ impl Agreement {
                 .iter()
                 .any(|(name, _)| name == "switchover-ack");
             let patience = match self.patience.connections {
-                0 => PATIENCE,
-                _ => RECONNECT_PATIENCE,
+                0 => TIMEOUT,
+                _ => RECONNECT_TIMEOUT,
             };
             let attempt = transhume_base::task::blocking(move || {
                 negotiate(&vm, &destination, offer, has_ack, patience)
@@ -209,7 +209,7 @@ impl Agreement {
     pub(crate) async fn renew(
         &mut self,
         error: link::Error,
-        facts: &mut Facts,
+        facts: &mut SourceVm,
         cancel: &mut watch::Receiver<bool>,
     ) -> Result<(), Disagreement> {
         self.pause(error, cancel).await?;
@@ -228,7 +228,7 @@ impl Agreement {
             return Err(refused(self.explain(error)));
         }
         tokio::select! {
-            () = tokio::time::sleep(PAUSE) => Ok(()),
+            () = tokio::time::sleep(RETRY_INTERVAL) => Ok(()),
             () = cancelled(cancel) => Err(Disagreement::Cancelled),
         }
     }
@@ -271,9 +271,9 @@ fn negotiate(
     let ours = Ours::open(vm.definition(), &offer.from)?;
     offer.signs = ours.signs();
     let answer = connection
-        .set_patience(PATIENCE)
+        .set_patience(TIMEOUT)
         .and_then(|()| connection.send(&Control::Offer(Box::new(offer))))
-        .and_then(|()| connection.receive(LOOK_PATIENCE))
+        .and_then(|()| connection.receive(LOOK_TIMEOUT))
         .map_err(Failure::Broke)?;
     match answer {
         Control::Accepted {
@@ -365,7 +365,7 @@ mod tests {
         patience.connected();
         let error = link::Error::Unexpected("nothing");
         assert!(patience.again(error, now).is_err());
-        for _ in 1..MOST_CONNECTIONS {
+        for _ in 1..MAX_CONNECTIONS {
             assert!(patience.again(link::Error::Closed, now).is_ok());
             patience.connected();
         }

@@ -9,7 +9,7 @@ use crate::storage::agreed::SharedDisk;
 /// What a dry run found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Plan {
+pub struct DryRunPlan {
     /// The VM.
     pub vm: String,
     /// The host that runs it.
@@ -33,7 +33,7 @@ pub struct Plan {
     pub storage: Vec<SharedDisk>,
 }
 
-impl fmt::Display for Plan {
+impl fmt::Display for DryRunPlan {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             out,

@@ -17,18 +17,18 @@ use tokio::sync::broadcast;
 use tokio::time::timeout;
 
 use super::migration::{Copied, Migration};
-use super::remainder::{POLL, rest, show, stalls};
+use super::remainder::{POLL_INTERVAL, rest, show, stalls};
 use super::resume::Rest;
-use super::stop::{PAUSED_PATIENCE, Stop, link_away_while_paused};
+use super::stop::{PAUSED_TIMEOUT, Stop, link_away_while_paused};
 use crate::Error;
 use crate::error::{CutOff, RelayError};
-use crate::progress::{Counter, Phase, PostCopy, Summary};
+use crate::progress::Counter;
 use crate::qemu::return_path;
 use crate::send::shared::Shared;
-use transhume_hypervisor::Event;
+use transhume_api::migration::{Phase, PostCopy, Summary};
 use transhume_hypervisor::qmp_commands::keeps_vm;
-use transhume_hypervisor::stream;
-use transhume_link::PATIENCE;
+use transhume_hypervisor::{Event, stream};
+use transhume_link::TIMEOUT;
 
 fn status(event: &Event) -> Option<&str> {
     let status = event.data.get("status").and_then(|status| status.as_str());
@@ -54,7 +54,7 @@ impl Migration {
         if qmp.shutdown().is_some() {
             return Err(Stop::Ended);
         }
-        if let Some(theirs) = shared.open_hand() {
+        if let Some(theirs) = shared.arm() {
             stream::narrow(&theirs);
         }
         qmp.migrate_continue().await?;
@@ -82,9 +82,9 @@ impl Migration {
                 },
                 () = qmp.shuts_down() => break Stop::Ended,
                 () = shared.failure() => break self.why_failed(shared).await,
-                () = tokio::time::sleep(POLL) => {
+                () = tokio::time::sleep(POLL_INTERVAL) => {
                     show(shared, None, &self.progress);
-                    if shared.keeps_until_loaded() && shared.link_away() > Some(PAUSED_PATIENCE) {
+                    if shared.keeps_until_loaded() && shared.link_away() > Some(PAUSED_TIMEOUT) {
                         break link_away_while_paused();
                     }
                 }
@@ -123,7 +123,7 @@ impl Migration {
                 event = events.recv() => if matches!(event, Err(broadcast::error::RecvError::Closed)) {
                     return Err(Stop::Failed(qmp.closed().await));
                 },
-                () = tokio::time::sleep(POLL) => {}
+                () = tokio::time::sleep(POLL_INTERVAL) => {}
             }
         }
     }
@@ -142,7 +142,7 @@ impl Migration {
             Some(Ok(())) => Instant::now(),
             Some(Err(reason)) => return Err(self.undo(Stop::Failed(reason)).await),
             // The link ended before the destination answered.
-            None => match timeout(PATIENCE, self.ask_what_became()).await {
+            None => match timeout(TIMEOUT, self.ask_what_became()).await {
                 Ok(Some(true)) => Instant::now(),
                 Ok(Some(false)) => {
                     let reason = "the other host did not take the VM over".to_owned();
@@ -190,7 +190,7 @@ impl Migration {
         let answered = shared.answered();
         tokio::pin!(answered);
         loop {
-            match timeout(POLL, &mut answered).await {
+            match timeout(POLL_INTERVAL, &mut answered).await {
                 Ok(answer) => return answer,
                 Err(_) => show(shared, None, &self.progress),
             }

@@ -69,10 +69,10 @@ impl Start {
         if !self.asked {
             self.asked = true;
             shared.stay_near();
-            let endure = encode_control(&Control::Endure).map_err(RelayError::from)?;
+            let endure = encode_control(&Control::KeepWaiting).map_err(RelayError::from)?;
             shared.flow.push_control(endure);
         }
-        if !shared.endures() || !(is_ready || is_urgent) {
+        if !shared.keeps_waiting() || !(is_ready || is_urgent) {
             return Ok(());
         }
         self.begun = true;

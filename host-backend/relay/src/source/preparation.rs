@@ -9,7 +9,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use transhume_protocol::link::{Control, PostCopy};
 
-use super::agent_listener::Reports;
+use super::agent_listener::AgentListener;
 use super::cancel::cancelled;
 use super::migration::Migration;
 use super::negotiation::{Accepted, Agreement};
@@ -19,15 +19,15 @@ use crate::send::clocks::Clocks;
 use crate::send::hints::Hints;
 use crate::send::link_rate::LinkRate;
 use crate::send::packer::Packer;
-use crate::send::prefetch::Order;
+use crate::send::prefetch::Prefetch;
 use crate::send::shared::Sockets;
 use crate::storage::agreed::Agreed;
 use transhume_guest::DiskName;
 use transhume_hypervisor as hypervisor;
 use transhume_hypervisor::qmp::Version;
-use transhume_hypervisor::stream::Door;
+use transhume_hypervisor::stream::MigrationListener;
 use transhume_link::session::{Rejoin, Session};
-use transhume_link::{self as link, Connection, START_PATIENCE};
+use transhume_link::{self as link, Connection, START_TIMEOUT};
 
 /// The destination's QEMU waits for the stream.
 pub(crate) struct Ready {
@@ -69,7 +69,7 @@ fn prepare(
         post_copy,
     };
     connection.send(&prepare).map_err(NotReady::Link)?;
-    match connection.receive(START_PATIENCE).map_err(NotReady::Link)? {
+    match connection.receive(START_TIMEOUT).map_err(NotReady::Link)? {
         Control::Ready {
             token,
             connections,
@@ -96,7 +96,11 @@ pub(crate) fn connections() -> u8 {
 }
 
 impl Migration {
-    pub(crate) fn listen_to_agent(&self, hints: &Arc<Hints>, order: &Arc<Order>) -> Reports {
+    pub(crate) fn listen_to_agent(
+        &self,
+        hints: &Arc<Hints>,
+        order: &Arc<Prefetch>,
+    ) -> AgentListener {
         let vm = &self.request.vm;
         let disks = self
             .facts
@@ -114,7 +118,7 @@ impl Migration {
             None => Err("the VM has no agent channel"),
             Some(socket) => Ok(socket),
         };
-        Reports::start(
+        AgentListener::start(
             agent,
             disks,
             self.facts.offer.job,
@@ -191,7 +195,7 @@ impl Migration {
     }
 
     /// Where QEMU is to open its channels, and how many, if it is to have some.
-    pub(crate) fn channels(&self) -> Option<(Door, NonZeroU8)> {
+    pub(crate) fn channels(&self) -> Option<(MigrationListener, NonZeroU8)> {
         let known = &self.facts.capabilities;
         let known = known.iter().any(|(name, _)| name == "multifd");
         if !known
@@ -203,7 +207,7 @@ impl Migration {
         let channels =
             NonZeroU8::new(self.request.qemu_channels).filter(|channels| channels.get() > 1)?;
         let vm = &self.request.vm;
-        match Door::open(vm.files().folder(), vm.qmp().pid()?) {
+        match MigrationListener::open(vm.files().folder(), vm.qmp().pid()?) {
             Ok(door) => Some((door?, channels)),
             Err(error) => {
                 tracing::warn!(%error, "QEMU gets no channels");
@@ -215,7 +219,7 @@ impl Migration {
     /// Lets QEMU migrate into sockets of ours, and returns them, and QEMU's end where it was ours to make.
     pub(crate) async fn connect_qemu(
         &self,
-        door: Option<(Door, NonZeroU8)>,
+        door: Option<(MigrationListener, NonZeroU8)>,
     ) -> Result<(Sockets, Option<OwnedFd>), Stop> {
         let qmp = self.request.vm.qmp();
         let Some((door, channels)) = door else {

@@ -10,17 +10,17 @@ use crate::progress::{Counter, Progress};
 use crate::send::shared::Shared;
 use transhume_hypervisor::Vm;
 use transhume_hypervisor::qmp_commands::Migration as Said;
-use transhume_link::PATIENCE;
+use transhume_link::TIMEOUT;
 
 /// How often QEMU is asked how far it is.
-pub(crate) const POLL: Duration = Duration::from_millis(50);
+pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// How long the destination may take to say what post-copy cost the guest.
-const STALLS_PATIENCE: Duration = Duration::from_secs(2);
+const STALLS_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Waits until QEMU has sent the rest and the destination's has it.
 pub(crate) async fn rest(vm: &Vm, shared: &Shared, progress: &Progress) -> Result<(), CutOff> {
     let qmp = vm.qmp();
-    let mut poll = interval(POLL);
+    let mut poll = interval(POLL_INTERVAL);
     poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut events = qmp.events();
     let mut failed: Option<Instant> = None;
@@ -54,7 +54,7 @@ pub(crate) async fn rest(vm: &Vm, shared: &Shared, progress: &Progress) -> Resul
                 return Err(cause.into());
             }
             // QEMU before 8.0 may wait for the end of its return path for ever.
-            _ if failed.is_some_and(|since| since.elapsed() > PATIENCE) => {
+            _ if failed.is_some_and(|since| since.elapsed() > TIMEOUT) => {
                 let cause = shared.take_failure();
                 return Err(cause
                     .map_or_else(String::new, |cause| cause.to_string())
@@ -67,7 +67,7 @@ pub(crate) async fn rest(vm: &Vm, shared: &Shared, progress: &Progress) -> Resul
 
 /// What post-copy cost the guest, if the destination says so in time.
 pub(crate) async fn stalls(shared: &Shared) -> Option<Stalls> {
-    let told = timeout(STALLS_PATIENCE, shared.stalls()).await;
+    let told = timeout(STALLS_TIMEOUT, shared.stalls()).await;
     told.ok().flatten()
 }
 

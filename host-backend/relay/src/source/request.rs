@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 use transhume_protocol::link::Control;
 pub use transhume_protocol::link::Presence;
 
-use super::plan::Plan;
-use crate::progress::Summary;
+use super::plan::DryRunPlan;
 use transhume_api::Goal;
+use transhume_api::migration::Summary;
 use transhume_hypervisor::Vm;
 use transhume_hypervisor::qmp_commands::keeps_vm;
-use transhume_link::{Connection, PATIENCE, Security};
+use transhume_link::{Connection, Security, TIMEOUT};
 
 /// Where the phases of a migration are noted before they are acted on.
 pub trait Journal: Send + Sync {
@@ -63,7 +63,7 @@ pub enum Outcome {
     /// The destination runs the VM.
     Migrated(Box<Summary>),
     /// It would work.
-    Planned(Plan),
+    Planned(DryRunPlan),
 }
 
 /// Who keeps a VM that the destination holds: loaded, and not running before it hears this.
@@ -117,7 +117,7 @@ pub async fn ask(
         let asked = transhume_base::task::blocking(move || {
             let mut connection = Connection::open(&address, &host, &security)?;
             connection.send(&query)?;
-            let answer = connection.receive(PATIENCE)?;
+            let answer = connection.receive(TIMEOUT)?;
             Ok((connection, answer))
         });
         let mut answer = asked.await.ok();
@@ -139,7 +139,7 @@ pub async fn ask(
 }
 
 /// How long another host may take for each step of an answer on where a VM is.
-const LOCATE_PATIENCE: Duration = Duration::from_secs(3);
+const LOCATE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Asks another host whether it has a VM; an error is why it does not say.
 pub async fn locate(destination: &Destination, vm: &str) -> Result<Presence, String> {
@@ -150,9 +150,9 @@ pub async fn locate(destination: &Destination, vm: &str) -> Result<Presence, Str
     } = destination.clone();
     let locate = Control::Locate { vm: vm.to_owned() };
     let asked = transhume_base::task::blocking(move || {
-        let mut connection = Connection::open_within(&address, &host, &security, LOCATE_PATIENCE)?;
+        let mut connection = Connection::open_within(&address, &host, &security, LOCATE_TIMEOUT)?;
         connection.send(&locate)?;
-        connection.receive(LOCATE_PATIENCE)
+        connection.receive(LOCATE_TIMEOUT)
     });
     match asked.await {
         Ok(Ok(Control::Located(presence))) => Ok(presence),
@@ -169,7 +169,7 @@ async fn say(
 ) -> Option<Result<(Connection, Control), transhume_link::Error>> {
     let said = transhume_base::task::blocking(move || {
         connection.send(&message)?;
-        let answer = connection.receive(PATIENCE)?;
+        let answer = connection.receive(TIMEOUT)?;
         Ok((connection, answer))
     });
     said.await.ok()

@@ -11,29 +11,29 @@ use std::time::{Duration, Instant};
 use transhume_protocol::link::{Control, GuestEnd, Stalls};
 use transhume_protocol::memory::Block;
 
-use super::engine;
 use super::preparation::connections;
-use super::remainder;
 use super::request::Destination;
+use super::{engine, remainder};
 use crate::error::{CutOff, RelayError};
-use crate::progress::{Phase, Progress};
+use crate::progress::Progress;
 use crate::qemu::return_path;
 use crate::send::clocks::Clocks;
 use crate::send::hints::Hints;
 use crate::send::link_rate::LinkRate;
 use crate::send::packer::Packer;
-use crate::send::queue::Flow;
+use crate::send::queue::SendQueue;
 use crate::send::shared::{Shared, Sockets};
 use crate::{Error, ram_blocks};
+use transhume_api::migration::Phase;
 use transhume_hypervisor::{Vm, stream};
 use transhume_link::session::{Rejoin, Session};
-use transhume_link::{Connection, START_PATIENCE};
+use transhume_link::{Connection, START_TIMEOUT};
 
 /// Between two tries.
-const PAUSE: Duration = Duration::from_secs(1);
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// How long QEMU may take to notice that its stream broke, before it is told to.
-const PAUSE_PATIENCE: Duration = Duration::from_secs(5);
-const PAUSE_GLANCE: Duration = Duration::from_millis(100);
+const PAUSE_TIMEOUT: Duration = Duration::from_secs(5);
+const PAUSE_POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A VM that was handed over in post-copy, and part of whose memory is here.
 #[derive(Clone)]
@@ -51,33 +51,33 @@ pub struct Rest {
 }
 
 /// Why a try did not succeed.
-enum Not {
+enum ResumeRefusal {
     /// Nor will another: one of the QEMUs is gone.
-    Ever(String),
+    Never(String),
     /// Nor need another: the guest has ended by itself.
     GuestEnded(GuestEnd),
     /// Another may.
-    Now(String),
+    Retry(String),
 }
 
-impl From<CutOff> for Not {
+impl From<CutOff> for ResumeRefusal {
     fn from(cut: CutOff) -> Self {
         match cut {
             CutOff::GuestEnded(how) => Self::GuestEnded(how),
-            CutOff::Broken(cause) => Self::Now(cause),
+            CutOff::Broken(cause) => Self::Retry(cause),
         }
     }
 }
 
-impl From<transhume_hypervisor::Error> for Not {
+impl From<transhume_hypervisor::Error> for ResumeRefusal {
     fn from(error: transhume_hypervisor::Error) -> Self {
-        Self::Now(error.to_string())
+        Self::Retry(error.to_string())
     }
 }
 
-impl From<RelayError> for Not {
+impl From<RelayError> for ResumeRefusal {
     fn from(error: RelayError) -> Self {
-        Self::Now(error.to_string())
+        Self::Retry(error.to_string())
     }
 }
 
@@ -121,7 +121,7 @@ impl Rest {
                     progress.wait_for(None);
                     return Ok(stalls);
                 }
-                Err(Not::Ever(cause)) => {
+                Err(ResumeRefusal::Never(cause)) => {
                     progress.wait_for(None);
                     progress.enter(Phase::Lost);
                     return Err(Error::Broken {
@@ -130,13 +130,13 @@ impl Rest {
                         cause,
                     });
                 }
-                Err(Not::GuestEnded(how)) => {
+                Err(ResumeRefusal::GuestEnded(how)) => {
                     progress.wait_for(None);
                     return Err(self.over(how, progress).await);
                 }
-                Err(Not::Now(why)) => cause = why,
+                Err(ResumeRefusal::Retry(why)) => cause = why,
             }
-            tokio::time::sleep(PAUSE).await;
+            tokio::time::sleep(RETRY_INTERVAL).await;
         }
     }
 
@@ -156,14 +156,14 @@ impl Rest {
         }
     }
 
-    async fn try_once(&self, progress: &Arc<Progress>) -> Result<Option<Stalls>, Not> {
+    async fn try_once(&self, progress: &Arc<Progress>) -> Result<Option<Stalls>, ResumeRefusal> {
         let sent = self.is_sent().await;
         if matches!(sent, Ok(true)) {
             return Ok(None);
         }
         let rest = self.clone();
         let asked = transhume_base::task::blocking(move || rest.ask()).await;
-        let answer = asked.map_err(|error| Not::Now(error.to_string()))??;
+        let answer = asked.map_err(|error| ResumeRefusal::Retry(error.to_string()))??;
         // QEMU 7.2 can wait for ever for a last word that was lost.
         if !matches!(answer, Answer::Whole) {
             sent?;
@@ -210,10 +210,11 @@ impl Rest {
         section: u32,
         blocks: Vec<Block>,
         progress: &Arc<Progress>,
-    ) -> Result<Option<Stalls>, Not> {
-        let (ours, theirs) = stream::pair().map_err(|error| Not::Now(error.to_string()))?;
+    ) -> Result<Option<Stalls>, ResumeRefusal> {
+        let (ours, theirs) =
+            stream::pair().map_err(|error| ResumeRefusal::Retry(error.to_string()))?;
         stream::narrow(&theirs);
-        let flow = Arc::new(Flow::new());
+        let flow = Arc::new(SendQueue::new());
         // Nothing is referred to a disk any more.
         let hints = Arc::new(Hints::new(Arc::default(), Arc::clone(&flow)));
         // Nor ordered: what the guest worked with was long ago.
@@ -252,13 +253,13 @@ impl Rest {
     }
 
     /// Whether QEMU has sent all, and knows it; else it waits for a new stream when this returns.
-    async fn is_sent(&self) -> Result<bool, Not> {
+    async fn is_sent(&self) -> Result<bool, ResumeRefusal> {
         let qmp = self.vm.qmp();
         let since = Instant::now();
         loop {
             if qmp.is_closed() {
                 let cause = format!("{}'s QEMU has ended: {}", self.from, qmp.closed().await);
-                return Err(Not::Ever(cause));
+                return Err(ResumeRefusal::Never(cause));
             }
             let said = qmp.query_migrate().await?;
             let status = said.status.unwrap_or_default();
@@ -268,30 +269,30 @@ impl Rest {
                 "failed" | "cancelled" => {
                     let said = said.error_desc.unwrap_or_default();
                     let cause = format!("{}'s QEMU gave it up: {said}", self.from);
-                    return Err(Not::Ever(cause));
+                    return Err(ResumeRefusal::Never(cause));
                 }
-                _ if since.elapsed() > PAUSE_PATIENCE => {
+                _ if since.elapsed() > PAUSE_TIMEOUT => {
                     // It may wait in its socket.
                     let told = qmp.migrate_pause().await;
                     let told = told.err().map_or_else(String::new, |e| e.to_string());
-                    return Err(Not::Now(format!(
+                    return Err(ResumeRefusal::Retry(format!(
                         "{}'s QEMU has not paused its migration, which is \"{status}\" {told}",
                         self.from
                     )));
                 }
-                _ => tokio::time::sleep(PAUSE_GLANCE).await,
+                _ => tokio::time::sleep(PAUSE_POLL_INTERVAL).await,
             }
         }
     }
 
     /// Asks the destination to take the rest. Blocks.
-    fn ask(&self) -> Result<Answer, Not> {
+    fn ask(&self) -> Result<Answer, ResumeRefusal> {
         let Destination {
             host,
             address,
             security,
         } = &self.destination;
-        let text = |error: transhume_link::Error| Not::Now(error.to_string());
+        let text = |error: transhume_link::Error| ResumeRefusal::Retry(error.to_string());
         let mut connection = Connection::open(address, host, security).map_err(text)?;
         let patience = self.link_patience.as_secs();
         let resume = Control::Resume {
@@ -301,13 +302,13 @@ impl Rest {
             patience: u16::try_from(patience).unwrap_or(u16::MAX),
         };
         connection.send(&resume).map_err(text)?;
-        match connection.receive(START_PATIENCE).map_err(text)? {
-            Control::Whole => Ok(Answer::Whole),
-            Control::Outcome { taken: false } => {
-                Err(Not::Ever(format!("{host}'s QEMU of it has ended")))
-            }
-            Control::GuestEnded(how) => Err(Not::GuestEnded(how)),
-            Control::Refused { reasons } => Err(Not::Now(reasons.join("; "))),
+        match connection.receive(START_TIMEOUT).map_err(text)? {
+            Control::AlreadyComplete => Ok(Answer::Whole),
+            Control::Outcome { taken: false } => Err(ResumeRefusal::Never(format!(
+                "{host}'s QEMU of it has ended"
+            ))),
+            Control::GuestEnded(how) => Err(ResumeRefusal::GuestEnded(how)),
+            Control::Refused { reasons } => Err(ResumeRefusal::Retry(reasons.join("; "))),
             Control::Resumed {
                 token,
                 connections: granted,
@@ -320,7 +321,9 @@ impl Rest {
                 section,
                 blocks,
             }),
-            _ => Err(Not::Now(format!("{host} answered with something else"))),
+            _ => Err(ResumeRefusal::Retry(format!(
+                "{host} answered with something else"
+            ))),
         }
     }
 }

@@ -6,7 +6,7 @@ use crate::error::RelayError;
 use transhume_hypervisor as hypervisor;
 
 /// How long the link may be away while nobody runs the VM.
-pub(crate) const PAUSED_PATIENCE: Duration = Duration::from_secs(3);
+pub(crate) const PAUSED_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Why the phases before the commit were left.
 #[derive(Debug)]
@@ -38,6 +38,6 @@ impl From<std::io::Error> for Stop {
 pub(crate) fn link_away_while_paused() -> Stop {
     Stop::Failed(format!(
         "the link went away while the VM was paused, and did not come back for {} seconds",
-        PAUSED_PATIENCE.as_secs()
+        PAUSED_TIMEOUT.as_secs()
     ))
 }

@@ -5,15 +5,14 @@ use transhume_protocol::link::{Offer, Signs};
 
 use super::request::Request;
 use crate::Error;
-use transhume_hypervisor::Layout;
-use transhume_hypervisor::definition::{Accelerator, MissedWrites};
 use transhume_hypervisor::preflight::Needs;
-use transhume_hypervisor::{Vm, virtqueues};
+use transhume_hypervisor::{Layout, Vm, virtqueues};
+use transhume_machine::definition::{Accelerator, MissedWrites};
 use transhume_machine::memory_layout::Region;
 use transhume_pages::digest;
 
 /// The VM as it is here.
-pub(crate) struct Facts {
+pub(crate) struct SourceVm {
     pub(crate) offer: Offer,
     pub(crate) layout: Vec<Region>,
     /// QEMU's migration capabilities, and their states.
@@ -23,7 +22,7 @@ pub(crate) struct Facts {
 }
 
 /// Looks at the VM.
-pub(crate) async fn examine(request: &Request) -> Result<Facts, Error> {
+pub(crate) async fn examine(request: &Request) -> Result<SourceVm, Error> {
     let Request {
         vm, from, dry_run, ..
     } = request;
@@ -70,7 +69,7 @@ pub(crate) async fn examine(request: &Request) -> Result<Facts, Error> {
         virtio,
     };
     let layout = layout.regions().to_vec();
-    Ok(Facts {
+    Ok(SourceVm {
         offer,
         layout,
         capabilities,
@@ -136,7 +135,7 @@ fn random_number() -> Result<u64, Error> {
     Ok(u64::from_le_bytes(bytes))
 }
 
-impl Facts {
+impl SourceVm {
     /// Makes the offer another one of the same migration.
     pub(crate) fn renew_offer(&mut self) -> Result<(), Error> {
         self.offer.job = random_number()?;

@@ -16,7 +16,7 @@ use transhume_pages::hint_table::Place;
 use transhume_volume::same::{self, Care, Difference, Disk, Outcome, Proof, Signed, Storage};
 
 /// How long the destination may take to read blocks.
-pub(crate) const READ_PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const READ_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What a disk of both hosts is known to be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -163,7 +163,7 @@ fn bounded(there: StorageHere, disks: usize) -> Result<StorageHere, NotAgreed> {
 fn ask(connection: &mut Connection, comparison: Comparison) -> Result<Compared, NotAgreed> {
     let answer = connection
         .send(&Control::Compare(comparison))
-        .and_then(|()| connection.receive(READ_PATIENCE))
+        .and_then(|()| connection.receive(READ_TIMEOUT))
         .map_err(NotAgreed::Broke)?;
     match answer {
         Control::Compared(compared) => Ok(compared),

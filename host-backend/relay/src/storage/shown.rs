@@ -11,16 +11,16 @@ use transhume_protocol::link::{Compared, Comparison, Control, Signs, StorageHere
 
 use crate::error::RelayError;
 use transhume_guest::monotonic_ns;
-use transhume_link::{Connection, Error, PATIENCE};
+use transhume_link::{Connection, Error, TIMEOUT};
 use transhume_machine::Definition;
 use transhume_volume::same::{self, Signed, Storage};
 
 /// How long storage may take to show itself.
-const LOOK_PATIENCE: Duration = Duration::from_secs(20);
+const LOOK_TIMEOUT: Duration = Duration::from_secs(20);
 /// Comparisons before the session, and in it, at most.
-const MOST_COMPARISONS: usize = 64;
+const MAX_COMPARISONS: usize = 64;
 /// The same of questions for the clock.
-const MOST_CLOCK_QUESTIONS: usize = 16;
+const MAX_CLOCK_QUESTIONS: usize = 16;
 
 /// The storage of a VM that was offered.
 pub(crate) struct Shown {
@@ -56,7 +56,7 @@ impl Shown {
             };
             Ok::<_, same::Error>((shown, here))
         });
-        match tokio::time::timeout(LOOK_PATIENCE, look).await {
+        match tokio::time::timeout(LOOK_TIMEOUT, look).await {
             Ok(Ok(looked)) => {
                 looked.map_err(|error| format!("the disks on {host}: {error}; see `dmesg` there"))
             }
@@ -65,15 +65,15 @@ impl Shown {
             )),
             Err(_) => Err(format!(
                 "the storage of {host} did not answer within {} s; check its mounts (`findmnt`, `dmesg`)",
-                LOOK_PATIENCE.as_secs()
+                LOOK_TIMEOUT.as_secs()
             )),
         }
     }
 
     /// Answers the source's comparisons and questions for the clock until it says something else, which is returned. Blocks.
     pub(crate) fn serve(&mut self, connection: &mut Connection) -> Result<Control, Error> {
-        for _ in 0..MOST_COMPARISONS + MOST_CLOCK_QUESTIONS {
-            match connection.receive(PATIENCE)? {
+        for _ in 0..MAX_COMPARISONS + MAX_CLOCK_QUESTIONS {
+            match connection.receive(TIMEOUT)? {
                 Control::ClockWanted => connection.send(&Control::Clock {
                     monotonic_ns: monotonic_ns(),
                 })?,
@@ -114,7 +114,7 @@ impl Questions {
         let (sender, receiver) = mpsc::sync_channel(1);
         let questions = Self {
             sender: Some(sender),
-            left: MOST_COMPARISONS,
+            left: MAX_COMPARISONS,
         };
         (questions, receiver)
     }

@@ -6,7 +6,7 @@ use std::thread;
 use transhume_protocol::nbd::{CLIENT_FLAGS_LEN, REQUEST_LEN};
 
 const SIZE: u64 = 1 << 20;
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 fn byte_at(offset: u64) -> u8 {
     (offset / 512 * 7 + offset).to_le_bytes()[0]
@@ -86,7 +86,7 @@ fn against(
 
 #[test]
 fn long_reads_are_split_and_put_together() {
-    let client = against(PATIENCE, |stream| {
+    let client = against(TIMEOUT, |stream| {
         greet(stream, &honest_description());
         while let Some(request) = next_request(stream) {
             assert!(request.length <= 64 * 1024);
@@ -102,7 +102,7 @@ fn long_reads_are_split_and_put_together() {
 
 #[test]
 fn a_refused_read_leaves_the_connection_usable() {
-    let client = against(PATIENCE, |stream| {
+    let client = against(TIMEOUT, |stream| {
         greet(stream, &honest_description());
         let first = next_request(stream).unwrap();
         answer(stream, first, 5);
@@ -143,7 +143,7 @@ fn threads_read_on_connections_of_their_own() {
             ours
         })
         .collect();
-    let client = Client::start(streams, "disk", PATIENCE).unwrap();
+    let client = Client::start(streams, "disk", TIMEOUT).unwrap();
     thread::scope(|scope| {
         for reader in 0..4_u64 {
             let client = &client;
@@ -158,11 +158,11 @@ fn threads_read_on_connections_of_their_own() {
 
 #[test]
 fn servers_that_greet_wrongly_are_refused() {
-    let noise = against(PATIENCE, |stream| {
+    let noise = against(TIMEOUT, |stream| {
         stream.write_all(&[0xff; 64]).unwrap();
     });
     assert!(matches!(noise, Err(Error::Protocol(_))));
-    let gone = against(PATIENCE, |stream| {
+    let gone = against(TIMEOUT, |stream| {
         stream.write_all(b"NBDMAG").unwrap();
     });
     assert!(matches!(gone, Err(Error::Connection(_))));
@@ -180,7 +180,7 @@ fn descriptions_that_lie_are_refused() {
         export_info(SIZE).repeat(100), // no end
     ];
     for lie in lies {
-        let client = against(PATIENCE, move |stream| {
+        let client = against(TIMEOUT, move |stream| {
             greet(stream, &lie);
             let _ = next_request(stream);
         });
@@ -190,7 +190,7 @@ fn descriptions_that_lie_are_refused() {
 
 #[test]
 fn a_reply_of_4_gib_is_refused_before_memory_is_taken() {
-    let client = against(PATIENCE, |stream| {
+    let client = against(TIMEOUT, |stream| {
         let mut header = OptionReply {
             kind: OptionReplyKind::Info,
             length: 0,
@@ -205,7 +205,7 @@ fn a_reply_of_4_gib_is_refused_before_memory_is_taken() {
 
 #[test]
 fn a_refusal_is_told_without_control_characters() {
-    let client = against(PATIENCE, |stream| {
+    let client = against(TIMEOUT, |stream| {
         greet(
             stream,
             &reply(OptionReplyKind::Refused(6), b"no\x1b[31m such\nexport\n"),
@@ -219,7 +219,7 @@ fn a_refusal_is_told_without_control_characters() {
 
 #[test]
 fn an_answer_to_something_else_ends_the_connection() {
-    let client = against(PATIENCE, |stream| {
+    let client = against(TIMEOUT, |stream| {
         greet(stream, &honest_description());
         let mut request = next_request(stream).unwrap();
         request.cookie ^= 1;
@@ -285,7 +285,7 @@ fn a_server_that_hands_out_byte_by_byte_is_given_up() {
 fn waiting_readers_learn_that_no_connection_is_left() {
     let asked = std::sync::Arc::new(Barrier::new(2));
     let waiting = asked.clone();
-    let client = against(PATIENCE, move |stream| {
+    let client = against(TIMEOUT, move |stream| {
         greet(stream, &honest_description());
         let _ = next_request(stream);
         waiting.wait();

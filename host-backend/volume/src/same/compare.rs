@@ -8,7 +8,7 @@ use std::time::Duration;
 use transhume_protocol::link::{Compared, Comparison, MAX_PLACES, Sample};
 
 /// Pauses before blocks that differed are read again.
-const AGAIN: [Duration; 4] = [
+const RETRY_INTERVAL: [Duration; 4] = [
     Duration::from_millis(5),
     Duration::from_millis(30),
     Duration::from_millis(100),
@@ -125,7 +125,7 @@ impl<E: From<Error>, F: FnMut(Comparison) -> Result<Compared, E>> Asking<'_, F> 
     /// Reads again what differed. Returns what does so for certain.
     fn again(&mut self, samples: &[Sample], mut suspects: Vec<Suspect>) -> Result<Vec<Suspect>, E> {
         let mut proven = Vec::new();
-        for pause in AGAIN {
+        for pause in RETRY_INTERVAL {
             if suspects.is_empty() {
                 break;
             }

@@ -12,14 +12,14 @@ use transhume_pages::{PAGE_SIZE, PageKey};
 /// Other arrivals are told this late at most, since each time costs the guest's CPU.
 const HOLD: Duration = Duration::from_millis(50);
 /// Pages whose arrival is held back so, at most.
-const MOST_HELD: u64 = 1024;
+const MAX_HELD: u64 = 1024;
 /// Frames between arrivals, none of them absent, that are told with them at most: to mark them as arrived costs the
 /// guest less than one run more.
 const GAP: u64 = 8192;
 /// Absent runs that are told, at most. Those beyond them stop a CPU as ever.
-const MOST_RUNS: usize = 1 << 18;
+const MAX_RUNS: usize = 1 << 18;
 /// Pages that are asked for with one message, at most: what a huge page of the guest has.
-const MOST_ASKED: u64 = 512;
+const MAX_ASKED: u64 = 512;
 
 /// A stretch of page frames that a block backs.
 struct Stretch {
@@ -65,7 +65,7 @@ impl Map {
 
     /// The pages of frames that a guest named: any numbers.
     pub(crate) fn pages(&self, run: FrameRun, mut each: impl FnMut((PageKey, u64))) {
-        let end = run.pfn.saturating_add(run.pages.min(MOST_ASKED));
+        let end = run.pfn.saturating_add(run.pages.min(MAX_ASKED));
         for one in &self.0 {
             let from = run.pfn.max(one.pfn);
             let to = end.min(one.pfn.saturating_add(one.pages));
@@ -105,7 +105,7 @@ impl Absent {
     pub(crate) fn runs(&self, map: &Map) -> Vec<FrameRun> {
         let mut runs = Vec::new();
         self.visit(map, |run| {
-            if runs.len() < MOST_RUNS {
+            if runs.len() < MAX_RUNS {
                 runs.push(run);
             }
         });
@@ -199,7 +199,7 @@ impl Held {
 
     /// Whether they are to be told, so long after the last time that something was.
     pub(crate) fn is_due(&self, since: Duration) -> bool {
-        !self.runs.is_empty() && (self.is_urgent || self.pages >= MOST_HELD || since >= HOLD)
+        !self.runs.is_empty() && (self.is_urgent || self.pages >= MAX_HELD || since >= HOLD)
     }
 
     /// All of them, in order: as few runs as there can be. `is_there`: whether no frame of a range is absent.
@@ -305,7 +305,7 @@ mod tests {
         }
         assert!(held.is_due(HOLD) && !held.is_due(Duration::ZERO));
         assert_eq!(held.take(apart), [run(1, 4), run(7, 2)]);
-        held.add(run(0, MOST_HELD));
+        held.add(run(0, MAX_HELD));
         assert!(held.is_due(Duration::ZERO));
     }
 

@@ -59,7 +59,7 @@ impl Fake {
 fn only_a_silent_agent_is_asked_again() {
     let (flags, patience) = (Flags::default(), Duration::from_millis(20));
     let mut tries = 0;
-    let late = insist("vm", &flags, patience, || {
+    let late = open_with_retry("vm", &flags, patience, || {
         tries += 1;
         if tries < 3 {
             std::thread::sleep(patience);
@@ -70,10 +70,13 @@ fn only_a_silent_agent_is_asked_again() {
     assert_eq!(late, Ok(3));
     let refused = || Err::<(), _>("a livepatch".to_owned());
     let never = Duration::from_secs(3600);
-    assert_eq!(insist("vm", &flags, never, refused), refused());
+    assert_eq!(open_with_retry("vm", &flags, never, refused), refused());
     flags.stop.store(true, Ordering::Relaxed);
     let silent = || Err::<(), _>("silent".to_owned());
-    assert_eq!(insist("vm", &flags, Duration::ZERO, silent), silent());
+    assert_eq!(
+        open_with_retry("vm", &flags, Duration::ZERO, silent),
+        silent()
+    );
 }
 
 #[test]
@@ -143,7 +146,7 @@ fn a_gate_that_expired_is_opened_again() {
         expected: None,
         was_set: &|_| {},
     };
-    let over = keep(
+    let over = serve_gate(
         &socket,
         &[region],
         blocks,

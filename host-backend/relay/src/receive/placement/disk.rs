@@ -1,7 +1,7 @@
 //! What comes from disks: references of the source's, reads for them and ahead of them, and what was found.
 
 use super::{
-    AWAITED_MOST, Awaited, Before, Contents, Digest, Entry, PAGE_SIZE, PageKey, Place, Placement,
+    Awaited, Before, Contents, Digest, Entry, MAX_AWAITED, PAGE_SIZE, PageKey, Place, Placement,
     PoisonError, Read, RelayError, SECTORS_PER_PAGE, State, Verdicts, join,
 };
 
@@ -77,7 +77,7 @@ impl Placement {
         let awaited = state.awaited.len();
         drop(state);
         self.reply(verdicts);
-        if awaited > AWAITED_MOST {
+        if awaited > MAX_AWAITED {
             return Err(RelayError::Misplaced("more references than may be open"));
         }
         Ok(())
@@ -92,7 +92,7 @@ impl Placement {
         needed.clear();
         let mut state = self.lock();
         state.plan.demand(reads);
-        if state.plan.demanded() > 2 * AWAITED_MOST {
+        if state.plan.demanded() > 2 * MAX_AWAITED {
             // The disk is slow, and the source has sent the pages itself.
             let State {
                 plan,

@@ -1,6 +1,6 @@
 //! What is different at the switch to post-copy, and when it goes on after a break.
 
-use super::{Bitmap, BlockState, Discard, Forgotten, Piece, Placement, RelayError, State};
+use super::{Bitmap, BlockState, Discard, Piece, Placement, RelayError, ResumeState, State};
 use crate::receive::missing_pages::{AbsentBlock, Missing};
 
 impl Placement {
@@ -52,7 +52,7 @@ impl Placement {
         let mut state = self.lock();
         let pages = self.switch(&mut state)?.pages().to_vec();
         let (section, blocks) = std::mem::take(&mut state.table);
-        state.forgotten = Some(Forgotten {
+        state.forgotten = Some(ResumeState {
             section,
             blocks,
             pages,
@@ -63,14 +63,14 @@ impl Placement {
     }
 
     /// What QEMU forgot at the switch.
-    pub(crate) fn take_forgotten(&self) -> Option<Forgotten> {
+    pub(crate) fn take_resume_state(&self) -> Option<ResumeState> {
         self.lock().forgotten.take()
     }
 
     /// Goes on with a VM in post-copy whose stream broke. What is missing is known when QEMU has told of each
     /// block which pages it received.
-    pub(crate) fn resume(&self, forgotten: Forgotten) {
-        let Forgotten {
+    pub(crate) fn resume(&self, forgotten: ResumeState) {
+        let ResumeState {
             section,
             blocks,
             pages,

@@ -12,7 +12,7 @@ const AROUND: u64 = 32;
 /// The same where it named nothing: memory that was free, and that its kernel gives out now, page by page.
 const AROUND_UNNAMED: u64 = 8;
 /// Most places around which pages wait to be asked for. With more of them the guest waits for all sorts of pages.
-const MOST_PLACES: usize = 64;
+const MAX_PLACES: usize = 64;
 
 /// Pages of a block that follow one another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -34,7 +34,7 @@ struct Pages {
 
 /// See the module.
 #[derive(Debug, Default)]
-pub(crate) struct Owed {
+pub(crate) struct PendingPages {
     blocks: Vec<Pages>,
     /// What the guest named, in the order in which it is wanted.
     list: Vec<Run>,
@@ -45,7 +45,7 @@ pub(crate) struct Owed {
     outstanding: u64,
 }
 
-impl Owed {
+impl PendingPages {
     /// Of a QEMU with these blocks, whose guest named that list.
     pub(crate) fn new(blocks: &[Block], list: Vec<Run>) -> Self {
         let bitmap = |block: &Block| Bitmap::new(block.length / PAGE_SIZE as u64);
@@ -98,7 +98,7 @@ impl Owed {
         if let Some(pages) = self.blocks.get_mut(usize::from(key.block)) {
             // It was asked for by the guest itself.
             pages.left.remove(key.page);
-            if self.places.len() == MOST_PLACES {
+            if self.places.len() == MAX_PLACES {
                 self.places.pop_front();
             }
             self.places.push_back(key);
@@ -200,7 +200,7 @@ mod tests {
     #[test]
     fn what_is_named_first_is_asked_for_first_and_little_at_a_time() {
         let list = vec![run(1, 300, 4), run(0, 18, 9), run(1, 10, 5), run(7, 0, 3)];
-        let mut owed = Owed::new(&blocks(), list);
+        let mut owed = PendingPages::new(&blocks(), list);
         owed.add(1, 0, 100);
         owed.add(1, 302, 1);
         owed.add(0, 19, 50);
@@ -217,7 +217,7 @@ mod tests {
     #[test]
     fn what_is_near_a_page_that_the_guest_waits_for_goes_ahead() {
         let list = vec![run(1, 0, 8), run(1, 200, 2), run(1, 202, 40)];
-        let mut owed = Owed::new(&blocks(), list);
+        let mut owed = PendingPages::new(&blocks(), list);
         owed.add(1, 0, 399);
         owed.waits_for(key(201));
         owed.waits_for(key(u64::MAX));
@@ -229,7 +229,7 @@ mod tests {
 
     #[test]
     fn what_is_near_a_page_that_was_not_named_goes_ahead_too() {
-        let mut owed = Owed::new(&blocks(), vec![run(1, 0, 4)]);
+        let mut owed = PendingPages::new(&blocks(), vec![run(1, 0, 4)]);
         owed.add(1, 0, 399);
         owed.waits_for(key(107));
         assert_eq!(owed.next(20), [run(1, 99, 8), run(1, 108, 8), run(1, 0, 4)]);
@@ -251,7 +251,7 @@ mod tests {
                 pages.filter(|&(block, page)| page < [20, 400, 0][usize::from(block)]).collect()
             };
             let owes: Vec<_> = owes.into_iter().map(|(block, page, pages)| run(block, page, pages)).collect();
-            let mut owed = Owed::new(&blocks(), list.clone());
+            let mut owed = PendingPages::new(&blocks(), list.clone());
             for run in &owes {
                 owed.add(run.block, run.page, run.pages);
             }
@@ -259,7 +259,7 @@ mod tests {
             let mut left = set(&owes);
             let mut under_way = BTreeSet::new();
             let mut odd = Vec::new();
-            let ask = |owed: &mut Owed, left: &mut BTreeSet<_>, under_way: &mut BTreeSet<_>, odd: &[u64], most| {
+            let ask = |owed: &mut PendingPages, left: &mut BTreeSet<_>, under_way: &mut BTreeSet<_>, odd: &[u64], most| {
                 for page in set(&owed.next(most)) {
                     assert!(left.remove(&page), "{page:?} is not owed");
                     let is_near = |place: &u64| page.0 == 1 && page.1.abs_diff(*place) <= AROUND_UNNAMED;

@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Such connections, at most.
-const MOST: usize = 32;
+const LIMIT: usize = 32;
 /// How long the first message may take, the handshake included.
-pub(crate) const GREETING: Duration = Duration::from_secs(10);
+pub(super) const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Default)]
 struct State {
@@ -20,16 +20,16 @@ struct State {
 
 /// See the module.
 #[derive(Clone, Default)]
-pub(crate) struct Waiting(Arc<Mutex<State>>);
+pub(super) struct PendingConnections(Arc<Mutex<State>>);
 
 /// One of them, until this is dropped.
-pub(crate) struct Place {
-    waiting: Waiting,
+pub(super) struct Slot {
+    waiting: PendingConnections,
     number: u64,
     socket: Arc<TcpStream>,
 }
 
-impl Waiting {
+impl PendingConnections {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -38,10 +38,10 @@ impl Waiting {
     ///
     /// # Errors
     /// If the socket cannot be referred to twice.
-    pub(crate) fn enter(&self, socket: &TcpStream) -> std::io::Result<Place> {
+    pub(super) fn enter(&self, socket: &TcpStream) -> std::io::Result<Slot> {
         let socket = Arc::new(socket.try_clone()?);
         let mut state = self.lock();
-        if state.sockets.len() >= MOST
+        if state.sockets.len() >= LIMIT
             && let Some((_, oldest)) = state.sockets.pop_front()
         {
             shut(&oldest);
@@ -50,7 +50,7 @@ impl Waiting {
         let number = state.numbers;
         state.sockets.push_back((number, Arc::clone(&socket)));
         drop(state);
-        Ok(Place {
+        Ok(Slot {
             waiting: self.clone(),
             number,
             socket,
@@ -58,14 +58,14 @@ impl Waiting {
     }
 }
 
-impl Place {
+impl Slot {
     /// Ends the connection: whoever waits for it gets an error.
-    pub(crate) fn end(&self) {
+    pub(super) fn end(&self) {
         shut(&self.socket);
     }
 }
 
-impl Drop for Place {
+impl Drop for Slot {
     fn drop(&mut self) {
         let mut state = self.waiting.lock();
         state.sockets.retain(|(number, _)| *number != self.number);
@@ -87,7 +87,7 @@ mod tests {
     fn the_oldest_goes_for_the_newest() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let waiting = Waiting::default();
+        let waiting = PendingConnections::default();
         let connect = || {
             let far = TcpStream::connect(address).unwrap();
             let (near, _) = listener.accept().unwrap();
@@ -99,7 +99,7 @@ mod tests {
             far.read(&mut [0]).is_err()
         };
         let greeted = connect();
-        let mut all: Vec<_> = (1..MOST).map(|_| connect()).collect();
+        let mut all: Vec<_> = (1..LIMIT).map(|_| connect()).collect();
         // Whoever has spoken is none of them any more.
         let (spoken, _near, place) = greeted;
         drop(place);

@@ -3,21 +3,26 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use transhume_link::session::{Ready, Session};
+use crate::session::{Ready, Session};
 
 /// How often the end of a session is looked at.
-const GLANCE: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A session and whose it is.
 #[derive(Clone)]
-pub(crate) struct Open {
-    pub(crate) job: u64,
-    pub(crate) token: [u8; 16],
+pub struct Open {
+    /// The number of its offer.
+    pub job: u64,
+    /// What a connection that joins it must know.
+    pub token: [u8; 16],
     /// The source.
-    pub(crate) from: String,
-    pub(crate) vm: String,
-    pub(crate) connections: u8,
-    pub(crate) session: Session<Ready>,
+    pub from: String,
+    /// The VM that arrives.
+    pub vm: String,
+    /// Connections that it may have.
+    pub connections: u8,
+    /// It.
+    pub session: Session<Ready>,
 }
 
 #[derive(Default)]
@@ -29,10 +34,10 @@ struct State {
 
 /// See the module.
 #[derive(Clone, Default)]
-pub(crate) struct Sessions(Arc<Mutex<State>>);
+pub struct Sessions(Arc<Mutex<State>>);
 
 /// Nobody else begins a session that resumes the job's, until this is dropped.
-pub(crate) struct Claim {
+pub struct Claim {
     sessions: Sessions,
     job: u64,
 }
@@ -45,7 +50,7 @@ impl Drop for Claim {
 }
 
 /// Forgets a session when it is dropped.
-pub(crate) struct Entry {
+pub struct Entry {
     sessions: Sessions,
     job: u64,
 }
@@ -63,7 +68,7 @@ impl Sessions {
     }
 
     /// Makes a session known as long as the entry lives.
-    pub(crate) fn enter(&self, open: Open) -> Entry {
+    pub fn enter(&self, open: Open) -> Entry {
         let entry = Entry {
             sessions: self.clone(),
             job: open.job,
@@ -73,13 +78,13 @@ impl Sessions {
     }
 
     /// The session of a migration.
-    pub(crate) fn of(&self, job: u64) -> Option<Open> {
+    pub fn of(&self, job: u64) -> Option<Open> {
         let state = self.lock();
         state.open.iter().find(|open| open.job == job).cloned()
     }
 
     /// Claims a job; `None` if somebody else has.
-    pub(crate) fn claim(&self, job: u64) -> Option<Claim> {
+    pub fn claim(&self, job: u64) -> Option<Claim> {
         let mut state = self.lock();
         if state.claimed.contains(&job) {
             return None;
@@ -95,20 +100,20 @@ impl Sessions {
     ///
     /// # Errors
     /// If it is not in that time.
-    pub(crate) async fn end(&self, job: u64, patience: Duration) -> Result<(), String> {
+    pub async fn end(&self, job: u64, patience: Duration) -> Result<(), String> {
         let deadline = Instant::now() + patience;
         while let Some(open) = self.of(job) {
             open.session.close();
             if Instant::now() > deadline {
                 return Err("what was begun before the link broke does not end".to_owned());
             }
-            tokio::time::sleep(GLANCE).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
         Ok(())
     }
 
     /// Ends sessions of a VM whose source is not there any more and begins anew.
-    pub(crate) fn end_earlier(&self, vm: &str, from: &str) {
+    pub fn end_earlier(&self, vm: &str, from: &str) {
         let open = self.lock().open.clone();
         let earlier = open
             .iter()
