@@ -6,6 +6,7 @@ pub(crate) mod clocks;
 pub(crate) mod compression;
 pub(crate) mod doubt;
 pub(crate) mod frame_map;
+pub(crate) mod hand_over;
 pub(crate) mod hints;
 pub(crate) mod link_rate;
 pub(crate) mod packer;

@@ -61,7 +61,7 @@ impl Answers {
                 FrameKind::Control => match bounded_words::decode(&frame.payload)? {
                     Control::Running => {
                         self.shared.answer(Ok(()));
-                        if !self.shared.is_over() {
+                        if !self.shared.is_committed() {
                             return Ok(());
                         }
                         // In post-copy the guest goes on asking for pages.
@@ -74,7 +74,7 @@ impl Answers {
                         Some(doubt) => doubt.answer(compared),
                         None => return Err(RelayError::Misplaced("comparison of disks")),
                     },
-                    Control::GuestEnded(how) if self.shared.is_over() => {
+                    Control::GuestEnded(how) if self.shared.is_committed() => {
                         self.shared.set_guest_ended(how);
                         return Err(RelayError::GuestEnded(how));
                     }

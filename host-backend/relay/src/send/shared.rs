@@ -13,6 +13,7 @@ use transhume_protocol::memory::PageRequest;
 
 use super::clocks::Clocks;
 use super::doubt::Doubt;
+use super::hand_over::HandOver;
 use super::hints::Hints;
 use super::link_rate::LinkRate;
 use super::packer::Packer;
@@ -25,29 +26,8 @@ use crate::progress::{Counter, Progress};
 use transhume_api::migration::Traffic;
 use transhume_link::session::Session;
 
-/// Who has the VM, as far as it is decided by the stream: post-copy hands it over in the middle.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-enum HandOver {
-    /// It stays here whatever the stream says.
-    #[default]
-    Local,
-    /// The stream may hand it over.
-    Armed,
-    /// QEMU was told that the devices are loaded at the destination: whether it can still run the VM, it says.
-    Told,
-    /// It was handed over.
-    Committed(Instant),
-    /// It stays here, for good.
-    Aborted,
-}
-
-#[derive(Default)]
 struct State {
-    hand: HandOver,
-    /// The stream could hand it over at one time.
-    opened: bool,
-    /// The destination has loaded the devices.
-    loaded: bool,
+    hand_over: HandOver,
     /// The destination waits for the link however long it is away.
     keeps_waiting: bool,
     /// The VM goes over to post-copy as soon as it can.
@@ -90,8 +70,6 @@ pub(crate) struct Shared {
     /// Whether both hosts have the same storage, where memory may come from it.
     pub(crate) doubt: Option<Arc<Doubt>>,
     qemu: Sockets,
-    /// QEMU keeps the VM until it is told that its devices are loaded at the destination.
-    keeps_until_loaded: bool,
     /// Makes a message to the hypervisor of requests.
     page_requests: fn(&[PageRequest]) -> Vec<u8>,
     /// Held while a message is written: messages must not mix.
@@ -128,13 +106,24 @@ impl Shared {
             requests: Requests::default(),
             doubt: doubt.map(Arc::new),
             qemu,
-            keeps_until_loaded,
             page_requests,
             telling: Mutex::new(()),
             session,
             rate,
             clocks,
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                hand_over: HandOver::new(keeps_until_loaded),
+                keeps_waiting: false,
+                near: false,
+                theirs: None,
+                stalls: None,
+                at_stop: None,
+                failure: None,
+                answer: None,
+                memory_sent: None,
+                guest_ended: None,
+                switchover: None,
+            }),
             changed: Notify::new(),
         }
     }
@@ -165,8 +154,8 @@ impl Shared {
     }
 
     /// The VM was handed over before this relay began.
-    pub(crate) fn set_over(&self) {
-        self.lock().hand = HandOver::Committed(Instant::now());
+    pub(crate) fn set_committed(&self) {
+        self.lock().hand_over.set_committed();
     }
 
     /// Waits until doubts about storage are looked into: before a hand-over. The relay fails where it is not the same.
@@ -198,11 +187,7 @@ impl Shared {
             at_stop();
         }
         // QEMU may have to be told something before it can take the VM back: see `take_back`.
-        let waits = {
-            let state = self.lock();
-            let told = matches!(state.hand, HandOver::Told | HandOver::Committed(_));
-            self.keeps_until_loaded && state.opened && !told
-        };
+        let waits = self.lock().hand_over.waits_for_word();
         self.shut(if waits {
             Shutdown::Read
         } else {
@@ -225,17 +210,16 @@ impl Shared {
 
     /// Whether QEMU keeps the VM until it is told that its devices are loaded at the destination.
     pub(crate) fn keeps_until_loaded(&self) -> bool {
-        self.keeps_until_loaded
+        self.lock().hand_over.keeps_until_loaded()
     }
 
     /// Whether the destination may hold the VM, loaded, and the VM may still stay here.
     pub(crate) fn may_be_held(&self) -> bool {
-        let state = self.lock();
-        self.keeps_until_loaded && state.opened && !matches!(state.hand, HandOver::Committed(_))
+        self.lock().hand_over.may_be_held()
     }
 
     pub(crate) fn set_loaded(&self) {
-        self.lock().loaded = true;
+        self.lock().hand_over.set_loaded();
         self.changed.notify_waiters();
     }
 
@@ -243,7 +227,7 @@ impl Shared {
     pub(crate) async fn loaded(&self) {
         loop {
             let changed = self.changed.notified();
-            if self.lock().loaded {
+            if self.lock().hand_over.is_loaded() {
                 return;
             }
             changed.await;
@@ -253,12 +237,7 @@ impl Shared {
     /// Tells QEMU, by that message, that the devices are loaded at the destination: from then on it may be unable to run
     /// the VM. The journal says so.
     pub(crate) fn tell_loaded(&self, message: &[u8]) -> Result<(), RelayError> {
-        let mut state = self.lock();
-        if state.hand != HandOver::Armed {
-            return Err(RelayError::Stopped);
-        }
-        state.hand = HandOver::Told;
-        drop(state);
+        self.lock().hand_over.tell_loaded()?;
         self.tell_hypervisor(message)
     }
 
@@ -317,12 +296,11 @@ impl Shared {
 
     /// From here on the stream may hand the VM over, and QEMU does not go back. The journal says so. Returns QEMU's end of
     /// its socket, if it was kept.
-    pub(crate) fn arm(&self) -> Option<OwnedFd> {
+    pub(crate) fn arm(&self) -> Result<Option<OwnedFd>, RelayError> {
         let mut state = self.lock();
-        state.hand = HandOver::Armed;
-        state.opened = true;
+        state.hand_over.arm()?;
         self.session.set_patience(SWITCHOVER_LINK_TIMEOUT);
-        state.theirs.take()
+        Ok(state.theirs.take())
     }
 
     /// The guest has ended at the destination.
@@ -377,23 +355,13 @@ impl Shared {
 
     /// Whether the stream may hand the VM over.
     pub(crate) fn is_armed(&self) -> bool {
-        self.lock().hand == HandOver::Armed
+        self.lock().hand_over.is_armed()
     }
 
     /// Hands the VM over, unless it was decided that it stays, and tells the destination.
     pub(crate) fn hand_over(&self) -> Result<(), RelayError> {
-        let mut state = self.lock();
-        let ready = match state.hand {
-            HandOver::Armed => !self.keeps_until_loaded,
-            HandOver::Told => true,
-            _ => false,
-        };
-        if !ready {
-            return Err(RelayError::Stopped);
-        }
         let commit = encode_control(&Control::Commit)?;
-        state.hand = HandOver::Committed(Instant::now());
-        drop(state);
+        self.lock().hand_over.commit()?;
         self.push_commit(commit);
         self.changed.notify_waiters();
         Ok(())
@@ -418,20 +386,15 @@ impl Shared {
     }
 
     /// Keeps the VM here. Returns when it was handed over, if it is too late.
-    pub(crate) fn withdraw(&self) -> Option<Instant> {
-        let mut state = self.lock();
-        if let HandOver::Committed(at) = state.hand {
-            return Some(at);
-        }
-        state.hand = HandOver::Aborted;
-        None
+    pub(crate) fn abort(&self) -> Option<Instant> {
+        self.lock().hand_over.abort()
     }
 
     /// Waits until the stream has handed the VM over, and returns when that was.
     pub(crate) async fn handed_over(&self) -> Instant {
         loop {
             let changed = self.changed.notified();
-            if let HandOver::Committed(at) = self.lock().hand {
+            if let Some(at) = self.lock().hand_over.committed() {
                 return at;
             }
             changed.await;
@@ -439,8 +402,8 @@ impl Shared {
     }
 
     /// Whether the stream has handed the VM over.
-    pub(crate) fn is_over(&self) -> bool {
-        matches!(self.lock().hand, HandOver::Committed(_))
+    pub(crate) fn is_committed(&self) -> bool {
+        self.lock().hand_over.committed().is_some()
     }
 
     pub(crate) fn memory_sent(&self) -> Option<Instant> {
@@ -456,7 +419,7 @@ impl Shared {
     pub(crate) fn tell_hypervisor(&self, message: &[u8]) -> Result<(), RelayError> {
         let _whole = self.telling.lock().unwrap_or_else(PoisonError::into_inner);
         match (&self.qemu.stream).write_all(message) {
-            Err(_) if self.is_over() => Ok(()),
+            Err(_) if self.is_committed() => Ok(()),
             written => written.map_err(RelayError::Socket),
         }
     }

@@ -23,7 +23,7 @@ pub(crate) fn resume(
     section: u32,
     blocks: Vec<Block>,
 ) -> Result<(), RelayError> {
-    shared.set_over();
+    shared.set_committed();
     let longest = blocks.iter().map(|block| block.length).max();
     let reading = Arc::new(Reading::new(Arc::clone(shared)));
     // Nothing is compared any more.
@@ -56,7 +56,7 @@ pub(crate) fn start(shared: &Arc<Shared>, digester: &Digester) -> Result<(), Rel
         spawn(shared, "relay-doubt", move || {
             match doubt.run(&this.hints, &this.flow) {
                 // It was handed over while the destination did not answer.
-                Err(_) if this.is_over() => Ok(()),
+                Err(_) if this.is_committed() => Ok(()),
                 result => result,
             }
         })?;

@@ -222,7 +222,7 @@ impl Migration {
         let lost = qmp.is_closed();
         let ends = qmp.shutdown().is_some();
         if let Some(shared) = &self.shared {
-            shared.withdraw();
+            shared.abort();
         }
         if !lost && let Err(error) = qmp.migrate_cancel().await {
             tracing::debug!(%error, "migrate_cancel");

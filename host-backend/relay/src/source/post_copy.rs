@@ -54,7 +54,7 @@ impl Migration {
         if qmp.shutdown().is_some() {
             return Err(Stop::Ended);
         }
-        if let Some(theirs) = shared.arm() {
+        if let Some(theirs) = shared.arm()? {
             stream::narrow(&theirs);
         }
         qmp.migrate_continue().await?;
@@ -90,7 +90,7 @@ impl Migration {
                 }
             }
         };
-        match shared.withdraw() {
+        match shared.abort() {
             Some(at) => Ok(copied(at, true)),
             None => Err(failed),
         }
@@ -114,7 +114,7 @@ impl Migration {
                     return Ok(copied(Instant::now(), true));
                 }
                 Some(true) => {
-                    shared.withdraw();
+                    shared.abort();
                     return Err(self.why_failed(shared).await);
                 }
                 None => {}
