@@ -13,7 +13,7 @@ use crate::hosts::daemon::Daemon;
 use crate::hosts::{Hosts, Wire};
 use crate::qemu::migrate::{Credentials, Stock};
 use crate::qemu::{Accelerator, AgentPort, DiskImage, Machine};
-use crate::scenario::micro::{connect, wrong};
+use crate::scenario::fixture::micro::{connect, wrong};
 use crate::{Error, Result};
 use micro_guest::control::{Checked, Control};
 use serde_json::Value;

@@ -1,43 +1,19 @@
 //! The integration tests: scenarios with real QEMUs, each by a name, in a process of its own and with a bound on its
 //! time. Which may run beside which, and which take turns, is in `schedule`.
 
-mod any_moment;
-mod apart;
-mod bed;
-mod broken_start;
-mod channels;
-mod choice;
-mod clock;
-mod confined;
-mod converge;
-mod copies;
-mod die;
-mod fake_host;
-mod false_source;
-mod flood;
-mod gate;
+mod failures;
+pub(crate) mod fixture;
 mod guest;
-mod guest_ends;
-mod hand_over;
-mod lie;
-pub(crate) mod micro;
-mod migrate;
-mod missed_pages;
 mod nested;
-mod order;
-mod pair;
-mod peers;
-mod postcopy;
-mod random_failures;
-mod refused;
+mod other_hosts;
+mod post_copy;
+mod pre_copy;
+mod refusals;
 pub mod runner;
 pub mod schedule;
-mod storage;
-mod strangers;
-mod stress;
-mod transhume;
+mod test_bed;
 
-pub use bed::{Bed, Draw};
+pub use fixture::bed::{Bed, Draw};
 pub use nested::inside as inside_nested_host;
 pub use runner::{Finished, Outcome};
 pub use schedule::Lane;
@@ -60,32 +36,32 @@ pub struct Scenario {
 /// Those of every test, in the order in which they run.
 pub fn all() -> Vec<Scenario> {
     [
-        apart::scenarios(),
-        guest::scenarios(),
-        missed_pages::scenarios(),
-        migrate::scenarios(),
-        channels::scenarios(),
-        converge::scenarios(),
-        choice::scenarios(),
-        postcopy::scenarios(),
-        stress::scenarios(),
-        clock::scenarios(),
-        gate::scenarios(),
-        hand_over::scenarios(),
-        order::scenarios(),
-        lie::scenarios(),
-        die::scenarios(),
-        guest_ends::scenarios(),
-        broken_start::scenarios(),
-        any_moment::scenarios(),
-        random_failures::scenarios(),
-        confined::scenarios(),
-        refused::scenarios(),
-        storage::scenarios(),
-        peers::scenarios(),
-        strangers::scenarios(),
-        false_source::scenarios(),
-        flood::scenarios(),
+        test_bed::apart::scenarios(),
+        guest::linux::scenarios(),
+        test_bed::missed_pages::scenarios(),
+        pre_copy::migrate::scenarios(),
+        pre_copy::channels::scenarios(),
+        pre_copy::converge::scenarios(),
+        pre_copy::choice::scenarios(),
+        post_copy::moves::scenarios(),
+        post_copy::stress::scenarios(),
+        guest::clock::scenarios(),
+        post_copy::gate::scenarios(),
+        post_copy::hand_over::scenarios(),
+        post_copy::order::scenarios(),
+        guest::lies::scenarios(),
+        failures::die::scenarios(),
+        guest::ends::scenarios(),
+        failures::broken_start::scenarios(),
+        failures::any_moment::scenarios(),
+        failures::random::scenarios(),
+        other_hosts::confined::scenarios(),
+        refusals::hosts::scenarios(),
+        refusals::storage::scenarios(),
+        other_hosts::peers::scenarios(),
+        other_hosts::strangers::scenarios(),
+        other_hosts::false_source::scenarios(),
+        other_hosts::flood::scenarios(),
         nested::scenarios(),
     ]
     .into_iter()
@@ -96,9 +72,9 @@ pub fn all() -> Vec<Scenario> {
 /// Those that `cargo testbed test --all` runs besides.
 pub fn long() -> Vec<Scenario> {
     [
-        migrate::long_scenarios(),
-        postcopy::long_scenarios(),
-        random_failures::long_scenarios(),
+        pre_copy::migrate::long_scenarios(),
+        post_copy::moves::long_scenarios(),
+        failures::random::long_scenarios(),
         nested::long_scenarios(),
     ]
     .into_iter()

@@ -1,7 +1,7 @@
 //! What runs in the nested host: a KVM guest moves by post-copy.
 
-use super::super::postcopy::{GATE_IS_GONE, POST};
-use super::super::transhume::{Answer, ask};
+use crate::scenario::post_copy::moves::{GATE_IS_GONE, POST};
+use crate::scenario::fixture::transhume::{Answer, ask};
 use super::async_faults::{self, AsyncFaults};
 use super::course::Course;
 use super::exits;

@@ -1,0 +1,4 @@
+//! The test bed's own ground.
+
+pub(crate) mod apart;
+pub(crate) mod missed_pages;
