@@ -17,7 +17,7 @@ const PAGE_MB: f64 = 4096.0 / 1e6;
 const KINDS: [(&str, &str, &str); 7] = [
     ("data-pages", "#c2571a", "data"),
     ("resent-pages", "#e0a030", "sent again"),
-    ("mismatched-pages", "#a02050", "disk differed"),
+    ("mismatched-pages", "#a02050", "digest mismatch"),
     ("late-pages", "#d08fa8", "disk was late"),
     ("disk-pages", "#2a7f62", "from disk"),
     ("zero-pages", "#9aa5b1", "zero"),

@@ -1,6 +1,6 @@
 //! The service's configuration: `/etc/transhume/transhumed.toml`.
 
-use super::host_rules::{Incoming, Peer};
+use super::config_hosts::{Incoming, Peer};
 use super::{Error, Result};
 use serde::Deserialize;
 use std::collections::BTreeMap;

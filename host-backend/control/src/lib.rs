@@ -2,19 +2,20 @@
 
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
-pub mod access;
 mod arriving_vms;
+mod ask_other_hosts;
+mod autostart;
 mod certificate_expiry;
 pub mod config;
+pub mod config_hosts;
 pub mod daemon;
 mod error;
-pub mod host_rules;
+pub mod host_access;
 mod in_doubt;
 pub mod job;
 mod log_bounds;
 mod migrate;
-mod other_hosts;
-pub mod server;
+pub mod service;
 mod socket;
 mod state_directory;
 mod vm_info;

@@ -24,8 +24,11 @@ pub(crate) fn begin(filter: EnvFilter) {
         .init();
 }
 
-/// Writes what it is given at once, an event, as one line: bars stand where its lines ended. Else what another host or
-/// QEMU says could pass for a line of ours.
+/// Bytes of an event, at most: journald begins another record after 48 KiB (`LineMax`, journald.conf(5)).
+const MAX_EVENT: usize = 32 << 10;
+
+/// Writes what it is given at once, an event, as one line that is not too long: bars stand where its lines ended, and
+/// where a record of journald's would. Else what another host or QEMU says could pass for a line of ours.
 struct OneLine<W = Stderr>(W);
 
 impl<W: Write> Write for OneLine<W> {
@@ -36,8 +39,17 @@ impl<W: Write> Write for OneLine<W> {
 
     fn write_all(&mut self, event: &[u8]) -> io::Result<()> {
         let line = event.strip_suffix(b"\n").unwrap_or(event);
-        let pieces: Vec<&[u8]> = line.split(|byte| matches!(byte, b'\n' | b'\r')).collect();
-        let mut line = pieces.join(&b" | "[..]);
+        let whole = &line[..line.len().min(MAX_EVENT)];
+        let pieces: Vec<&[u8]> = whole
+            .split(|byte| matches!(byte, b'\n' | b'\r' | b'\0'))
+            .collect();
+        let mut joined = pieces.join(&b" | "[..]);
+        // The bars take room, too.
+        if joined.len() > MAX_EVENT || whole.len() < line.len() {
+            joined.truncate(MAX_EVENT);
+            joined.extend_from_slice(" […]".as_bytes());
+        }
+        let mut line = joined;
         line.push(b'\n');
         self.0.write_all(&line)
     }
@@ -83,5 +95,11 @@ mod tests {
         let said = String::from_utf8(kept.0.lock().unwrap().clone()).unwrap();
         assert_eq!(said.lines().count(), 1, "{said}");
         assert!(said.contains("it is full |  INFO audit"), "{said}");
+        for long in ["\0".repeat(MAX_EVENT), "é".repeat(MAX_EVENT)] {
+            let mut kept = Vec::new();
+            OneLine(&mut kept).write_all(long.as_bytes()).unwrap();
+            assert!(kept.len() <= MAX_EVENT + 8 && !kept.contains(&0));
+            assert!(String::from_utf8_lossy(&kept).ends_with(" […]\n"));
+        }
     }
 }

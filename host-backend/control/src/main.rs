@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 use transhume_base::allocator;
-use transhume_control::{config::Config, server};
+use transhume_control::{config::Config, service};
 
 /// Keeps this host's VMs, and moves them to and from other hosts.
 #[derive(Debug, Parser)]
@@ -64,7 +64,7 @@ async fn run(arguments: Arguments) -> ExitCode {
     };
     log::begin(filter);
     let result = match Config::load(&arguments.config) {
-        Ok(config) => server::run(config).await,
+        Ok(config) => service::run(config).await,
         Err(error) => Err(error),
     };
     match result {

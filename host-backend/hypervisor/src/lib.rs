@@ -2,8 +2,7 @@
 
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
-mod binary;
-mod build;
+mod ask_binary;
 pub mod command_line;
 #[cfg(test)]
 mod confine_tests;
@@ -21,6 +20,7 @@ mod logs;
 pub mod memory;
 pub mod preflight;
 mod process;
+mod qemu_versions;
 pub mod qmp;
 pub mod qmp_commands;
 mod shutdown;
@@ -29,7 +29,6 @@ mod tap;
 pub mod virtqueues;
 mod vm;
 
-pub use build::Build;
 pub use command_line::Start;
 pub use error::Error;
 pub use event::Event;
@@ -39,6 +38,7 @@ pub use holders::holders;
 pub use layout::Layout;
 pub use limits::Limits;
 pub use logs::Logs;
+pub use qemu_versions::Build;
 pub use qmp::Qmp;
 pub use shutdown::Shutdown;
 pub use vm::{Vm, is_block_device};

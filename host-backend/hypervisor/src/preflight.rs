@@ -3,7 +3,7 @@
 
 use super::files::LaunchSettings;
 use super::qmp::Version;
-use super::{Build, Error, Result, Vm, binary};
+use super::{Build, Error, Result, Vm, ask_binary};
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -128,7 +128,10 @@ async fn check_version(
     settings: &LaunchSettings,
 ) -> Option<Refusal> {
     // A QEMU that does not run at all is refused by check_here.
-    let Some(here) = binary::version(settings.binary(definition)).await.ok()? else {
+    let Some(here) = ask_binary::version(settings.binary(definition))
+        .await
+        .ok()?
+    else {
         return Some(Refusal::new(
             format!("{} tells no version", settings.binary(definition).display()),
             "set `qemu` to a qemu-system-x86_64",
@@ -174,7 +177,7 @@ fn check_cpu(seen: &[String], here: &[String]) -> Option<Refusal> {
 
 /// The build of the QEMU that would run the VM here; `None` if it tells none.
 pub async fn build_here(definition: &Definition, settings: &LaunchSettings) -> Option<Build> {
-    binary::build(settings.binary(definition))
+    ask_binary::build(settings.binary(definition))
         .await
         .ok()
         .flatten()
@@ -183,8 +186,8 @@ pub async fn build_here(definition: &Definition, settings: &LaunchSettings) -> O
 /// Asks this host's own QEMU what will be asked of it when a VM comes.
 pub async fn look_at_qemu(settings: &LaunchSettings) {
     let asked = async {
-        binary::version(&settings.qemu).await?;
-        binary::machines(&settings.qemu).await
+        ask_binary::version(&settings.qemu).await?;
+        ask_binary::machines(&settings.qemu).await
     };
     if let Err(error) = asked.await {
         tracing::warn!(qemu = %settings.qemu.display(), %error, "QEMU cannot be run");
@@ -292,7 +295,7 @@ fn check_resources(
 async fn check_machine(definition: &Definition, settings: &LaunchSettings) -> Option<Refusal> {
     let binary = settings.binary(definition);
     let host = &settings.host;
-    let help = match binary::machines(binary).await {
+    let help = match ask_binary::machines(binary).await {
         Ok(help) => help,
         Err(error) => {
             return Some(Refusal::new(

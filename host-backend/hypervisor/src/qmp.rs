@@ -16,6 +16,7 @@ use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use transhume_base::text;
 use transhume_base::lines::Lines;
 use transhume_protocol::link::GuestEnd;
 
@@ -53,6 +54,9 @@ struct Shared {
 
 /// A line, and a descriptor that goes with it.
 type Outgoing = (String, Option<OwnedFd>);
+
+/// Bytes of QEMU's words in an answer that are kept.
+pub(super) const MAX_SAID: usize = 4096;
 
 type Waiting = Mutex<HashMap<u64, oneshot::Sender<Value>>>;
 
@@ -356,11 +360,8 @@ impl Qmp {
         };
         if let Some(error) = answer.get("error") {
             let word = |key| {
-                error
-                    .get(key)
-                    .and_then(Value::as_str)
-                    .unwrap_or("?")
-                    .to_owned()
+                let said = error.get(key).and_then(Value::as_str).unwrap_or("?");
+                text::line(said, MAX_SAID)
             };
             return Err(Error::Refused {
                 command: command.to_owned(),

@@ -1,12 +1,13 @@
 //! The QMP commands that Transhume uses, with types.
 
 use super::Result;
-use super::qmp::{Machine, Qmp, Status};
+use super::qmp::{MAX_SAID, Machine, Qmp, Status};
 use super::stream::MigrationListener;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use transhume_base::text;
 use transhume_machine::definition::Accelerator;
 
 /// The name under which QEMU gets the socket of a migration's stream.
@@ -233,7 +234,11 @@ impl Qmp {
 
     /// Where a migration stands.
     pub async fn query_migrate(&self) -> Result<Migration> {
-        self.query("query-migrate", Value::Null).await
+        let mut said: Migration = self.query("query-migrate", Value::Null).await?;
+        for words in [&mut said.status, &mut said.error_desc] {
+            *words = words.take().map(|words| text::line(&words, MAX_SAID));
+        }
+        Ok(said)
     }
 
     /// A command of QEMU's human monitor, for what QMP has none for.

@@ -33,6 +33,7 @@ impl Daemon {
         match begin() {
             Err(error) if stood_still(&error) => {
                 self.run(&["vm", "stop", &machine.name, "--force"])?;
+                console.begin_anew();
                 begin().map(drop)
             }
             ended => ended.map(drop),

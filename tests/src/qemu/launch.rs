@@ -263,7 +263,10 @@ impl Machine {
             Ok(vm)
         };
         match begin() {
-            Err(error) if stood_still(&error) => begin(),
+            Err(error) if stood_still(&error) => {
+                console.begin_anew();
+                begin()
+            }
             ended => ended,
         }
     }

@@ -98,6 +98,11 @@ impl Console {
         }
     }
 
+    /// Forgets what a guest said that has ended, and is started once more.
+    pub(crate) fn begin_anew(&self) {
+        *self.log() = Log::default();
+    }
+
     fn log(&self) -> MutexGuard<'_, Log> {
         self.shared.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

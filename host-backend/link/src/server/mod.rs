@@ -56,6 +56,8 @@ pub struct Server {
     pub name: String,
     /// How connections are protected, asked for each: certificates can be renewed meanwhile.
     pub security: Box<dyn Fn() -> Security + Send + Sync>,
+    /// What a connection's peer is called, where its certificate is for a host that this one lists.
+    pub name_of: Box<dyn Fn(&Connection) -> Option<String> + Send + Sync>,
     /// Those that connections may join.
     pub sessions: Sessions,
     /// The first that takes a connection serves it.
@@ -112,7 +114,7 @@ impl Server {
         }
         let Some(service) = self.services.iter().find(|one| one.takes(&first)) else {
             let reason = "it began with nothing that this host does for others";
-            audit::note(unknown(&address), "connection", None, Err(reason));
+            self.note(&connection, &address, Err(reason));
             return Err(reason.to_owned());
         };
         let arrived = Arrived {
@@ -151,11 +153,27 @@ impl Server {
             Ok(Ok(heard)) => Ok(heard),
             Ok(Err(error)) => {
                 let reason = error.to_string();
-                audit::note(unknown(address), "connection", None, Err(&reason));
+                let who = Who::Peer {
+                    name: None,
+                    proven: false,
+                    address,
+                };
+                audit::note(who, "connection", None, Err(&reason));
                 Err(reason)
             }
             Err(error) => Err(error.to_string()),
         }
+    }
+
+    /// Notes in the audit who connected, and whether it gets what it wants.
+    fn note(&self, connection: &Connection, address: &str, verdict: Result<(), &str>) {
+        let name = (self.name_of)(connection);
+        let who = Who::Peer {
+            name: name.as_deref(),
+            proven: name.is_some(),
+            address,
+        };
+        audit::note(who, "connection", None, verdict);
     }
 
     /// Makes a connection one of a session's, if it is by whom that is with.
@@ -173,7 +191,7 @@ impl Server {
         });
         let Some(open) = open else {
             let reason = "it joins a migration that is not known";
-            audit::note(unknown(address), "connection", None, Err(reason));
+            self.note(&connection, address, Err(reason));
             let reasons = vec![format!(
                 "{} knows nothing of this migration any more; was its transhumed restarted?",
                 self.name
@@ -181,12 +199,7 @@ impl Server {
             let refused = connection.send(&Control::Refused { reasons });
             return refused.map_err(|error| error.to_string());
         };
-        let who = Who::Peer {
-            name: Some(&open.from),
-            proven: !matches!((self.security)(), Security::Plain),
-            address,
-        };
-        audit::note(who, "connection", None, Ok(()));
+        self.note(&connection, address, Ok(()));
         let Open { session, vm, .. } = open;
         // It goes on as part of that one.
         let span = tracing::info_span!("arrival", vm, offer = job);
@@ -198,13 +211,5 @@ impl Server {
             Ok(joined) => joined.map_err(|error| error.to_string()),
             Err(error) => Err(error.to_string()),
         }
-    }
-}
-
-fn unknown(address: &str) -> Who<'_> {
-    Who::Peer {
-        name: None,
-        proven: false,
-        address,
     }
 }

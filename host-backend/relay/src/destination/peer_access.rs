@@ -18,16 +18,20 @@ pub(crate) struct Peer {
     address: String,
 }
 
+/// The host of `[hosts]` that a connection's certificate is for. On a plain link nobody proves anything.
+pub(crate) fn name_of(connection: &Connection, host: &dyn Host) -> Option<String> {
+    let proves = !matches!(host.security(), Security::Plain);
+    let mut known = host.peers().into_iter().filter(|_| proves);
+    let name = known.find(|name| connection.peer_is(name));
+    name.map(str::to_owned)
+}
+
 impl Peer {
     /// Who connected, which is noted.
     pub(crate) fn greet(connection: &Connection, address: &str, host: &dyn Host) -> Self {
-        let proves = !matches!(host.security(), Security::Plain);
-        let mut known = host.peers().into_iter().filter(|_| proves);
         let peer = Self {
-            name: known
-                .find(|name| connection.peer_is(name))
-                .map(str::to_owned),
-            proves,
+            name: name_of(connection, host),
+            proves: !matches!(host.security(), Security::Plain),
             address: address.to_owned(),
         };
         audit::note(peer.who(None), "connection", None, Ok(()));

@@ -12,7 +12,7 @@ use super::journal::Stage;
 use super::outcomes::Outcomes;
 use super::peer_access::Peer;
 use super::run_directory::label;
-use super::{held, incoming, resume};
+use super::{held, incoming, peer_access, resume};
 use transhume_base::allocator;
 use transhume_link::Connection;
 use transhume_link::server::{Arrived, MAX_SERVED, Served, Server, Service};
@@ -20,10 +20,11 @@ use transhume_link::server::{Arrived, MAX_SERVED, Served, Server, Service};
 /// Serves other hosts' daemons. Does not return.
 pub async fn serve(listener: TcpListener, host: Arc<dyn Host>) {
     let outcomes = Arc::new(Outcomes::default());
-    let secured = Arc::clone(&host);
+    let (secured, listed) = (Arc::clone(&host), Arc::clone(&host));
     let server = Server {
         name: host.name().to_owned(),
         security: Box::new(move || secured.security()),
+        name_of: Box::new(move |connection| peer_access::name_of(connection, &*listed)),
         sessions: outcomes.sessions.clone(),
         services: vec![
             Box::new(Migrations {

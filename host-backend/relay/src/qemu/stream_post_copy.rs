@@ -7,7 +7,7 @@ use super::stream_reader::StreamReader;
 use crate::error::RelayError;
 use crate::progress::Counter;
 use crate::send::buffers::Buffer;
-use crate::send::switch::Switch;
+use crate::send::post_copy_switch::Switch;
 
 impl StreamReader {
     /// Takes a command of QEMU's.

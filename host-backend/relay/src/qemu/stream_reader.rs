@@ -15,9 +15,9 @@ use crate::error::RelayError;
 use crate::progress::Counter;
 use crate::send::batches::Collector;
 use crate::send::buffers::{BUFFER_LEN, Buffer};
+use crate::send::post_copy_switch::Switch;
 use crate::send::sent_pages::ChannelOrdering;
 use crate::send::shared::Shared;
-use crate::send::switch::Switch;
 use transhume_pages::{PAGE_SIZE, PageKey};
 
 /// With less room than this at its end, a buffer is full.

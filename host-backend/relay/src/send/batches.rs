@@ -10,10 +10,10 @@ use transhume_protocol::memory::PageRequest;
 
 use super::buffers::{Buffer, Pool};
 use super::link_rate::ASSUMED_RATE;
+use super::post_copy_switch::Switch;
 use super::queue::{Content, Outgoing};
 use super::sent_pages::{Noted, SentPages};
 use super::shared::Shared;
-use super::switch::Switch;
 use crate::error::RelayError;
 use crate::progress::Counter;
 use transhume_pages::digest::Digester;

@@ -11,6 +11,7 @@ pub(crate) mod hints;
 pub(crate) mod link_rate;
 pub(crate) mod packer;
 pub(crate) mod page_requests;
+pub(crate) mod post_copy_switch;
 pub(crate) mod prefetch;
 pub(crate) mod queue;
 #[cfg(test)]
@@ -21,7 +22,6 @@ pub(crate) mod replies;
 pub(crate) mod scan_steering;
 pub(crate) mod sent_pages;
 pub(crate) mod shared;
-pub(crate) mod switch;
 pub(crate) mod transmit;
 
 use transhume_base::sync;

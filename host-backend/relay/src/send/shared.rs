@@ -294,13 +294,16 @@ impl Shared {
         self.lock().theirs = Some(theirs);
     }
 
-    /// From here on the stream may hand the VM over, and QEMU does not go back. The journal says so. Returns QEMU's end of
-    /// its socket, if it was kept.
-    pub(crate) fn arm(&self) -> Result<Option<OwnedFd>, RelayError> {
+    /// From here on the stream may hand the VM over, and QEMU does not go back. The journal says so. QEMU's end of
+    /// its socket is closed here, if it was kept, after `narrow` has made it short.
+    pub(crate) fn arm(&self, narrow: impl FnOnce(&OwnedFd)) -> Result<(), RelayError> {
         let mut state = self.lock();
         state.hand_over.arm()?;
         self.session.set_patience(SWITCHOVER_LINK_TIMEOUT);
-        Ok(state.theirs.take())
+        if let Some(theirs) = state.theirs.take() {
+            narrow(&theirs);
+        }
+        Ok(())
     }
 
     /// The guest has ended at the destination.

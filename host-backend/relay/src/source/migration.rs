@@ -10,9 +10,10 @@ use transhume_protocol::link::PostCopy;
 use super::agent_listener::AgentListener;
 use super::cancel::cancelled;
 use super::engine;
+use super::journal::{Journal, Phases};
 use super::negotiation::{Accepted, Agreement};
 use super::plan::DryRunPlan;
-use super::request::{Journal, Outcome, Request};
+use super::request::{Outcome, Request};
 use super::stop::Stop;
 use super::survey::{self, SourceVm};
 use crate::error::RelayError;
@@ -106,7 +107,7 @@ pub(crate) struct Migration {
     pub(crate) request: Request,
     pub(crate) facts: SourceVm,
     pub(crate) progress: Arc<Progress>,
-    pub(crate) journal: Arc<dyn Journal>,
+    pub(crate) phases: Phases,
     pub(crate) clocks: Arc<Clocks>,
     pub(crate) shared: Option<Arc<Shared>>,
     pub(crate) reports: Option<AgentListener>,
@@ -138,12 +139,17 @@ impl Migration {
             .or(channels.then_some("QEMU uses several channels here, and post-copy needs one"));
         let (post_copy, chosen) = mode_choice::wish(&request.goal, facts.running, against);
         progress.choose(chosen);
+        let phases = Phases {
+            journal,
+            progress: Arc::clone(&progress),
+            host: request.from.clone(),
+        };
         let clocks = Clocks::new(moved_guest::of(&request.vm).noted_clock());
         Self {
             request,
             facts,
             progress,
-            journal,
+            phases,
             clocks: Arc::new(clocks),
             shared: None,
             reports: None,
@@ -230,25 +236,20 @@ impl Migration {
         self.watch(&shared, events, cancel).await
     }
 
+    /// Enters a phase, which is noted first.
+    pub(crate) fn enter(&self, phase: Phase) -> Result<(), Stop> {
+        let facts = &self.facts;
+        self.phases.enter(phase, facts.offer.job, facts.running)
+    }
+
+    /// Notes the phase that it is in once more: the offer's number is another one.
+    pub(crate) fn note(&self) -> Result<(), Stop> {
+        self.phases.note(self.facts.offer.job, self.facts.running)
+    }
+
     /// Whether both QEMUs are ready for post-copy.
     pub(crate) fn may_go_over(&self) -> bool {
         self.post_copy != PostCopy::No
-    }
-
-    /// Enters a phase, which is noted first.
-    pub(crate) fn enter(&self, phase: Phase) -> Result<(), Stop> {
-        self.progress.enter(phase);
-        self.note()
-    }
-
-    pub(crate) fn note(&self) -> Result<(), Stop> {
-        let noted = self.journal.note(self.facts.offer.job, self.facts.running);
-        noted.map_err(|error| {
-            Stop::Failed(format!(
-                "{} cannot write its journal: {error}; is its `state-directory` full?",
-                self.request.from
-            ))
-        })
     }
 
     /// The cause that a person should read: the relay's own, else QEMU's.

@@ -54,9 +54,7 @@ impl Migration {
         if qmp.shutdown().is_some() {
             return Err(Stop::Ended);
         }
-        if let Some(theirs) = shared.arm()? {
-            stream::narrow(&theirs);
-        }
+        shared.arm(|theirs| stream::narrow(theirs))?;
         qmp.migrate_continue().await?;
         let copied = |completed, post_copy| Copied {
             shared: Arc::clone(shared),

@@ -13,16 +13,6 @@ use transhume_hypervisor::Vm;
 use transhume_hypervisor::qmp_commands::keeps_vm;
 use transhume_link::{Connection, Security, TIMEOUT};
 
-/// Where the phases of a migration are noted before they are acted on.
-pub trait Journal: Send + Sync {
-    /// Notes the phase that the migration's progress is in. `number` is the offer's; `running`: whether the
-    /// VM ran when it began.
-    ///
-    /// # Errors
-    /// If it cannot be noted: then it is not acted on.
-    fn note(&self, number: u64, running: bool) -> std::io::Result<()>;
-}
-
 /// Another host, and how it is reached.
 #[derive(Debug, Clone)]
 pub struct Destination {

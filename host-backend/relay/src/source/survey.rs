@@ -101,7 +101,7 @@ async fn refuse_virtio_mem(vm: &Vm) -> Result<(), Error> {
 }
 
 /// Some QEMUs that run a VM by their translator do not see all that the guest writes while it migrates: pages arrive as
-/// they once were. See [`transhume_hypervisor::build`].
+/// they once were. See [`transhume_hypervisor::Build`].
 async fn refuse_missed_writes(vm: &Vm) -> Result<(), Error> {
     let (qmp, name) = (vm.qmp(), vm.name());
     let version = qmp.version();

@@ -2,14 +2,14 @@
 //! memory right, when the operator did what the command said.
 
 use super::die::sigkill;
-use crate::scenario::fixture::micro::{Micro, NAME, Qemus};
-use crate::scenario::fixture::pair::{At, NEWEST, Pair};
-use crate::scenario::fixture::transhume::{Answer, ask};
-use crate::scenario::{Bed, Scenario};
 use crate::cleanup::still_time;
 use crate::error::check;
 use crate::hosts::Host;
 use crate::packages::Qemu;
+use crate::scenario::fixture::micro::{Micro, NAME, Qemus};
+use crate::scenario::fixture::pair::{At, NEWEST, Pair};
+use crate::scenario::fixture::transhume::{Answer, ask};
+use crate::scenario::{Bed, Scenario};
 use crate::{Error, Result};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Write};

@@ -1,12 +1,12 @@
 //! A link that breaks before the session: the migration is begun anew, whatever was lost, and fails cleanly
 //! when the link stays away.
 
-use crate::scenario::fixture::micro::Micro;
-use crate::scenario::fixture::pair::{At, NEWEST, Pair};
-use crate::scenario::{Bed, Scenario};
 use crate::error::check;
 use crate::hosts::daemon::PORT;
 use crate::hosts::{HOST_B, Host};
+use crate::scenario::fixture::micro::Micro;
+use crate::scenario::fixture::pair::{At, NEWEST, Pair};
+use crate::scenario::{Bed, Scenario};
 use crate::{Error, Result};
 use std::collections::VecDeque;
 use std::io::{Read, Write};

@@ -1,11 +1,11 @@
 //! What is killed before the hand-over: the guest runs on at the source, exactly once, the command says
 //! what happened and what to do, nothing is left behind, and a second migration succeeds.
 
+use crate::error::check;
 use crate::scenario::fixture::micro::{Life, Micro, NAME};
 use crate::scenario::fixture::pair::{At, NEWEST, Pair};
 use crate::scenario::fixture::transhume::{Running, ask};
 use crate::scenario::{Bed, Scenario};
-use crate::error::check;
 use crate::{Error, Result};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;

@@ -3,15 +3,15 @@
 
 use super::any_moment::{Moment, OLD, Watch, is_lost, settle, state};
 use super::die::sigkill;
-use crate::scenario::post_copy::hand_over::loop_device;
-use crate::scenario::fixture::micro::{Life, Micro, NAME, Qemus, raw_disk};
-use crate::scenario::fixture::pair::{At, KEEPS, NEWEST, Pair};
-use crate::scenario::fixture::transhume::{Answer, ask};
-use crate::scenario::{Bed, Draw, Scenario};
 use crate::cleanup::still_time;
 use crate::command::Run;
 use crate::error::check;
 use crate::packages::Qemu;
+use crate::scenario::fixture::micro::{Life, Micro, NAME, Qemus, raw_disk};
+use crate::scenario::fixture::pair::{At, KEEPS, NEWEST, Pair};
+use crate::scenario::fixture::transhume::{Answer, ask};
+use crate::scenario::post_copy::hand_over::loop_device;
+use crate::scenario::{Bed, Draw, Scenario};
 use crate::{Error, Result};
 use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};

@@ -1,16 +1,16 @@
 //! The guest's clock goes on as if the guest had not stood still while it moved.
 
-use crate::scenario::failures::any_moment::{Moment, Watch};
-use crate::scenario::fixture::fake_host::{FakeHost, Said};
 use super::linux;
-use crate::scenario::post_copy::stress::Scene;
-use crate::scenario::fixture::transhume::begin;
-use crate::scenario::{Bed, Scenario};
 use crate::error::check;
 use crate::hosts::Hosts;
 use crate::hosts::daemon::Daemon;
 use crate::packages::Kernel;
 use crate::qemu::serial::Console;
+use crate::scenario::failures::any_moment::{Moment, Watch};
+use crate::scenario::fixture::fake_host::{FakeHost, Said};
+use crate::scenario::fixture::transhume::begin;
+use crate::scenario::post_copy::stress::Scene;
+use crate::scenario::{Bed, Scenario};
 use crate::{Error, Result};
 use std::time::{Duration, Instant};
 use transhume_protocol::agent::HostMessage;

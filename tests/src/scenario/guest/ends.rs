@@ -1,13 +1,13 @@
 //! A guest ends or reboots by itself while it moves, in each phase: the job says so, and nothing is left on either host.
 
+use crate::Result;
+use crate::error::check;
 use crate::scenario::failures::any_moment::state;
 use crate::scenario::fixture::micro::{Life, Micro, NAME};
 use crate::scenario::fixture::pair::{At, NEWEST, Pair};
-use crate::scenario::post_copy::moves::POST;
 use crate::scenario::fixture::transhume::{Answer, Running, ask};
+use crate::scenario::post_copy::moves::POST;
 use crate::scenario::{Bed, Scenario};
-use crate::Result;
-use crate::error::check;
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(300);

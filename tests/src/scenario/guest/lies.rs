@@ -1,11 +1,11 @@
 //! Hints are never trusted: whatever the agent says, the migration ends right. Nothing but time and
 //! traffic is lost.
 
+use crate::Result;
+use crate::error::check;
 use crate::scenario::fixture::micro::Micro;
 use crate::scenario::fixture::pair::{At, NEWEST, Pair};
 use crate::scenario::{Bed, Scenario};
-use crate::Result;
-use crate::error::check;
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(120);

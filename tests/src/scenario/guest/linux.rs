@@ -1,18 +1,18 @@
 //! The test bed's own ground: the Linux guest boots on both kernels and both QEMUs, works, checks itself,
 //! reports its page cache, and finds what is wrong.
 
-use crate::scenario::{Bed, Scenario};
 use crate::bench;
 use crate::bench::{Profile, Setup};
 use crate::error::check;
+use crate::guest;
 use crate::guest::disk;
 use crate::guest::disk::{Amount, Kind};
-use crate::guest;
 use crate::hosts::Hosts;
 use crate::packages::{Kernel, Qemu};
 use crate::qemu::migrate::Stock;
 use crate::qemu::serial::{Console, Side};
 use crate::qemu::{Accelerator, AgentPort, DiskImage, Machine, Vm};
+use crate::scenario::{Bed, Scenario};
 use crate::{Error, Result};
 use std::time::Duration;
 

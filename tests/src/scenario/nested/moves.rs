@@ -1,7 +1,5 @@
 //! What runs in the nested host: a KVM guest moves by post-copy.
 
-use crate::scenario::post_copy::moves::{GATE_IS_GONE, POST};
-use crate::scenario::fixture::transhume::{Answer, ask};
 use super::async_faults::{self, AsyncFaults};
 use super::course::Course;
 use super::exits;
@@ -12,6 +10,8 @@ use crate::hosts::{HOST_A, HOST_B, Host, Hosts};
 use crate::packages::{Packages, Qemu};
 use crate::qemu::serial::{Beat, Console, Side};
 use crate::qemu::{Accelerator, AgentPort, DiskImage, Machine};
+use crate::scenario::fixture::transhume::{Answer, ask};
+use crate::scenario::post_copy::moves::{GATE_IS_GONE, POST};
 use crate::{Error, Result};
 use std::path::Path;
 use std::time::{Duration, SystemTime};

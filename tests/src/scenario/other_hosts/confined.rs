@@ -1,11 +1,11 @@
 //! A guest's QEMU, on either host: a user without rights, in its sandbox, and with nothing open but what it was handed.
 
-use crate::scenario::fixture::micro::{Micro, Qemus};
-use crate::scenario::fixture::pair::{At, NEWEST, Pair};
-use crate::scenario::{Bed, Scenario};
 use crate::error::check;
 use crate::hosts::daemon::qemu_user;
 use crate::packages::Qemu;
+use crate::scenario::fixture::micro::{Micro, Qemus};
+use crate::scenario::fixture::pair::{At, NEWEST, Pair};
+use crate::scenario::{Bed, Scenario};
 use crate::{Error, Result};
 use std::fs;
 use std::path::{Path, PathBuf};

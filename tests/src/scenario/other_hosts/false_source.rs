@@ -1,13 +1,13 @@
 //! A source that speaks the link's protocol until the destination's QEMU waits for its stream, and then
 //! sends what no source would: nothing of it may run, or stay.
 
-use crate::scenario::fixture::micro::{Micro, NAME};
-use crate::scenario::fixture::pair::{At, NEWEST, Pair};
 use super::strangers::{frame, numbered, random};
-use crate::scenario::fixture::transhume::ask;
-use crate::scenario::{Bed, Scenario};
 use crate::error::check;
 use crate::hosts::daemon::PORT;
+use crate::scenario::fixture::micro::{Micro, NAME};
+use crate::scenario::fixture::pair::{At, NEWEST, Pair};
+use crate::scenario::fixture::transhume::ask;
+use crate::scenario::{Bed, Scenario};
 use crate::{Error, Result};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};

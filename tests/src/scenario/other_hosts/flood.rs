@@ -1,15 +1,15 @@
 //! Hosts that flood, stop in the midst of a word, or say again what was said: they get nothing, a migration of
 //! another VM goes on beside them, and the daemon stays small.
 
-use crate::scenario::failures::any_moment::{Moment, Watch};
 use super::false_source::{Link, lost, offer, wrong};
-use crate::scenario::fixture::micro::{Micro, NAME};
-use crate::scenario::fixture::pair::{At, NEWEST, Pair};
 use super::strangers::{frame, numbered};
-use crate::scenario::fixture::transhume::ask;
-use crate::scenario::{Bed, Scenario};
 use crate::error::check;
 use crate::hosts::daemon::PORT;
+use crate::scenario::failures::any_moment::{Moment, Watch};
+use crate::scenario::fixture::micro::{Micro, NAME};
+use crate::scenario::fixture::pair::{At, NEWEST, Pair};
+use crate::scenario::fixture::transhume::ask;
+use crate::scenario::{Bed, Scenario};
 use crate::{Error, Result};
 use std::io::{Read, Write};
 use std::net::TcpStream;

@@ -2,13 +2,13 @@
 //! runs on where it is, and the audit tells.
 
 use super::false_source::Link;
+use crate::error::check;
+use crate::hosts::daemon::PORT;
+use crate::hosts::{HOST_A, HOST_B};
 use crate::scenario::fixture::micro::{Life, Micro, raw_disk};
 use crate::scenario::fixture::pair::{At, NEWEST, Pair};
 use crate::scenario::fixture::transhume::ask;
 use crate::scenario::{Bed, Scenario};
-use crate::error::check;
-use crate::hosts::daemon::PORT;
-use crate::hosts::{HOST_A, HOST_B};
 use crate::{Error, Result};
 use std::fs;
 use std::os::unix::fs::symlink;

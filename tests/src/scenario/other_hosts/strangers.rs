@@ -1,13 +1,13 @@
 //! Whoever speaks to the host link, and whatever they say: a daemon drops them, says so in its log, and
 //! serves on; a destination that is none is refused.
 
+use crate::error::check;
+use crate::hosts::Host;
+use crate::hosts::daemon::PORT;
 use crate::scenario::fixture::micro::Micro;
 use crate::scenario::fixture::pair::{At, NEWEST, Pair};
 use crate::scenario::fixture::transhume::ask;
 use crate::scenario::{Bed, Scenario};
-use crate::error::check;
-use crate::hosts::Host;
-use crate::hosts::daemon::PORT;
 use crate::{Error, Result};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};

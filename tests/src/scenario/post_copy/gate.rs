@@ -1,16 +1,16 @@
 //! The gate in a Linux guest: what it costs, that a host that lies does no harm by it, and where it is refused.
 
-use crate::scenario::fixture::fake_host::{FakeHost, Said, bytes, lists};
-use crate::scenario::guest::linux;
 use super::moves::GATE_IS_GONE;
-use crate::scenario::failures::random::Dice;
 use super::stress::Scene;
-use crate::scenario::{Bed, Scenario};
 use crate::error::check;
 use crate::hosts::Hosts;
 use crate::packages::{Kernel, Qemu};
 use crate::qemu::serial::{Console, Side};
 use crate::qemu::{Accelerator, Machine};
+use crate::scenario::failures::random::Dice;
+use crate::scenario::fixture::fake_host::{FakeHost, Said, bytes, lists};
+use crate::scenario::guest::linux;
+use crate::scenario::{Bed, Scenario};
 use crate::{Error, Result};
 use std::time::{Duration, Instant};
 use transhume_protocol::agent::{FrameList, FrameRun, FrameRuns, HostMessage};

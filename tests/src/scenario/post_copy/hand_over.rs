@@ -1,17 +1,17 @@
 //! A daemon dies at the hand-over of a post-copy, where disks have no locks that both hosts see: whatever the QEMUs do then
 //! by themselves, no two of them ever run the guest.
 
-use crate::scenario::failures::any_moment::{is_lost, state};
-use crate::scenario::failures::die::sigkill;
-use crate::scenario::fixture::micro::{Life, Micro, Qemus, raw_disk};
-use crate::scenario::fixture::pair::{At, KEEPS, NEWEST, Pair};
 use super::moves::{POST, SLOW, writes};
-use crate::scenario::fixture::transhume::ask;
-use crate::scenario::{Bed, Scenario};
 use crate::cleanup::still_time;
 use crate::command::Run;
 use crate::error::check;
 use crate::packages::Qemu;
+use crate::scenario::failures::any_moment::{is_lost, state};
+use crate::scenario::failures::die::sigkill;
+use crate::scenario::fixture::micro::{Life, Micro, Qemus, raw_disk};
+use crate::scenario::fixture::pair::{At, KEEPS, NEWEST, Pair};
+use crate::scenario::fixture::transhume::ask;
+use crate::scenario::{Bed, Scenario};
 use crate::{Error, Result};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};

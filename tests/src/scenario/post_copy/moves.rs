@@ -1,11 +1,5 @@
 //! Post-copy: the guest runs at its destination while part of its memory is still at the source.
 
-use crate::scenario::failures::any_moment::state;
-use crate::scenario::failures::die::sigkill;
-use crate::scenario::fixture::micro::{Micro, NAME, Qemus};
-use crate::scenario::fixture::pair::{At, KEEPS, NEWEST, Pair};
-use crate::scenario::fixture::transhume::{Answer, ask};
-use crate::scenario::{Bed, Scenario};
 use crate::bench::{Profile, Setup};
 use crate::cleanup::still_time;
 use crate::command::Run;
@@ -14,6 +8,12 @@ use crate::hosts::daemon::Daemon;
 use crate::hosts::{HOST_B, Hosts};
 use crate::packages::Qemu;
 use crate::qemu::serial::{Console, Side};
+use crate::scenario::failures::any_moment::state;
+use crate::scenario::failures::die::sigkill;
+use crate::scenario::fixture::micro::{Micro, NAME, Qemus};
+use crate::scenario::fixture::pair::{At, KEEPS, NEWEST, Pair};
+use crate::scenario::fixture::transhume::{Answer, ask};
+use crate::scenario::{Bed, Scenario};
 use crate::{Error, Result};
 use std::time::{Duration, Instant};
 

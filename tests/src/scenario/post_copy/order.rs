@@ -1,12 +1,12 @@
 //! In which order memory follows in post-copy.
 
-use crate::scenario::fixture::micro::Micro;
-use crate::scenario::fixture::pair::{At, NEWEST, Pair};
 use super::moves::{POST, followed};
-use crate::scenario::fixture::transhume::Answer;
-use crate::scenario::{Bed, Scenario};
 use crate::Result;
 use crate::error::check;
+use crate::scenario::fixture::micro::Micro;
+use crate::scenario::fixture::pair::{At, NEWEST, Pair};
+use crate::scenario::fixture::transhume::Answer;
+use crate::scenario::{Bed, Scenario};
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(300);

@@ -1,15 +1,15 @@
 //! A Linux guest moves by post-copy again and again, while its processes do what is hard on memory management.
 
-use crate::scenario::guest::linux;
 use super::moves::{GATE_IS_GONE, POST};
-use crate::scenario::fixture::transhume::{Answer, ask};
-use crate::scenario::{Bed, Scenario};
 use crate::error::check;
 use crate::hosts::daemon::Daemon;
 use crate::hosts::{HOST_A, HOST_B, Host, Hosts};
 use crate::packages::{Kernel, Qemu};
 use crate::qemu::Machine;
 use crate::qemu::serial::{Console, Side};
+use crate::scenario::fixture::transhume::{Answer, ask};
+use crate::scenario::guest::linux;
+use crate::scenario::{Bed, Scenario};
 use crate::{Error, Result};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

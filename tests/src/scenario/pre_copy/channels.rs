@@ -1,12 +1,12 @@
 //! QEMU hands memory over through several channels (`multifd`): every page is right, whatever comes through
 //! which; and a channel that breaks leaves the guest where it is.
 
+use crate::error::check;
+use crate::packages::Qemu;
 use crate::scenario::fixture::micro::{Micro, Qemus};
 use crate::scenario::fixture::pair::{At, NEWEST, Pair};
 use crate::scenario::fixture::transhume::Answer;
 use crate::scenario::{Bed, Scenario};
-use crate::error::check;
-use crate::packages::Qemu;
 use crate::{Error, Result};
 use std::collections::HashMap;
 use std::fs;

@@ -1,13 +1,13 @@
 //! A migration chooses by itself between pre-copy and post-copy, and says why.
 
-use crate::scenario::fixture::micro::{Life, Micro, NAME};
-use crate::scenario::fixture::pair::{At, NEWEST, Pair};
-use crate::scenario::post_copy::moves::followed;
-use crate::scenario::fixture::transhume::{Answer, ask};
-use crate::scenario::{Bed, Scenario};
 use crate::Result;
 use crate::error::check;
 use crate::hosts::Hosts;
+use crate::scenario::fixture::micro::{Life, Micro, NAME};
+use crate::scenario::fixture::pair::{At, NEWEST, Pair};
+use crate::scenario::fixture::transhume::{Answer, ask};
+use crate::scenario::post_copy::moves::followed;
+use crate::scenario::{Bed, Scenario};
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(240);

@@ -1,11 +1,11 @@
 //! A guest that writes faster than the link carries: the command says so, and what would help helps.
 
+use crate::Result;
+use crate::error::check;
 use crate::scenario::fixture::micro::Micro;
 use crate::scenario::fixture::pair::{At, NEWEST, Pair};
 use crate::scenario::fixture::transhume::ask;
 use crate::scenario::{Bed, Scenario};
-use crate::Result;
-use crate::error::check;
 use std::time::Duration;
 
 /// In Mbit/s.

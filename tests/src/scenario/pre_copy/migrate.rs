@@ -1,15 +1,15 @@
 //! The main job on guests of all kinds: what a truthful agent names comes from disk, every page is
 //! right, and the guest can go back.
 
-use crate::scenario::fixture::micro::{Micro, NAME, Qemus, qcow2_disk};
-use crate::scenario::fixture::pair::{At, KEEPS, NEWEST, Pair};
-use crate::scenario::fixture::transhume::{Answer, ask};
-use crate::scenario::{Bed, Scenario};
 use crate::Result;
 use crate::error::check;
 use crate::hosts::daemon::Daemon;
 use crate::packages::Qemu;
 use crate::qemu::DiskImage;
+use crate::scenario::fixture::micro::{Micro, NAME, Qemus, qcow2_disk};
+use crate::scenario::fixture::pair::{At, KEEPS, NEWEST, Pair};
+use crate::scenario::fixture::transhume::{Answer, ask};
+use crate::scenario::{Bed, Scenario};
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(120);

@@ -1,12 +1,12 @@
 //! What cannot work is refused before the guest is touched, with its cause and its cure.
 
+use crate::error::check;
+use crate::hosts::HOST_B;
+use crate::packages::Qemu;
 use crate::scenario::fixture::micro::{Micro, NAME, Qemus, UNALIGNED_KIB, raw_disk};
 use crate::scenario::fixture::pair::{At, KEEPS, NEWEST, Pair};
 use crate::scenario::fixture::transhume::ask;
 use crate::scenario::{Bed, Scenario};
-use crate::error::check;
-use crate::hosts::HOST_B;
-use crate::packages::Qemu;
 use crate::{Error, Result};
 use std::fs;
 use std::time::Duration;

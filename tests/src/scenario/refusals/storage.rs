@@ -1,15 +1,15 @@
 //! Disks that are not the same on both hosts are refused before the guest is touched: nothing of it must depend on
 //! how alike they look, for a VM that runs on with another disk is destroyed.
 
-use crate::scenario::fixture::micro::{Micro, raw_disk};
-use crate::scenario::fixture::pair::{At, NEWEST, Pair};
 use super::hosts::refused;
-use crate::scenario::{Bed, Scenario};
 use crate::cleanup::{Guard, Leftover};
 use crate::command::Run;
 use crate::error::check;
 use crate::hosts::{HOST_B, Hosts};
 use crate::qemu::DiskImage;
+use crate::scenario::fixture::micro::{Micro, raw_disk};
+use crate::scenario::fixture::pair::{At, NEWEST, Pair};
+use crate::scenario::{Bed, Scenario};
 use crate::suite::lanes;
 use crate::{Error, Result};
 use std::fs;

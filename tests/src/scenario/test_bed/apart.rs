@@ -1,9 +1,9 @@
 //! The test bed's own wire: two hosts that are apart.
 
-use crate::scenario::{Bed, Scenario};
 use crate::bench::measure::as_f64;
 use crate::error::check;
 use crate::hosts::Hosts;
+use crate::scenario::{Bed, Scenario};
 use crate::{Error, Result};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};

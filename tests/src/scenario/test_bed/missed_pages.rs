@@ -4,8 +4,6 @@
 //! is a whole number of that list's words. So a guest of such a size that stock QEMU 7.2 moves has wrong pages, mostly: it
 //! writes to more pages than the translator's TLB holds, which are sent, and notes in a few what it wrote, which are not.
 
-use crate::scenario::fixture::micro::{Micro, UNALIGNED_KIB, connect, wrong};
-use crate::scenario::{Bed, Scenario};
 use crate::Result;
 use crate::error::check;
 use crate::guest::Boot;
@@ -13,6 +11,8 @@ use crate::hosts::Hosts;
 use crate::packages::Qemu;
 use crate::qemu::migrate::Stock;
 use crate::qemu::{Accelerator, AgentPort, Machine};
+use crate::scenario::fixture::micro::{Micro, UNALIGNED_KIB, connect, wrong};
+use crate::scenario::{Bed, Scenario};
 use micro_guest::control::Checked;
 use std::time::Duration;
 

@@ -90,7 +90,7 @@ impl Reader<'_> {
                 }
                 TokenTree::Ident(word) => {
                     let word = word.to_string();
-                    let follows_a_path = at > 0 && is_colon(&tokens[at - 1]);
+                    let follows_a_path = tokens[..at].iter().rev().take(2).filter(|one| is_colon(one)).count() == 2;
                     let begins =
                         matches!(word.as_str(), "crate" | "super") || word.starts_with(OURS);
                     if begins && !follows_a_path {
@@ -195,18 +195,18 @@ fn module_name(before: &[TokenTree]) -> Option<String> {
 #[test]
 fn what_a_file_names_is_found_wherever_it_stands() {
     let module = |path: &str| path.split("::").map(str::to_owned).collect::<Module>();
-    let modules = ["a", "a::b", "c", "d", "d::e"].map(module).into();
+    let modules = ["a", "a::b", "c", "d", "d::e", "f"].map(module).into();
     let mut reader = Reader {
         file: &module("a::b"),
         modules: &modules,
         named: Named::default(),
     };
-    let text = "use super::super::{c::{X, self}, d}; fn f() { select! { crate::d::e::g() => {} } }
+    let text = "use super::super::{c::{X, self}, d}; fn f(x: crate::f::X) { select! { crate::d::e::g() => {} } }
         mod inner { use super::super::Y; } #[cfg(test)] mod tests { use crate::never::Z; }
         use transhume_base::names; #[cfg(test)] use transhume_testing::peak; use std::crate_like;";
     reader.read(text.parse().unwrap(), &module("a::b"));
     let found: Vec<Module> = reader.named.modules.into_iter().collect();
-    assert_eq!(found, ["a", "c", "d", "d::e"].map(module));
+    assert_eq!(found, ["a", "c", "d", "d::e", "f"].map(module));
     let elsewhere: Vec<Module> = reader.named.elsewhere.into_iter().collect();
     assert_eq!(elsewhere, [module("transhume_base::names")]);
 }

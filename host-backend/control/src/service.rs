@@ -189,5 +189,5 @@ fn encode(response: &Response) -> Vec<u8> {
 }
 
 #[cfg(test)]
-#[path = "server_tests.rs"]
+#[path = "service_tests.rs"]
 mod tests;

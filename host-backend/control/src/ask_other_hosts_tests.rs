@@ -4,6 +4,7 @@ use crate::config::Config;
 use crate::state_directory::{Record, State, Stopped};
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
 use tokio::net::TcpListener;
 use transhume_api::{Request, Response, VmInfo};
 use transhume_base::process_identity::Identity;

@@ -4,7 +4,7 @@
 //! can may do everything, but for what the configuration keeps from everybody.
 
 use super::config::Config;
-use super::host_rules::Peer;
+use super::config_hosts::Peer;
 use super::{Error, Result};
 use std::path::Path;
 use transhume_api::Request;
@@ -159,5 +159,5 @@ impl Config {
 }
 
 #[cfg(test)]
-#[path = "access_tests.rs"]
+#[path = "host_access_tests.rs"]
 mod tests;
