@@ -16,8 +16,8 @@ use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
-use transhume_base::text;
 use transhume_base::lines::Lines;
+use transhume_base::text;
 use transhume_protocol::link::GuestEnd;
 
 /// The longest line that QEMU may send; `query-qmp-schema`, the largest answer, has some 200 KiB.

@@ -28,6 +28,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
 /// What a service does with a connection; an error is why it was dropped.
 pub type Served<'a> = Pin<Box<dyn Future<Output = Result<(), String>> + Send + 'a>>;
 
+/// Tells what a connection's peer is called, if that is known.
+pub type NameOf = dyn Fn(&Connection) -> Option<String> + Send + Sync;
+
 /// A connection of another host that has said what it wants.
 pub struct Arrived {
     /// Who it is, and the way to answer.
@@ -57,7 +60,7 @@ pub struct Server {
     /// How connections are protected, asked for each: certificates can be renewed meanwhile.
     pub security: Box<dyn Fn() -> Security + Send + Sync>,
     /// What a connection's peer is called, where its certificate is for a host that this one lists.
-    pub name_of: Box<dyn Fn(&Connection) -> Option<String> + Send + Sync>,
+    pub name_of: Box<NameOf>,
     /// Those that connections may join.
     pub sessions: Sessions,
     /// The first that takes a connection serves it.

@@ -54,7 +54,7 @@ impl Migration {
         if qmp.shutdown().is_some() {
             return Err(Stop::Ended);
         }
-        shared.arm(|theirs| stream::narrow(theirs))?;
+        shared.arm(stream::narrow)?;
         qmp.migrate_continue().await?;
         let copied = |completed, post_copy| Copied {
             shared: Arc::clone(shared),

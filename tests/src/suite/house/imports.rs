@@ -44,7 +44,10 @@ fn no_folder_of_the_relay_knows_what_it_must_not() {
             );
         }
         if NEUTRAL.contains(&folder.as_str()) {
-            assert!(!named.modules.contains(&vec!["moved_guest".to_owned()]), "{name} must not name moved_guest");
+            assert!(
+                !named.modules.contains(&vec!["moved_guest".to_owned()]),
+                "{name} must not name moved_guest"
+            );
             for path in &named.elsewhere {
                 let path = path.join("::");
                 let wrong = HYPERVISORS.iter().any(|begin| path.starts_with(begin));

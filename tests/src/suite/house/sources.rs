@@ -90,7 +90,13 @@ impl Reader<'_> {
                 }
                 TokenTree::Ident(word) => {
                     let word = word.to_string();
-                    let follows_a_path = tokens[..at].iter().rev().take(2).filter(|one| is_colon(one)).count() == 2;
+                    let follows_a_path = tokens[..at]
+                        .iter()
+                        .rev()
+                        .take(2)
+                        .filter(|one| is_colon(one))
+                        .count()
+                        == 2;
                     let begins =
                         matches!(word.as_str(), "crate" | "super") || word.starts_with(OURS);
                     if begins && !follows_a_path {
