@@ -3,7 +3,7 @@
 use super::Host;
 use super::daemon::Daemon;
 use crate::qemu::serial::{Console, Side};
-use crate::qemu::{BOOT, Machine, stood_still};
+use crate::qemu::{BOOT, Machine, boots};
 use crate::{Error, Result};
 use std::fs;
 use std::time::Duration;
@@ -30,13 +30,10 @@ impl Daemon {
             console.attach(Side::Source, &serial, || self.alive())?;
             console.wait_for("ready", 0, limit, || self.alive())
         };
-        match begin() {
-            Err(error) if stood_still(&error) => {
-                self.run(&["vm", "stop", &machine.name, "--force"])?;
-                console.begin_anew();
-                begin().map(drop)
-            }
-            ended => ended.map(drop),
-        }
+        boots(console, begin, || {
+            self.run(&["vm", "stop", &machine.name, "--force"])
+                .map(drop)
+        })
+        .map(drop)
     }
 }

@@ -262,24 +262,27 @@ impl Machine {
             console.wait_for("ready", 0, BOOT, || vm.alive())?;
             Ok(vm)
         };
-        match begin() {
-            Err(error) if stood_still(&error) => {
-                console.begin_anew();
-                begin()
-            }
-            ended => ended,
-        }
+        // What began is killed where it is dropped.
+        boots(console, begin, || Ok(()))
     }
 }
 
-/// Whether a guest did not boot as its kernel stood still: seen once, of Linux 6.1 by QEMU's translator on a machine with
-/// other work, where a thread of RCU's was not run. Says so. Such a guest is started once more.
-pub(crate) fn stood_still(error: &Error) -> bool {
-    let is_so = matches!(error, Error::Late { hint, .. } if hint.contains("rcu: "));
-    if is_so {
-        println!("  it is started anew, as its kernel stood still: {error}");
+/// Begins a guest. One that does not boot as its kernel stands still is ended and begun once more, which is said: seen once,
+/// of Linux 6.1 by QEMU's translator on a machine with other work, where a thread of RCU's was not run.
+pub(crate) fn boots<T>(
+    console: &Console,
+    begin: impl Fn() -> Result<T>,
+    end: impl FnOnce() -> Result<()>,
+) -> Result<T> {
+    match begin() {
+        Err(error @ Error::Late { .. }) if error.to_string().contains("rcu: ") => {
+            println!("  it is started anew, as its kernel stood still: {error}");
+            end()?;
+            console.begin_anew();
+            begin()
+        }
+        ended => ended,
     }
-    is_so
 }
 
 fn still_runs(name: &str, process: &Process, log: &Path) -> Result<()> {

@@ -6,4 +6,4 @@ pub mod qmp;
 pub mod serial;
 
 pub use launch::{Accelerator, AgentPort, Card, DiskImage, Machine, Vm};
-pub(crate) use launch::{BOOT, stood_still};
+pub(crate) use launch::{BOOT, boots};
